@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints to Megatron shards and back, one table a family."""

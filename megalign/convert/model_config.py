@@ -1,0 +1,47 @@
+"""A decoder described without Hugging Face's names or Megatron's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama 3's frequency scaling."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The numbers that fix a dense decoder: SwiGLU, RMSNorm, rotary positions, grouped queries."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tied: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and head as Megatron holds them: a multiple of 128, whatever the layout.
+
+        Independence of the tensor-parallel size keeps checkpoints and numbers free of it; 128 admits every power of two up to 128.
+        """
+        return -(-self.vocab_size // 128) * 128

@@ -1,0 +1,1 @@
+"""Records in, packed micro-batches out."""
