@@ -1,0 +1,196 @@
+"""The whole job as one typed value: read from YAML, written back as YAML, fitted to a number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
+
+import megalign.losses  # noqa: F401  fills the registry
+from megalign.config_file import read_tree
+from megalign.convert.model_config import ModelConfig
+from megalign.data.config import DataConfig
+from megalign.losses.base import LOSSES, LossConfig, choose_loss
+from megalign.schema import Strict, UserError, first_problem, shorten
+from megalign.sections import (
+    CheckpointConfig,
+    EngineConfig,
+    EvalConfig,
+    ExportConfig,
+    ModelSection,
+    OptimizerSection,
+    ParallelConfig,
+    ReferenceConfig,
+    RolloutConfig,
+    RunConfig,
+    TeacherConfig,
+    WatchdogConfig,
+    only,
+)
+
+
+class JobConfig(Strict):
+    """Every section with its defaults in place, those that depend on other sections included."""
+
+    run: RunConfig
+    model: ModelSection
+    rollout: RolloutConfig | None = None  # before `data`, whose defaults look at it
+    data: DataConfig
+    eval: EvalConfig = EvalConfig()
+    loss: Annotated[SerializeAsAny[LossConfig], BeforeValidator(choose_loss)]
+    reference: ReferenceConfig = ReferenceConfig()
+    teachers: list[TeacherConfig] = []
+    optimizer: OptimizerSection
+    parallel: ParallelConfig = ParallelConfig()
+    lora: Annotated[Any, only(None)] = None
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+
+    @field_validator("data")
+    @classmethod
+    def _groups_of_a_round(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
+        rollout: RolloutConfig | None = info.data.get("rollout")
+        if rollout is None or data.groups_per_step is not None:
+            return data
+        groups, left = divmod(rollout.prompts_per_round, rollout.updates_per_round)
+        if left:
+            raise UserError(
+                f"rollout.updates_per_round is {rollout.updates_per_round}: must divide rollout.prompts_per_round "
+                f"{rollout.prompts_per_round}, or data.groups_per_step must be given"
+            )
+        return data.model_copy(update={"groups_per_step": groups})
+
+    @field_validator("reference")
+    @classmethod
+    def _reference_for_loss(cls, reference: ReferenceConfig, info: ValidationInfo) -> ReferenceConfig:
+        if "loss" not in info.data:
+            return reference  # the loss has a problem of its own, which is reported
+        loss: LossConfig = info.data["loss"]
+        if reference.source is None:
+            return reference.model_copy(update={"source": "initial" if loss.traits().reference else "none"})
+        if reference.source == "none" and loss.traits().reference:
+            raise UserError(
+                f"reference.source is 'none': loss {loss.name} needs a reference; "
+                "must be initial, round_start or a Hugging Face directory"
+            )
+        return reference
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> JobConfig:
+        if self.rollout is None:
+            _check_plain(self)
+        else:
+            _check_rounds(self, self.rollout)
+        if self.teachers and not self.loss.traits().teachers:
+            users = ", ".join(sorted(name for name, loss in LOSSES.items() if loss.config(name=name).traits().teachers))
+            raise UserError(
+                f"teachers has {len(self.teachers)} entries: loss {self.loss.name} uses none; losses that do: {users}"
+            )
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) < len(names):
+            raise UserError(f"teachers.name is {shorten(names)}: every name must be different")
+        return self
+
+
+def _check_plain(cfg: JobConfig) -> None:
+    """Without rounds the data come from files and the length from `run`."""
+    if cfg.run.steps is None and cfg.run.epochs is None:
+        raise UserError("run.steps is missing; give run.steps or run.epochs")
+    if cfg.run.steps is not None and cfg.run.epochs is not None:
+        raise UserError(f"run.epochs is {cfg.run.epochs}: run.steps is {cfg.run.steps} already; give only one of them")
+    if cfg.data.path is None and cfg.data.sources is None:
+        raise UserError("data.path is missing; give data.path or data.sources")
+    if cfg.data.groups_per_step is None:
+        raise UserError("data.groups_per_step is missing; it is required without a rollout section")
+
+
+def _check_rounds(cfg: JobConfig, rollout: RolloutConfig) -> None:
+    """With rounds the samples are the data, and the rounds are the length."""
+    taken = {
+        "data.path": cfg.data.path,
+        "data.sources": cfg.data.sources,
+        "run.steps": cfg.run.steps,
+        "run.epochs": cfg.run.epochs,
+    }
+    for field, value in taken.items():
+        if value is not None:
+            raise UserError(
+                f"{field} is {shorten(value)}: must be left out with a rollout section, which has rollout.path and "
+                "rollout.rounds x rollout.updates_per_round steps"
+            )
+    if cfg.loss.traits().pairing.kind == "single":
+        raise UserError(f"loss.name is {cfg.loss.name!r}: it does not use rewards; leave the rollout section out")
+    if rollout.k < 2:
+        raise UserError(f"rollout.k is {rollout.k}: must be at least 2, since loss {cfg.loss.name} compares responses")
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a YAML file with `key.sub=value` on top; whatever is wrong is one line that begins with the file."""
+    tree = read_tree(path, overrides)
+    try:
+        return JobConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(first_problem(error, where=path, model=JobConfig)) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def dump_config(cfg: JobConfig) -> str:
+    """The resolved configuration as YAML that loads back to an equal value."""
+    return yaml.safe_dump(cfg.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def total_steps(cfg: JobConfig, num_records: int) -> int:
+    """Optimizer steps of the whole run; epochs are rounded up to whole steps."""
+    if cfg.rollout is not None:
+        return cfg.rollout.rounds * cfg.rollout.updates_per_round
+    if cfg.run.steps is not None:
+        return cfg.run.steps
+    assert cfg.run.epochs is not None and cfg.data.groups_per_step is not None
+    # Through the decimal as written: 0.1 epochs of 30 records are 3 records, not 3.0000000000000004.
+    return math.ceil(Fraction(str(cfg.run.epochs)) * num_records / cfg.data.groups_per_step)
+
+
+def check_layout(cfg: JobConfig, model: ModelConfig, world_size: int) -> None:
+    """Refuse a layout that does not fit the ranks or the model, naming values that do."""
+    parallel = cfg.parallel
+    product = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % product:
+        raise UserError(
+            f"parallel.tensor x parallel.pipeline x parallel.context is {parallel.tensor} x {parallel.pipeline} x "
+            f"{parallel.context} = {product}: must divide the number of ranks {world_size}, so be one of "
+            f"{_listed(_divisors(world_size))}"
+        )
+    splits = {
+        "attention heads": model.num_heads,
+        "key-value heads": model.num_kv_heads,
+        "feed-forward size": model.ffn_size,
+        "padded vocabulary": model.padded_vocab_size,
+    }
+    fitting = _divisors(math.gcd(*splits.values()))
+    for what, size in splits.items():
+        if size % parallel.tensor:
+            raise UserError(
+                f"parallel.tensor is {parallel.tensor}: must divide the model's {what} {size}; "
+                f"values that fit this model: {_listed(fitting)}"
+            )
+    if model.num_layers % parallel.pipeline:
+        raise UserError(
+            f"parallel.pipeline is {parallel.pipeline}: must divide the model's layers {model.num_layers}; "
+            f"values that fit this model: {_listed(_divisors(model.num_layers))}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))

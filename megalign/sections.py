@@ -1,0 +1,243 @@
+"""The sections of a job's configuration, apart from those of `data` and `loss`, which their own layers declare.
+
+Keys that belong to a later version are known already and accept their default alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from megalign.schema import Strict, UserError, shorten
+
+Text = Annotated[str, Field(min_length=1)]
+# YAML reads `none` as a word; where a key is otherwise text it would silently become a file of that name.
+NoneWord = BeforeValidator(lambda value: None if value == "none" else value)
+Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def only(default: Any) -> AfterValidator:
+    """Refuse every value but the default of a key that a later version opens."""
+
+    def check(value: Any) -> Any:
+        if value != default:
+            raise ValueError(f"this version supports only {json.dumps(default)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def is_checkpoint_dir(path: str) -> bool:
+    """Whether `path` looks like a Hugging Face checkpoint on this machine."""
+    return (Path(path) / "config.json").is_file()
+
+
+class RunConfig(Strict):
+    dir: Text
+    seed: NonNegativeInt = 0
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    max_minutes: Annotated[PositiveFloat | None, NoneWord] = None
+    max_bad_steps: NonNegativeInt = 0
+    max_pass_gap: NonNegativeFloat | Literal["auto"] = "auto"
+    dump_steps: list[PositiveInt] = []
+    deterministic: bool = False
+
+
+class ModelSection(Strict):
+    path: Text
+    aux_loss_coefficient: Annotated[NonNegativeFloat, only(0)] = 0.0
+
+
+class EvalConfig(Strict):
+    path: Annotated[Text | None, NoneWord] = None
+    every: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _complete(self) -> EvalConfig:
+        if self.every and self.path is None:
+            raise UserError(f"eval.path is missing; eval.every is {self.every}, so it is required")
+        return self
+
+
+class ReferenceConfig(Strict):
+    """`source` is None only until the job has put its loss's default there."""
+
+    source: Text | None = None
+    cache_dir: Annotated[Text | None, NoneWord, only(None)] = None
+
+    @field_validator("source")
+    @classmethod
+    def _known(cls, source: str | None) -> str | None:
+        if source in (None, "initial", "none", "round_start") or is_checkpoint_dir(source):
+            return source
+        raise ValueError("must be initial, none, round_start or an existing Hugging Face directory with a config.json")
+
+
+class TeacherConfig(Strict):
+    name: Text
+    path: Text
+
+
+class RolloutConfig(Strict):
+    path: Text
+    rounds: PositiveInt
+    prompts_per_round: PositiveInt
+    k: PositiveInt
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: PositiveInt
+    updates_per_round: PositiveInt
+    reward: Text
+
+
+class ScheduleConfig(Strict):
+    name: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    min_lr: NonNegativeFloat = 0.0
+
+
+class OptimizerSection(Strict):
+    lr: NonNegativeFloat
+    betas: Annotated[tuple[Fraction, Fraction], Pair] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    @model_validator(mode="after")
+    def _downward(self) -> OptimizerSection:
+        if self.schedule.min_lr > self.lr:
+            raise UserError(
+                f"optimizer.schedule.min_lr is {self.schedule.min_lr}: must be at most optimizer.lr {self.lr}"
+            )
+        return self
+
+
+class ParallelConfig(Strict):
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: Annotated[PositiveInt, only(1)] = 1
+    context: Annotated[PositiveInt, only(1)] = 1
+    expert: Annotated[PositiveInt, only(1)] = 1
+    sequence: bool = False
+
+    @model_validator(mode="after")
+    def _sequence_splits(self) -> ParallelConfig:
+        if self.sequence and self.tensor == 1:
+            raise UserError(
+                "parallel.sequence is true: it splits over tensor ranks, so parallel.tensor must be at least 2"
+            )
+        return self
+
+
+class ZeroConfig(Strict):
+    stage: Literal[1, 2, 3] = 2
+    offload_optimizer: bool = False
+    offload_params: bool = False
+
+
+NO_DROPOUT = "dropout must be 0, which is what it is without this key: the two passes must compute the same function"
+FROM_MODEL = "it comes from the config.json in model.path"
+ALWAYS = "megalign sets it itself"
+# What the engine hands to Megatron from our own keys; a second source for one number would let them disagree.
+MEGATRON_OWNED: dict[str, str] = {
+    **dict.fromkeys(("hidden_dropout", "attention_dropout"), NO_DROPOUT),
+    **dict.fromkeys(
+        (
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+            "layernorm_epsilon", "normalization", "gated_linear_unit", "activation_func", "add_bias_linear",
+            "add_qkv_bias", "qk_layernorm", "window_size", "softmax_scale", "rotary_base", "vocab_size",
+            "max_sequence_length", "share_embeddings_and_output_weights",
+        ),
+        FROM_MODEL,
+    ),
+    **dict.fromkeys(
+        (
+            "calculate_per_token_loss", "variable_seq_lengths", "use_distributed_optimizer", "grad_scale_func",
+            "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func", "timers",
+            "use_cpu_initialization", "perform_initialization", "num_moe_experts",
+        ),
+        ALWAYS,
+    ),
+    **dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype"), "set it with run.dtype"),
+    "tensor_model_parallel_size": "set it with parallel.tensor",
+    "pipeline_model_parallel_size": "set it with parallel.pipeline",
+    "virtual_pipeline_model_parallel_size": "set it with parallel.virtual_pipeline",
+    "context_parallel_size": "set it with parallel.context",
+    "expert_model_parallel_size": "set it with parallel.expert",
+    "sequence_parallel": "set it with parallel.sequence",
+    "recompute_granularity": "set it with engine.recompute",
+    "transformer_impl": "set it with engine.layers",
+    "deterministic_mode": "set it with run.deterministic",
+    "moe_aux_loss_coeff": "set it with model.aux_loss_coefficient",
+}  # fmt: skip
+
+
+class EngineConfig(Strict):
+    name: Annotated[Literal["megatron", "deepspeed"], only("megatron")] = "megatron"
+    layers: Literal["auto", "torch", "transformer_engine"] = "auto"
+    recompute: Literal["none", "selective", "full"] = "none"
+    chunk_tokens: PositiveInt | Literal["auto"] = "auto"
+    tp_invariant: Annotated[bool, only(False)] = False
+    head_kernel: Annotated[str, only("torch")] = "torch"
+    zero: ZeroConfig = ZeroConfig()
+    megatron: dict[str, Any] = {}
+    deepspeed_config: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EngineConfig:
+        for key, value in self.megatron.items():
+            if key in MEGATRON_OWNED:
+                raise UserError(f"engine.megatron.{key} is {shorten(value)}: {MEGATRON_OWNED[key]}")
+        if self.zero != ZeroConfig():
+            raise UserError(f"engine.zero is {self.zero!r}: only engine.name deepspeed reads it; leave it out")
+        if self.deepspeed_config:
+            shown = shorten(self.deepspeed_config)
+            raise UserError(f"engine.deepspeed_config is {shown}: only engine.name deepspeed reads it; leave it out")
+        return self
+
+
+class CheckpointConfig(Strict):
+    every: NonNegativeInt = 0
+    keep: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+    async_save: Annotated[bool, only(False)] = Field(default=False, alias="async")
+    resume: Text = "auto"
+    allow: Annotated[list[str], only([])] = []
+
+    @field_validator("resume")
+    @classmethod
+    def _known(cls, resume: str) -> str:
+        if resume in ("auto", "never") or Path(resume).is_dir():
+            return resume
+        raise ValueError("must be auto, never or an existing checkpoint directory")
+
+
+class ExportConfig(Strict):
+    hf_dir: Annotated[Text | None, NoneWord] = None
+    every: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _complete(self) -> ExportConfig:
+        if self.every and self.hf_dir is None:
+            raise UserError(f"export.hf_dir is missing; export.every is {self.every}, so it is required")
+        return self
+
+
+class WatchdogConfig(Strict):
+    timeout_s: PositiveFloat = 600.0
