@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,27 @@ def parse_yaml(text: str) -> Any:
 
 def read_tree(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The file's values with the overrides on top."""
+    tree = _read_file(path)
+    for override in overrides:
+        _apply(tree, override)
+    return tree
+
+
+def hinted_run_dir(path: str, overrides: Sequence[str] = ()) -> str | None:
+    """`run.dir` of a configuration that need not be right otherwise; None where it cannot be told."""
+    try:
+        tree = _read_file(path)
+    except UserError:
+        return None
+    for override in overrides:
+        with contextlib.suppress(UserError):
+            _apply(tree, override)
+    run = tree.get("run")
+    folder = run.get("dir") if isinstance(run, dict) else None
+    return folder if isinstance(folder, str) and folder else None
+
+
+def _read_file(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -61,8 +83,6 @@ def read_tree(path: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds {shorten(tree)}: must be sections such as `run:` and `model:`")
-    for override in overrides:
-        _apply(tree, override)
     return tree
 
 

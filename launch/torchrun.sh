@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Trains on NPROC processes of this machine, after checking configuration and data in one plain process.
+# Run: bash launch/torchrun.sh NPROC CONFIG.yaml [key.sub=value ...]
+# Exits with the job's own code (0 done, 2 bad input, 75 stopped by a signal after saving), which torchrun alone loses.
+set -euo pipefail
+
+if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: launch/torchrun.sh NPROC CONFIG.yaml [key.sub=value ...]" >&2
+    exit 2
+fi
+nproc=$1
+shift
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$root/.venv/bin/python
+[[ -x $python ]] || python=$(command -v python3)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+run_dir=$("$python" -m megalign.preflight --ranks "$nproc" "$@") || exit
+rm -f "$run_dir/status.json" # an earlier run's says nothing of this one
+
+# In the background, so that a signal reaches torchrun at once and its exit code is still waited for.
+"$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" --max-restarts 0 \
+    -m megalign train "$@" &
+job=$!
+trap 'kill -TERM "$job" 2>/dev/null || true' TERM INT
+code=0
+wait "$job" || code=$?
+while kill -0 "$job" 2>/dev/null; do # a trapped signal ends `wait` early
+    code=0
+    wait "$job" || code=$?
+done
+if [[ $code -ne 0 && -f $run_dir/status.json ]]; then
+    told=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$run_dir/status.json")
+    [[ $told -eq 0 ]] || code=$told
+fi
+exit "$code"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets .venv up if need be and runs the tests; arguments go to pytest.
+# Run: bash tests/run.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/setup.sh
+# One thread a process: the distributed tests start several.
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "$@"
