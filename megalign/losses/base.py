@@ -1,19 +1,23 @@
 """What a loss gets, what it gives back, and how one registers itself.
 
-Axes: S sequences, T scored tokens. A loss sees either the whole global batch or whole groups of it; the divisors
-`num_groups` and `num_tokens` are always those of the whole global batch, so shares add up to the step's loss.
+Axes: S sequences, T scored tokens. A loss sees the whole global batch or a part of it: whole groups where it is
+coupled, else any sequences, and for level "token" any of their tokens. The divisors `num_groups`, `num_sequences` and
+`num_tokens` are always those of the whole global batch, so shares add up to the step's loss. What a part cannot know
+of its groups is filled in beforehand by `prepared`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from megalign.data.group import Pairing
-from megalign.schema import Strict, UserError
+from megalign.losses.groups import group_size
+from megalign.schema import Strict, UserError, first_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,14 @@ class Scores:
     old_T: Tensor | None = None
     reference_T: Tensor | None = None
     seq_T: Tensor | None = None
+    group_size_S: Tensor | None = None  # int64, how many sequences its group has in the whole global batch
+    advantage_S: Tensor | None = None  # float64, what the loss's `prepare` made of the whole global batch
+
+    def sizes(self) -> Tensor:
+        """Int64 [S]: sequences in each one's group; counted here where nobody filled it in."""
+        if self.group_size_S is not None:
+            return self.group_size_S
+        return group_size(self.group_S, self.num_groups)
 
     def of_role(self, *roles: str) -> Tensor:
         """Bool [S]: which sequences play one of `roles`."""
@@ -83,25 +95,40 @@ class LossFn(Protocol):
     def __call__(self, scores: Scores, cfg: Any) -> LossOut: ...
 
 
+Prepare = Callable[[Scores, Any], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A registered loss: its configuration class and its pure function."""
+    """A registered loss: its configuration class, its pure function, and what must see whole groups first."""
 
     config: type[LossConfig]
     function: LossFn
+    prepare: Prepare | None = None
 
 
 LOSSES: dict[str, Loss] = {}
 
 
-def loss(config: type[LossConfig]) -> Callable[[LossFn], LossFn]:
-    """Register a pure function under the name its configuration class declares."""
+def loss(config: type[LossConfig], *, prepare: Prepare | None = None) -> Callable[[LossFn], LossFn]:
+    """Register a pure function under the name its configuration class declares.
+
+    prepare: makes advantages [S] of data alone (rewards, old and reference scores, never the policy's), so that the
+    function itself may then be called on any part of a group.
+    """
 
     def register(function: LossFn) -> LossFn:
-        LOSSES[config.model_fields["name"].default] = Loss(config, function)
+        LOSSES[config.model_fields["name"].default] = Loss(config, function, prepare)
         return function
 
     return register
+
+
+def prepared(scores: Scores, cfg: LossConfig) -> Scores:
+    """The whole global batch's scores with group sizes and advantages filled in; `policy_S` may hold anything."""
+    prepare = LOSSES[cfg.name].prepare
+    advantage_S = None if prepare is None else prepare(scores, cfg).detach()
+    return replace(scores, group_size_S=scores.sizes(), advantage_S=advantage_S)
 
 
 def choose_loss(raw: Any) -> LossConfig:
@@ -111,6 +138,11 @@ def choose_loss(raw: Any) -> LossConfig:
     known = ", ".join(sorted(LOSSES))
     if not isinstance(raw, dict) or "name" not in raw:
         raise UserError(f"loss.name is missing; known: {known}")
-    if raw["name"] not in LOSSES:
-        raise UserError(f"loss.name is {raw['name']!r}; known: {known}")
-    return LOSSES[raw["name"]].config.model_validate(raw)
+    name = raw["name"]
+    if not isinstance(name, str) or name not in LOSSES:
+        raise UserError(f"loss.name is {name!r}; known: {known}")
+    config = LOSSES[name].config
+    try:
+        return config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(first_problem(error, model=config, section="loss")) from None

@@ -1,0 +1,48 @@
+"""DPO and its IPO variant. Axes: S sequences, one chosen and one rejected a group."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat
+from torch.nn.functional import logsigmoid
+
+from megalign.data.group import Pairing
+from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
+from megalign.losses.groups import group_sum, implicit_reward_fit
+
+
+class DpoConfig(LossConfig):
+    name: Literal["dpo"] = "dpo"
+    beta: PositiveFloat = 0.1
+    variant: Literal["sigmoid", "ipo"] = "sigmoid"
+
+    def traits(self) -> Traits:
+        return Traits(Pairing("preference"), coupled=True, reference=True)
+
+
+@loss(DpoConfig)
+def dpo(scores: Scores, cfg: DpoConfig) -> LossOut:
+    """Contrast of the chosen with the rejected response, mean over groups.
+
+    Metrics are of the implicit reward, beta times the log-ratio to the reference (for IPO the log-ratio by token):
+    its mean over chosen and rejected, their margin, how often chosen is above, and its fit to known true rewards.
+    """
+    assert scores.reference_S is not None
+    ipo = cfg.variant == "ipo"
+    ratio_S = scores.policy_S - scores.reference_S
+    if ipo:
+        ratio_S = ratio_S / scores.length_S
+    chosen_S, rejected_S = scores.of_role("chosen"), scores.of_role("rejected")
+    signed_S = ratio_S.where(chosen_S, -ratio_S)
+    gap_G = group_sum(signed_S, scores.group_S, scores.num_groups)[chosen_S]
+    loss_G = (gap_G - 1 / (2 * cfg.beta)).square() if ipo else -logsigmoid(cfg.beta * gap_G)
+    implicit_S, margin_G = cfg.beta * ratio_S.detach(), cfg.beta * gap_G.detach()
+    metrics = {
+        "accuracy": (margin_G > 0).double().mean(),
+        "implicit_reward_chosen": implicit_S[chosen_S].mean(),
+        "implicit_reward_rejected": implicit_S[rejected_S].mean(),
+        "implicit_reward_margin": margin_G.mean(),
+        **implicit_reward_fit(implicit_S, scores.reward_S, scores.group_S, scores.num_groups),
+    }
+    return LossOut(loss_G.sum() / scores.num_groups, metrics)
