@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,49 +37,38 @@ class MicroBatch:
         return self.token_T.numel()
 
 
-def pack(
-    sequences: Seq[Sequence], members: Seq[int], *, pad_rows: bool = False, multiple_of: int = 1
-) -> MicroBatch:
+def pack(sequences: Seq[Sequence], members: Seq[int], *, pad_rows: bool = False, multiple_of: int = 1) -> MicroBatch:
     """Lay `sequences[m] for m in members` end to end.
 
     pad_rows: every slot is as long as the longest (packing off). multiple_of: the total is padded up to it
     (sequence parallelism). No members gives a dummy that computes and scores nothing.
     """
     chosen = [sequences[member] for member in members]
-    slot_length = max((len(s) for s in chosen), default=0) if pad_rows else 0
-    tokens: list[int] = []
-    positions: list[int] = []
-    ends = [0]
-    scored: list[int] = []
-    targets: list[int] = []
-    owners: list[int] = []
-    for place, sequence in enumerate(chosen):
-        start, ids = len(tokens), sequence.prompt_ids + sequence.response.ids
-        first = len(sequence.prompt_ids)
-        mask = sequence.response.scored
-        for offset in range(len(sequence.response.ids)):
-            if mask is None or mask[offset]:
-                # The position before a token predicts it: the one shift in the project.
-                scored.append(start + first + offset - 1)
-                targets.append(sequence.response.ids[offset])
-                owners.append(place)
-        length = max(slot_length, len(ids))
-        tokens.extend(ids)
-        tokens.extend([0] * (length - len(ids)))
-        positions.extend(range(length))
-        ends.append(len(tokens))
-    tail = -len(tokens) % multiple_of if tokens else multiple_of
+    longest = max((len(one) for one in chosen), default=0) if pad_rows else 0
+    slots = [max(longest, len(one)) for one in chosen]
+    tail = -sum(slots) % multiple_of if slots else multiple_of
     if tail:
-        tokens.extend([0] * tail)
-        positions.extend(range(tail))
-        ends.append(len(tokens))
+        slots.append(tail)
+    ends = np.cumsum([0, *slots])
+    tokens = np.zeros(ends[-1], dtype=np.int64)
+    scored, owners = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    for place, one in enumerate(chosen):
+        first = ends[place] + len(one.prompt_ids)
+        tokens[ends[place] : first] = one.prompt_ids
+        tokens[first : first + len(one.response.ids)] = one.response.ids
+        mask = one.response.scored
+        kept = np.arange(len(one.response.ids)) if mask is None else np.flatnonzero(mask)
+        scored.append(first + kept)
+        owners.append(np.full(len(kept), place))
+    target = np.concatenate(scored)
     return MicroBatch(
-        token_T=torch.tensor(tokens),
-        position_T=torch.tensor(positions),
-        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
-        scored_N=torch.tensor(scored, dtype=torch.int64),
-        target_N=torch.tensor(targets, dtype=torch.int64),
-        seq_N=torch.tensor(owners, dtype=torch.int64),
+        token_T=torch.from_numpy(tokens),
+        position_T=torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends[:-1], slots)),
+        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+        # The position before a token predicts it: the one shift in the project.
+        scored_N=torch.from_numpy(target - 1),
+        target_N=torch.from_numpy(tokens[target]),
+        seq_N=torch.from_numpy(np.concatenate(owners)),
         members=tuple(members),
-        num_real=sum(len(s) for s in chosen),
+        num_real=sum(len(one) for one in chosen),
     )

@@ -1,0 +1,289 @@
+"""Records as groups, checked before the first step, and the flat sequences that a step trains on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from megalign.data.config import DataConfig, Source
+from megalign.data.group import Group, Pairing
+from megalign.data.group import Sequence as FlatSequence
+from megalign.data.order import Item, Span, step_items
+from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
+from megalign.data.records import BadRecord, RawRecord, check_ids, check_record, check_text, read_raw, refuse
+from megalign.data.tokenize import encode_prompt, encode_record, token_fields
+from megalign.schema import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Report:
+    """What became of the records: how many were read, and how many were skipped for which reason."""
+
+    num_records: int = 0
+    num_kept: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    first_bad: dict[str, str] = field(default_factory=dict)  # one full message for each reason
+
+    def line(self) -> str:
+        """One line for a log."""
+        kept = f"{self.num_kept} of {self.num_records} records kept"
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad.items()))
+        return f"{kept}; skipped: {reasons}" if reasons else kept
+
+
+@dataclass(frozen=True)
+class GroupDataset:
+    """The records that passed, in file order, and how a loss pairs their responses."""
+
+    groups: list[Group]
+    spans: tuple[Span, ...]  # how many of `groups` each source gave
+    pairing: Pairing
+    seed: int
+    max_length: int
+    report: Report
+    weak_pool: WeakPool | None  # of all good records, whatever a filter dropped; None: the loss takes none
+    origins: list[str]  # where each group was read, for messages
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def num_steps(self, epochs: int, groups_per_step: int) -> int:
+        """Steps after which every epoch is through; the last one may reach into the next epoch."""
+        return -(-epochs * sum(span.per_epoch for span in self.spans) // groups_per_step)
+
+    def step_items(self, step: int, *, groups_per_step: int, shuffle: bool) -> list[Item]:
+        """(epoch, index) of the groups of step `step`, from 0."""
+        return step_items(step, self.spans, groups_per_step=groups_per_step, seed=self.seed, shuffle=shuffle)
+
+    def sequences(self, items: Sequence[Item]) -> tuple[list[FlatSequence], int]:
+        """The items' sequences, groups numbered from 0 in the step, and the number of groups."""
+        flat = []
+        for number, (epoch, index) in enumerate(items):
+            group = self.groups[index]
+            picked = own_sequences(group, self.pairing, seed=self.seed, epoch=epoch)
+            if self.weak_pool is not None:
+                weak = self.weak_pool.draw(group, epoch=epoch, num_strong=len(picked) - 1)
+                picked += [("weak", response) for response in weak]
+            scores = group.teacher_scores.values()
+            teacher = sum(scores) / len(scores) if scores else None
+            flat += [
+                FlatSequence(group.record, number, role, group.prompt_ids, response, teacher)
+                for role, response in picked
+            ]
+        return flat, len(items)
+
+    def with_teacher_scores(self, scores: Sequence[Mapping[str, float]]) -> GroupDataset:
+        """The same records with these scores, one mapping for each group, in place of their own."""
+        groups = [replace(group, teacher_scores=dict(one)) for group, one in zip(self.groups, scores, strict=True)]
+        return replace(self, groups=groups)
+
+    def keep_highest(self, share: float) -> GroupDataset:
+        """`filter.teacher_score_keep`: floor(share * records) with the highest mean teacher score, at least one.
+
+        Ties go to what comes first in the file, and the file's order stays.
+        """
+        for group, origin in zip(self.groups, self.origins, strict=True):
+            if not group.teacher_scores:
+                raise UserError(f"{origin}: field teacher_scores is missing; data.filter.teacher_score_keep needs it")
+        means = [sum(one.teacher_scores.values()) / len(one.teacher_scores) for one in self.groups]
+        ranked = sorted(range(len(means)), key=lambda index: -means[index])
+        kept = sorted(ranked[: max(1, math.floor(share * len(means) + 1e-9))])
+        spans = []
+        first = 0
+        for span in self.spans:
+            inside = sum(first <= index < first + span.num_records for index in kept)
+            spans.append(Span(inside, span.weight))
+            first += span.num_records
+        return replace(
+            self,
+            groups=[self.groups[index] for index in kept],
+            origins=[self.origins[index] for index in kept],
+            spans=tuple(spans),
+        )
+
+
+def load_dataset(
+    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, *, pairing: Pairing, seed: int, vocab_size: int
+) -> GroupDataset:
+    """Read, check and tokenise all of `data.path` or `data.sources`.
+
+    Record numbers run over all sources, bad records included; pinned weak negatives count from 0 in their own source.
+    """
+    loader = _Loader(cfg, tokenizer, pairing=pairing, seed=seed, vocab_size=vocab_size)
+    sources = [Source(path=cfg.path)] if cfg.path is not None else cfg.sources or []
+    if not sources:
+        raise UserError("data.path is missing; allowed: a JSONL file, a datasets directory, or data.sources")
+    for place, source in enumerate(sources):
+        name = "data.path" if cfg.path is not None else f"data.sources[{place}].path"
+        loader.add_source(read_raw(source.path, field=name), name=f"{name} ({source.path})", weight=source.weight)
+    return loader.finish()
+
+
+def from_records(
+    records: Iterable[Mapping[str, Any]],
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    pairing: Pairing,
+    seed: int,
+    vocab_size: int,
+    origin: str = "record",
+) -> GroupDataset:
+    """The same for records in memory, such as a round's; messages call them `origin:number`."""
+    loader = _Loader(cfg, tokenizer, pairing=pairing, seed=seed, vocab_size=vocab_size)
+    raw = (RawRecord(f"{origin}:{number}", record) for number, record in enumerate(records))
+    loader.add_source(raw, name=origin, weight=1.0)
+    return loader.finish()
+
+
+def load_prompts(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    vocab_size: int,
+    field: str = "rollout.path",
+) -> list[Group]:
+    """Prompts to sample from: groups without responses. Other fields stay in `raw`, for the reward."""
+    groups = []
+    for number, raw in enumerate(read_raw(path, field=field)):
+        try:
+            record = raw.fields()
+            if "prompt_ids" in record:
+                check_ids("prompt_ids", record["prompt_ids"])
+                prompt_ids = tuple(record["prompt_ids"])
+            else:
+                check_text("prompt", record.get("prompt"), strict=False, is_prompt=True)
+                prompt_ids = encode_prompt(record["prompt"], tokenizer)
+            group = Group(number, prompt_ids, (), raw=record)
+            _check_tokens(group, ["prompt"], max_length=max_length, vocab_size=vocab_size)
+            if len(prompt_ids) > max_length:
+                raise refuse("prompt", len(prompt_ids), f"at most {max_length} tokens", reason="too long")
+        except (BadRecord, UserError) as error:
+            raise UserError(f"{raw.origin}: {error}") from None
+        groups.append(group)
+    if not groups:
+        raise UserError(f"{field} ({path}) holds no records; allowed: one or more")
+    return groups
+
+
+class _Loader:
+    """Collects groups over sources and keeps count of what was refused."""
+
+    def __init__(
+        self,
+        cfg: DataConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        pairing: Pairing,
+        seed: int,
+        vocab_size: int,
+    ) -> None:
+        self.cfg, self.tokenizer, self.pairing = cfg, tokenizer, pairing
+        self.seed, self.vocab_size = seed, vocab_size
+        self.report = Report()
+        self.groups: list[Group] = []
+        self.origins: list[str] = []
+        self.sources: list[tuple[int, int, float]] = []  # first record, number of records, weight
+
+    def add_source(self, raws: Iterable[RawRecord], *, name: str, weight: float) -> None:
+        first = self.report.num_records
+        for raw in raws:
+            number = self.report.num_records
+            self.report.num_records += 1
+            try:
+                self.groups.append(self._group(raw, number, first))
+                self.origins.append(raw.origin)
+            except BadRecord as bad:
+                self._reject(raw.origin, bad)
+            except UserError as error:
+                raise UserError(f"{raw.origin}: {error}") from None
+        if self.report.num_records == first:
+            raise UserError(f"{name} holds no records; allowed: one or more")
+        self.sources.append((first, self.report.num_records - first, weight))
+
+    def finish(self) -> GroupDataset:
+        """Check what needs all records at once."""
+        pool = None
+        kept: Sequence[int] = range(len(self.groups))
+        if self.pairing.kind == "contrast" and self.pairing.weak:
+            pool = WeakPool(self.groups, self.pairing, seed=self.seed, max_length=self.cfg.max_length)
+            kept = [index for index in kept if self._has_negatives(index, pool)]
+        if not kept:
+            reason = next(iter(self.report.first_bad.values()))
+            raise UserError(f"no record is usable; the first problem: {reason}")
+        groups = [self.groups[index] for index in kept]
+        spans = [
+            Span(sum(first <= group.record < first + count for group in groups), weight)
+            for first, count, weight in self.sources
+        ]
+        self.report.num_kept = len(groups)
+        return GroupDataset(
+            groups=groups,
+            spans=tuple(spans),
+            pairing=self.pairing,
+            seed=self.seed,
+            max_length=self.cfg.max_length,
+            report=self.report,
+            weak_pool=pool,
+            origins=[self.origins[index] for index in kept],
+        )
+
+    def _reject(self, origin: str, bad: BadRecord) -> None:
+        message = f"{origin}: {bad}"
+        if self.cfg.on_bad_record == "stop":
+            raise UserError(message) from None
+        self.report.bad[bad.reason] = self.report.bad.get(bad.reason, 0) + 1
+        self.report.first_bad.setdefault(bad.reason, message)
+
+    def _group(self, raw: RawRecord, number: int, first: int) -> Group:
+        cfg, record = self.cfg, raw.fields()
+        name = check_record(record, format=cfg.format, extra_fields=cfg.extra_fields)
+        prompt_ids, responses = encode_record(record, self.tokenizer, format=name, train_on=cfg.train_on)
+        group = Group(
+            record=number,
+            prompt_ids=prompt_ids,
+            responses=responses,
+            paired=name == "preference",
+            teacher_scores=record.get("teacher_scores", {}),
+            weak=tuple((first + record, place) for record, place in record.get("weak", [])),
+            raw=record,
+        )
+        _check_tokens(group, token_fields(record, name), max_length=cfg.max_length, vocab_size=self.vocab_size)
+        check_pairing(group, self.pairing, format=name)
+        return group
+
+    def _has_negatives(self, index: int, pool: WeakPool) -> bool:
+        group = self.groups[index]
+        first, count, _ = next(one for one in reversed(self.sources) if one[0] <= group.record)
+        try:
+            pool.check_pins(group, first_record=first, num_records=count)
+            num_strong = len(own_sequences(group, self.pairing, seed=self.seed, epoch=0)) - 1
+            # num_strong=1 makes the draw return nothing where it would raise: the report wants a bad record.
+            if not num_strong and not pool.draw(group, epoch=0, num_strong=1):
+                raise BadRecord("no negative", f"field responses: {NO_NEGATIVE.format(max_length=self.cfg.max_length)}")
+        except BadRecord as bad:
+            self._reject(self.origins[index], bad)
+            return False
+        return True
+
+
+def _check_tokens(group: Group, fields: Sequence[str], *, max_length: int, vocab_size: int) -> None:
+    """Refuse an empty prompt, ids outside the vocabulary, and what is too long. `fields`: prompt, responses."""
+    if not group.prompt_ids:
+        message = f"field {fields[0]} has no tokens; allowed: at least one, or the first response token has no score"
+        raise BadRecord("empty prompt", message)
+    texts = [group.prompt_ids, *(response.ids for response in group.responses)]
+    for name, ids in zip(fields, texts, strict=True):
+        if max(ids) >= vocab_size:
+            raise refuse(name, max(ids), f"token ids below the model's {vocab_size}", reason="token ids")
+    for name, ids in list(zip(fields, texts, strict=True))[1:]:
+        length = len(group.prompt_ids) + len(ids)
+        if length > max_length:
+            message = f"field {name} is {length} tokens long with its prompt; allowed: data.max_length {max_length}"
+            raise BadRecord("too long", message)

@@ -1,0 +1,71 @@
+"""The endless order of records: which of them the n-th step takes, on every layout alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from megalign.data.pairing import generator
+
+Item = tuple[int, int]  # (epoch, index in the data set)
+
+
+class Span(NamedTuple):
+    """Records of one source; spans lie one after another in the data set."""
+
+    num_records: int
+    weight: float = 1.0
+
+    @property
+    def per_epoch(self) -> int:
+        # The small addition keeps 0.29 * 100 from being 28.
+        return max(1, math.floor(self.weight * self.num_records + 1e-9)) if self.num_records else 0
+
+
+def step_items(step: int, spans: Sequence[Span], *, groups_per_step: int, seed: int, shuffle: bool) -> list[Item]:
+    """What step `step` (from 0) trains on: the next items of the epochs laid end to end.
+
+    A step may straddle epochs; nothing but the step's number is needed to resume.
+    """
+    size = sum(span.per_epoch for span in spans)
+    items: list[Item] = []
+    epoch, begin = divmod(step * groups_per_step, size)
+    while len(items) < groups_per_step:
+        order = epoch_order(epoch, tuple(spans), seed=seed, shuffle=shuffle)
+        items += [(epoch, int(index)) for index in order[begin : begin + groups_per_step - len(items)]]
+        epoch, begin = epoch + 1, 0
+    return items
+
+
+@lru_cache(maxsize=4)
+def epoch_order(epoch: int, spans: tuple[Span, ...], *, seed: int, shuffle: bool) -> np.ndarray:
+    """Indices of one epoch, a function of (seed, epoch).
+
+    A source is itself an endless stream of its permutations, of which each epoch takes the next `per_epoch`:
+    whatever the weight, no record comes a second time before every other one of its source has come.
+    """
+    parts = []
+    first = 0
+    for place, span in enumerate(spans):
+        begin = epoch * span.per_epoch
+        cycles = range(begin // max(1, span.num_records), -(-(begin + span.per_epoch) // max(1, span.num_records)))
+        orders = [_cycle(cycle, span.num_records, seed=seed, source=place, shuffle=shuffle) for cycle in cycles]
+        if orders:
+            skip = begin - cycles.start * span.num_records
+            parts.append(first + np.concatenate(orders)[skip : skip + span.per_epoch])
+        first += span.num_records
+    order = np.concatenate(parts)
+    if shuffle and len(parts) > 1:
+        order = generator("epoch", seed, epoch=epoch, place=0).permutation(order)
+    order.flags.writeable = False  # it is shared by all who ask for this epoch
+    return order
+
+
+def _cycle(cycle: int, num_records: int, *, seed: int, source: int, shuffle: bool) -> np.ndarray:
+    if not shuffle:
+        return np.arange(num_records)
+    return generator("cycle", seed, epoch=cycle, place=source).permutation(num_records)
