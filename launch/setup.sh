@@ -26,7 +26,7 @@ fi
 echo "setup: installing into .venv ($("$python" --version)); this takes a few minutes" >&2
 rm -f "$stamp"
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check)
 # First and by its exact version: only then does pip take the CPU wheel where one is offered.
 "${pip[@]}" "$(grep '^torch==' "$constraints")"
 "${pip[@]}" -c "$constraints" -e '.[dev,rollout]'

@@ -22,10 +22,10 @@ rm -f "$run_dir/status.json" # an earlier run's says nothing of this one
 "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" --max-restarts 0 \
     -m megalign train "$@" &
 job=$!
-trap 'kill -TERM "$job" 2>/dev/null || true' TERM INT
-code=0
-wait "$job" || code=$?
-while kill -0 "$job" 2>/dev/null; do # a trapped signal ends `wait` early
+trap 'signalled=yes; kill -TERM "$job" 2>/dev/null || true' TERM INT
+signalled=yes
+while [[ -n $signalled ]]; do # a trapped signal ends `wait` early, with a code that is not the job's
+    signalled=
     code=0
     wait "$job" || code=$?
 done

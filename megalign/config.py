@@ -129,6 +129,11 @@ def _check_rounds(cfg: JobConfig, rollout: RolloutConfig) -> None:
         raise UserError(f"loss.name is {cfg.loss.name!r}: it does not use rewards; leave the rollout section out")
     if rollout.k < 2:
         raise UserError(f"rollout.k is {rollout.k}: must be at least 2, since loss {cfg.loss.name} compares responses")
+    if rollout.max_new_tokens >= cfg.data.max_length:
+        raise UserError(
+            f"rollout.max_new_tokens is {rollout.max_new_tokens}: must be below data.max_length {cfg.data.max_length}, "
+            "which counts the prompt too"
+        )
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
@@ -148,14 +153,14 @@ def dump_config(cfg: JobConfig) -> str:
 
 
 def total_steps(cfg: JobConfig, num_records: int) -> int:
-    """Optimizer steps of the whole run; epochs are rounded up to whole steps."""
+    """Optimizer steps of the whole run: whole steps that fit into the epochs, and at least one."""
     if cfg.rollout is not None:
         return cfg.rollout.rounds * cfg.rollout.updates_per_round
     if cfg.run.steps is not None:
         return cfg.run.steps
     assert cfg.run.epochs is not None and cfg.data.groups_per_step is not None
-    # Through the decimal as written: 0.1 epochs of 30 records are 3 records, not 3.0000000000000004.
-    return math.ceil(Fraction(str(cfg.run.epochs)) * num_records / cfg.data.groups_per_step)
+    # Through the decimal as written: 0.1 epochs of 30 records are 3 records, and 0.29 of 100 are 29.
+    return max(1, math.floor(Fraction(str(cfg.run.epochs)) * num_records / cfg.data.groups_per_step))
 
 
 def check_layout(cfg: JobConfig, model: ModelConfig, world_size: int) -> None:

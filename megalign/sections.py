@@ -116,7 +116,7 @@ class OptimizerSection(Strict):
     betas: Annotated[tuple[Fraction, Fraction], Pair] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    clip_norm: PositiveFloat = 1.0
+    clip_norm: Annotated[PositiveFloat | None, NoneWord] = 1.0
     schedule: ScheduleConfig = ScheduleConfig()
 
     @model_validator(mode="after")
@@ -168,7 +168,7 @@ MEGATRON_OWNED: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "calculate_per_token_loss", "variable_seq_lengths", "use_distributed_optimizer", "grad_scale_func",
+            "calculate_per_token_loss", "variable_seq_lengths", "grad_scale_func",
             "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func", "timers",
             "use_cpu_initialization", "perform_initialization", "num_moe_experts",
         ),

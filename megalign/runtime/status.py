@@ -1,4 +1,4 @@
-"""How a job ends: the one stderr line for bad input, and `status.json` for those who only see the launcher's exit code."""
+"""How a job ends: one stderr line for bad input, and `status.json` for those who see only a launcher's exit code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_status(run_dir: str | Path, code: int, reason: str, step: int | None) 
 
 
 def guarded(main: Callable[[], int], run_dir_hint: Callable[[], str | None] = lambda: None) -> int:
-    """Run `main` and return its exit code; bad input is one line on stderr, code 2 and, in the hinted directory, a status."""
+    """Run `main` and return its exit code; bad input is one line on stderr, code 2 and a status in the hinted directory."""
     try:
         return main()
     except UserError as error:
