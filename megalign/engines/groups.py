@@ -1,0 +1,55 @@
+"""Megatron's process groups as one plain value; the only file that touches `parallel_state`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """This rank's place on every parallel axis, and the groups to speak to its neighbours in."""
+
+    tensor_rank: int
+    tensor_size: int
+    tensor: dist.ProcessGroup
+    pipeline_rank: int
+    pipeline_size: int
+    pipeline: dist.ProcessGroup
+    data_rank: int
+    data_size: int
+    data: dist.ProcessGroup
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def make_groups(*, tensor: int, pipeline: int, timeout_s: float) -> Groups:
+    """Create the job's groups; data ranks are what is left of the world. Call once on every rank of a job."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        # Minutes, rounded up: Megatron takes nothing finer.
+        distributed_timeout_minutes=max(1, -(-int(timeout_s) // 60)),
+        create_gloo_process_groups=dist.get_backend() != "gloo",
+    )
+    return Groups(
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        data=parallel_state.get_data_parallel_group(),
+    )

@@ -1,0 +1,129 @@
+"""What a Megatron engine's tensors are called, and how they come in, go out and are saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch import Tensor
+
+from megalign.convert import load_shard, megatron_names, unshard
+
+if TYPE_CHECKING:
+    from megalign.engines.megatron import MegatronEngine
+
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def named_parameters(engine: MegatronEngine) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters under names with global layer numbers."""
+    named = {}
+    for name, parameter in engine.stage.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, local, rest = name.split(".", 3)
+            name = f"decoder.layers.{engine.layer_numbers[int(local)]}.{rest}"
+        named[name] = parameter
+    return named
+
+
+def load_hf(engine: MegatronEngine, hf_dir: Path) -> None:
+    """Copy this rank's slices of a Hugging Face checkpoint into its parameters; fails unless every one is filled."""
+    groups, parameters = engine.groups, named_parameters(engine)
+    names = megatron_names(
+        engine.model, layers=engine.layer_numbers, first=groups.first_stage, last=groups.last_stage
+    )
+    if set(names) != set(parameters):
+        raise RuntimeError(f"tables and model disagree on tensor names: {sorted(set(names) ^ set(parameters))}")
+    with torch.no_grad():
+        for name, tensor in load_shard(
+            hf_dir, engine.model, names, tp_rank=groups.tensor_rank, tp_size=groups.tensor_size
+        ):
+            parameters[name].copy_(tensor)
+
+
+def full_tensors(engine: MegatronEngine, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) stage by stage: gathered over tensor ranks, then broadcast to the other stages."""
+    groups = engine.groups
+    mine: dict[str, Any] = named_parameters(engine)
+    listing: list[Any] = [None] * groups.pipeline_size
+    dist.all_gather_object(listing, [(name, parameter.tensor_model_parallel) for name, parameter in mine.items()], group=groups.pipeline)
+    for stage, entries in enumerate(listing):
+        for name, sharded in entries:
+            full: Any = None
+            if stage == groups.pipeline_rank:
+                full = unshard(name, _tensor_parts(engine, mine[name], kind, sharded=sharded), engine.model)
+            yield name, _from_stage(engine, stage, full)
+
+
+def _tensor_parts(
+    engine: MegatronEngine, parameter: torch.nn.Parameter, kind: str, *, sharded: bool
+) -> list[Tensor]:
+    if kind == "grad":
+        local: Tensor = _whole_gradient(engine, parameter)
+    else:
+        local = parameter.detach()
+    if not sharded or engine.groups.tensor_size == 1:
+        return [local]
+    parts = [torch.empty_like(local) for _ in range(engine.groups.tensor_size)]
+    dist.all_gather(parts, local.contiguous(), group=engine.groups.tensor)
+    return parts
+
+
+def _whole_gradient(engine: MegatronEngine, parameter: torch.nn.Parameter) -> Tensor:
+    """The reduced gradient of a parameter; under ZeRO-1 each data rank holds only its range of it."""
+    gradient: Tensor = parameter.main_grad.detach().clone()  # type: ignore[attr-defined]
+    ranges = [part._get_model_param_range_map(parameter) for part in engine.optimizer.chained_optimizers
+              if hasattr(part, "_get_model_param_range_map") and parameter in part.model_param_gbuf_map]
+    if engine.groups.data_size > 1:
+        flat, owned = gradient.view(-1), torch.zeros_like(gradient).view(-1)
+        for found in ranges:
+            owned[found["param"].start : found["param"].end] = flat[found["param"].start : found["param"].end]
+        dist.all_reduce(owned, group=engine.groups.data)
+        gradient = owned.view_as(gradient)
+    return gradient
+
+
+def _from_stage(engine: MegatronEngine, stage: int, full: Tensor | None) -> Tensor:
+    """Bring a stage's tensor to all stages."""
+    groups = engine.groups
+    if groups.pipeline_size == 1:
+        assert full is not None
+        return full
+    source = dist.get_global_rank(groups.pipeline, stage)
+    described: list[Any] = [(tuple(full.shape), full.dtype) if full is not None else None]
+    dist.broadcast_object_list(described, src=source, group=groups.pipeline)
+    if full is None:
+        shape, dtype = described[0]
+        full = torch.empty(shape, dtype=dtype, device=engine.options.device)
+    full = full.contiguous()
+    dist.broadcast(full, src=source, group=groups.pipeline)
+    return full
+
+
+def save(engine: MegatronEngine, folder: Path, extra: dict[str, Any]) -> None:
+    """Write weights, optimizer state and plain values as a `torch_dist` checkpoint, independent of the layout."""
+    dist_checkpointing.save(_sharded_state(engine, loading=False) | {"extra": extra}, str(folder))
+
+
+def load(engine: MegatronEngine, folder: Path) -> dict[str, Any]:
+    """Load a checkpoint of ours into weights and optimizer; the plain values saved with it."""
+    if engine.adamw is not None and engine.optimizer is None:
+        engine._after_load()
+    state = dist_checkpointing.load(_sharded_state(engine, loading=True), str(folder))
+    engine.stage.load_state_dict(state["model"])
+    if engine.optimizer is not None:
+        engine.optimizer.load_state_dict(state["optimizer"])
+    extra: dict[str, Any] = state.get("extra", {})
+    return extra
+
+
+def _sharded_state(engine: MegatronEngine, *, loading: bool) -> dict[str, Any]:
+    model_state = engine.stage.sharded_state_dict(metadata=METADATA)
+    state: dict[str, Any] = {"model": model_state}
+    if engine.optimizer is not None:
+        state["optimizer"] = engine.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=METADATA)
+    return state

@@ -1,0 +1,116 @@
+"""Lets Megatron-Core run where there is no CUDA: the one place that knows which of its calls assume a GPU.
+
+Megatron's own modules get a stand-in for the name `torch` whose factory functions put CUDA tensors on the CPU and whose
+`cuda` namespace is inert; `torch` itself stays as it is for everybody else. Never used where CUDA is available.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "as_tensor")
+
+
+def install() -> None:
+    """Point every loaded `megatron.core` module at the CPU stand-in; call again after importing more of them."""
+    if torch.cuda.is_available():
+        return
+    stand_in = _torch_without_cuda()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = stand_in  # type: ignore[attr-defined]
+    _patch_tensor_methods()
+    _patch_rng_tracker()
+
+
+@functools.cache
+def _torch_without_cuda() -> ModuleType:
+    stand_in = ModuleType("torch")
+    stand_in.__dict__.update(torch.__dict__)
+    stand_in.__getattr__ = lambda name: getattr(torch, name)  # type: ignore[method-assign]
+    for name in FACTORIES:
+        stand_in.__dict__[name] = _on_cpu(getattr(torch, name))
+    stand_in.cuda = _inert_cuda()  # type: ignore[attr-defined]
+    return stand_in
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if isinstance(device, int) or str(device).startswith("cuda"):
+            kwargs["device"] = torch.device("cpu")
+        return factory(*args, **kwargs)
+
+    return make
+
+
+class _Inert:
+    """A stream or event that does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@contextlib.contextmanager
+def _no_stream(stream: Any) -> Iterator[None]:
+    yield
+
+
+def _inert_cuda() -> ModuleType:
+    cuda = ModuleType("torch.cuda")
+    cuda.__dict__.update(torch.cuda.__dict__)
+    cuda.__getattr__ = lambda name: getattr(torch.cuda, name)  # type: ignore[method-assign]
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    cuda.__dict__.update(
+        current_device=lambda: torch.device("cpu"),
+        synchronize=nothing,
+        set_device=nothing,
+        empty_cache=nothing,
+        manual_seed=nothing,
+        Stream=_Inert,
+        Event=_Inert,
+        current_stream=_Inert,
+        default_stream=_Inert,
+        stream=_no_stream,
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=nothing,
+    )
+    return cuda
+
+
+def _patch_tensor_methods() -> None:
+    """`Tensor.cuda()` is the tensor itself, and `Tensor.type()` answers as Megatron's optimizers compare it."""
+    if getattr(torch.Tensor.cuda, "megalign_shim", False):
+        return
+    plain_type = torch.Tensor.type
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+    def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain_type(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    cuda.megalign_shim = True  # type: ignore[attr-defined]
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+    torch.Tensor.type = type_as_on_cuda  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+
+
+def _patch_rng_tracker() -> None:
+    """The tracker forks CUDA generator states; dropout is 0 here, so a fork has nothing to protect."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
