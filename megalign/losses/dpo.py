@@ -1,10 +1,11 @@
-"""DPO and its IPO variant. Axes: S sequences, one chosen and one rejected a group."""
+"""DPO and its IPO variant. Axes: S sequences, one chosen and one rejected a group; G groups with sequences here."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from pydantic import PositiveFloat
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from megalign.data.group import Pairing
@@ -25,19 +26,21 @@ class DpoConfig(LossConfig):
 def dpo(scores: Scores, cfg: DpoConfig) -> LossOut:
     """Contrast of the chosen with the rejected response, mean over groups.
 
-    Metrics are of the implicit reward, beta times the log-ratio to the reference (for IPO the log-ratio by token):
+    Metrics are of the implicit reward, beta times the log-ratio to the reference (summed over tokens, for IPO too):
     its mean over chosen and rejected, their margin, how often chosen is above, and its fit to known true rewards.
     """
     assert scores.reference_S is not None
     ipo = cfg.variant == "ipo"
     ratio_S = scores.policy_S - scores.reference_S
-    if ipo:
-        ratio_S = ratio_S / scores.length_S
     chosen_S, rejected_S = scores.of_role("chosen"), scores.of_role("rejected")
-    signed_S = ratio_S.where(chosen_S, -ratio_S)
-    gap_G = group_sum(signed_S, scores.group_S, scores.num_groups)[chosen_S]
+
+    def contrast(value_S: Tensor) -> Tensor:
+        return group_sum(value_S.where(chosen_S, -value_S), scores.group_S, scores.num_groups)[chosen_S]
+
+    gap_G = contrast(ratio_S / scores.length_S if ipo else ratio_S)
     loss_G = (gap_G - 1 / (2 * cfg.beta)).square() if ipo else -logsigmoid(cfg.beta * gap_G)
-    implicit_S, margin_G = cfg.beta * ratio_S.detach(), cfg.beta * gap_G.detach()
+    implicit_S = cfg.beta * ratio_S.detach()
+    margin_G = contrast(implicit_S)
     metrics = {
         "accuracy": (margin_G > 0).double().mean(),
         "implicit_reward_chosen": implicit_S[chosen_S].mean(),

@@ -36,7 +36,8 @@ def test_ipo_compares_by_token():
     scores = make_scores(policy=[-2, -9], reference=[-6, -3], length=[4, 3], group=[0, 0], role=["chosen", "rejected"])
     out = dpo(scores, DpoConfig(variant="ipo"))
     assert out.loss.item() == pytest.approx(4)
-    assert out.metrics["implicit_reward_margin"].item() == pytest.approx(0.3)
+    # implicit rewards are sums: 0.1 * (4 - -6)
+    assert out.metrics["implicit_reward_margin"].item() == pytest.approx(1)
     # 2 * -2 / 4 and its opposite over 3
     assert torch.autograd.grad(out.loss, scores.policy_S)[0].tolist() == pytest.approx([-1, 4 / 3])
 

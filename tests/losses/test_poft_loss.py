@@ -28,7 +28,11 @@ def test_known_preference():
     assert out.loss.item() == pytest.approx(-math.log(3 / 4))
     assert out.metrics["tau_mean"].item() == pytest.approx(1 / 4)
     # beta 2 and margin log 3: 2 log 3 - log 3 inside
-    assert poft(scores, PoftConfig(beta=2.0, gamma=math.log(3))).loss.item() == pytest.approx(-math.log(3 / 4))
+    scaled = poft(scores, PoftConfig(beta=2.0, gamma=math.log(3)))
+    assert scaled.loss.item() == pytest.approx(-math.log(3 / 4))
+    assert scaled.metrics["tau_mean"].item() == pytest.approx(2 / 4)
+    # the weight on the gradient of minus the mean log-prob by token, -1 / 3
+    assert torch.autograd.grad(scaled.loss, scores.policy_S)[0].item() == pytest.approx(-2 / 4 / 3)
 
 
 def test_gradient_is_tau_times_that_of_the_token_mean_cross_entropy():
