@@ -28,7 +28,7 @@ def write_status(run_dir: str | Path, code: int, reason: str, step: int | None) 
 
 
 def guarded(main: Callable[[], int], run_dir_hint: Callable[[], str | None] = lambda: None) -> int:
-    """Run `main` and return its exit code; bad input is one line on stderr, code 2 and a status in the hinted directory."""
+    """`main`'s exit code; bad input is one line on stderr, code 2 and a status in the hinted directory."""
     try:
         return main()
     except UserError as error:

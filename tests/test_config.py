@@ -1,0 +1,386 @@
+"""Configurations: defaults, overrides, and the one line that each wrong one gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megalign.config import JobConfig, check_layout, dump_config, load_config, total_steps
+from megalign.config_file import hinted_run_dir, parse_yaml
+from megalign.convert.model_config import ModelConfig
+from megalign.runtime.status import guarded, write_status
+from megalign.schema import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SMALLEST = """
+run: {dir: runs/a, steps: 7}
+model: {path: runs/model}
+data: {path: data.jsonl, max_length: 128, groups_per_step: 8, tokens_per_micro_batch: 512}
+loss: {name: gvpo}
+optimizer: {lr: 1e-6}
+"""
+ROUNDS = """
+run: {dir: runs/a}
+model: {path: runs/model}
+data: {max_length: 128, tokens_per_micro_batch: 512}
+loss: {name: gvpo}
+rollout:
+  {path: p.jsonl, rounds: 5, prompts_per_round: 12, k: 4, max_new_tokens: 16, updates_per_round: 3, reward: exact_match}
+optimizer: {lr: 1e-6}
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    """Load SMALLEST, or the text given, with overrides."""
+
+    def load(*overrides: str, text: str = SMALLEST) -> JobConfig:
+        path = tmp_path / "job.yaml"
+        path.write_text(text)
+        return load_config(str(path), overrides)
+
+    return load
+
+
+def test_defaults(load):
+    # The table of section 8 of the design, key by key.
+    assert yaml.safe_load(dump_config(load())) == {
+        "run": {
+            "dir": "runs/a",
+            "seed": 0,
+            "steps": 7,
+            "epochs": None,
+            "dtype": "bf16",
+            "max_minutes": None,
+            "max_bad_steps": 0,
+            "max_pass_gap": "auto",
+            "dump_steps": [],
+            "deterministic": False,
+        },
+        "model": {"path": "runs/model", "aux_loss_coefficient": 0},
+        "data": {
+            "path": "data.jsonl",
+            "sources": None,
+            "format": "auto",
+            "max_length": 128,
+            "groups_per_step": 8,
+            "tokens_per_micro_batch": 512,
+            "packing": True,
+            "shuffle": True,
+            "on_bad_record": "stop",
+            "extra_fields": "error",
+            "train_on": "last_assistant",
+            "filter": None,
+        },
+        "eval": {"path": None, "every": 0},
+        "loss": {"name": "gvpo", "beta": 0.1},
+        "reference": {"source": "initial", "cache_dir": None},
+        "teachers": [],
+        "rollout": None,
+        "optimizer": {
+            "lr": 1e-6,
+            "betas": [0.9, 0.95],
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+            "schedule": {"name": "constant", "warmup_steps": 0, "min_lr": 0.0},
+        },
+        "parallel": {
+            "tensor": 1,
+            "pipeline": 1,
+            "virtual_pipeline": 1,
+            "context": 1,
+            "expert": 1,
+            "sequence": False,
+        },
+        "lora": None,
+        "engine": {
+            "name": "megatron",
+            "layers": "auto",
+            "recompute": "none",
+            "chunk_tokens": "auto",
+            "tp_invariant": False,
+            "head_kernel": "torch",
+            "zero": {"stage": 2, "offload_optimizer": False, "offload_params": False},
+            "megatron": {},
+            "deepspeed_config": {},
+        },
+        "checkpoint": {"every": 0, "keep": 2, "keep_every": 0, "async": False, "resume": "auto", "allow": []},
+        "export": {"hf_dir": None, "every": 0},
+        "watchdog": {"timeout_s": 600},
+        "trackers": [],
+    }
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_every_shipped_configuration_loads(name: str, tmp_path: Path):
+    cfg = load_config(str(ROOT / "configs" / name), [])
+    assert cfg.loss.name == name.split("_")[0].removesuffix(".yaml")
+    copy = tmp_path / "config.yaml"
+    copy.write_text(dump_config(cfg))
+    assert load_config(str(copy), []) == cfg
+
+
+def test_dump_keeps_the_loss_fields_and_reference_that_were_resolved(load, tmp_path: Path):
+    cfg = load("loss={name: grpo, variant: dapo, beta: 0.01}", "run.dump_steps=[1, 3]", "optimizer.clip_norm=none")
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(cfg))
+    again = load_config(str(copy), [])
+    assert again == cfg
+    assert again.loss.model_dump()["clip_high"] == 0.28
+    assert again.optimizer.clip_norm is None
+
+
+def test_overrides_are_yaml_and_make_sections(load):
+    cfg = load(
+        "optimizer.lr=3e-4",
+        "optimizer.schedule.name=cosine",
+        "parallel.tensor=2",
+        "run.steps=null",
+        "run.epochs=0.5",
+        "loss.beta=0.25",
+        "engine.megatron.overlap_grad_reduce=true",
+        "checkpoint.resume=never",
+        "export.hf_dir=none",
+        "run.dir=runs/b=c",
+    )
+    assert (cfg.optimizer.lr, cfg.optimizer.schedule.name, cfg.parallel.tensor) == (3e-4, "cosine", 2)
+    assert (cfg.run.steps, cfg.run.epochs, cfg.run.dir) == (None, 0.5, "runs/b=c")
+    assert cfg.loss.model_dump() == {"name": "gvpo", "beta": 0.25}
+    assert cfg.engine.megatron == {"overlap_grad_reduce": True}
+    assert cfg.export.hf_dir is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-6", 1e-6), ("-2E3", -2000.0), ("1.5e4", 15000.0), ("12", 12), ("e6", "e6"), ("1e", "1e"), ("v1e6", "v1e6")],
+)
+def test_floats_without_a_dot(text: str, value: object):
+    parsed = parse_yaml(text)
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "source"),
+    [
+        ("{name: dpo}", "initial"),
+        ("{name: epa}", "initial"),
+        ("{name: gvpo}", "initial"),
+        ("{name: grpo}", "none"),
+        ("{name: grpo, beta: 0.04}", "initial"),
+        ("{name: rloo}", "initial"),
+        ("{name: rloo, beta: 0.0}", "none"),
+        ("{name: sft}", "none"),
+        ("{name: poft}", "none"),
+    ],
+)
+def test_reference_follows_the_loss(load, loss: str, source: str):
+    assert load(f"loss={loss}").reference.source == source
+
+
+def test_reference_may_be_a_checkpoint_directory(load, tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    assert load(f"reference.source={tmp_path}").reference.source == str(tmp_path)
+
+
+def test_rounds_give_steps_and_groups(load):
+    cfg = load(text=ROUNDS)
+    assert cfg.data.groups_per_step == 4  # 12 prompts / 3 updates
+    assert total_steps(cfg, 0) == 15  # 5 rounds x 3 updates
+    assert load("data.groups_per_step=6", "rollout.updates_per_round=5", text=ROUNDS).data.groups_per_step == 6
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_records", "steps"),
+    [("1", 16, 2), ("2", 20, 5), ("0.5", 32, 2), ("1", 15, 1), ("1", 3, 1), ("0.29", 800, 29)],
+)
+def test_epochs_as_steps_of_eight_groups(load, epochs: str, num_records: int, steps: int):
+    # 0.29 x 800 = 232 = 29 x 8, but 0.29 * 800 in binary is 231.99999999999997.
+    assert total_steps(load("run.steps=null", f"run.epochs={epochs}"), num_records) == steps
+
+
+BAD = [
+    # override, then what the line must hold: the field, the value and what is allowed
+    ("run.sed=1", "run.sed is not a known key; did you mean seed?; known: deterministic, dir,"),
+    ("optimizer.schedule.warmup=1", "optimizer.schedule.warmup is not a known key; did you mean warmup_steps?"),
+    ("trainer.lr=1", "trainer is not a known key", "known: checkpoint, data, engine"),
+    ("loss.bta=1", "loss.bta is not a known key; did you mean beta?"),
+    ("loss.name=ppo", "loss.name is 'ppo'", "known: dpo, epa, grpo, gvpo, poft, rloo, sft"),
+    ("loss.beta=-1.0", "loss.beta is -1.0", "greater than 0"),
+    ("loss=gvpo", "loss", "known: dpo, epa"),
+    ("run.seed=abc", "run.seed is 'abc'", "valid integer"),
+    ("run.seed=1.5", "run.seed is 1.5", "valid integer"),
+    ("run.steps=0", "run.steps is 0", "greater than 0"),
+    ("run.steps=true", "run.steps is True", "valid integer"),
+    ("run.steps=null", "run.steps is missing", "run.epochs"),
+    ("run.epochs=2", "run.epochs is 2.0", "run.steps is 7"),
+    ("run.dtype=fp16", "run.dtype is 'fp16'", "must be 'bf16' or 'fp32'"),
+    ("run.max_pass_gap=big", "run.max_pass_gap is 'big'", "must be a valid number or 'auto'"),
+    ("run.dump_steps=[1, 0]", "run.dump_steps.1 is 0", "greater than 0"),
+    ("run=3", "run is 3", "must be a section with keys dir, seed"),
+    ("run.seed.x=3", "override 'run.seed.x=3'", "run.seed is 1, which has no keys"),
+    ("run.dir=", "run.dir is None", "valid string"),
+    ("data.max_length=null", "data.max_length is None", "valid integer"),
+    ("data.path=null", "data.path is missing", "data.sources"),
+    ("data.groups_per_step=null", "data.groups_per_step is missing", "required without a rollout"),
+    ("data=null", "data is None", "must be a section with keys path, sources"),
+    ("model.aux_loss_coefficient=0.01", "model.aux_loss_coefficient is 0.01", "supports only 0"),
+    ("optimizer.lr=-1e-6", "optimizer.lr is -1e-06", "greater than or equal to 0"),
+    ("optimizer.lr=.nan", "optimizer.lr is nan", "finite"),
+    ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1 is 1.0", "less than 1"),
+    ("optimizer.betas=[0.9]", "optimizer.betas", "required"),
+    ("optimizer.schedule.min_lr=1e-3", "optimizer.schedule.min_lr is 0.001", "at most optimizer.lr 1e-06"),
+    ("parallel.tensor=0", "parallel.tensor is 0", "greater than 0"),
+    ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline is 2", "supports only 1"),
+    ("parallel.context=2", "parallel.context is 2", "supports only 1"),
+    ("parallel.expert=2", "parallel.expert is 2", "supports only 1"),
+    ("parallel.sequence=true", "parallel.sequence is true", "parallel.tensor must be at least 2"),
+    ("lora={rank: 8}", "lora is {'rank': 8}", "supports only null"),
+    ("engine.name=deepspeed", "engine.name is 'deepspeed'", 'supports only "megatron"'),
+    ("engine.name=fsdp", "engine.name is 'fsdp'", "must be 'megatron' or 'deepspeed'"),
+    ("engine.tp_invariant=true", "engine.tp_invariant is True", "supports only false"),
+    ("engine.head_kernel=triton", "engine.head_kernel is 'triton'", 'supports only "torch"'),
+    ("engine.zero.stage=3", "engine.zero", "stage=3", "only engine.name deepspeed reads it"),
+    ("engine.deepspeed_config.a=1", "engine.deepspeed_config is {'a': 1}", "only engine.name deepspeed reads it"),
+    ("engine.megatron.hidden_dropout=0.1", "engine.megatron.hidden_dropout is 0.1", "dropout must be 0"),
+    ("engine.megatron.num_layers=4", "engine.megatron.num_layers is 4", "config.json in model.path"),
+    ("engine.megatron.context_parallel_size=2", "context_parallel_size is 2", "set it with parallel.context"),
+    ("checkpoint.async=true", "checkpoint.async is True", "supports only false"),
+    ("checkpoint.allow=[x]", "checkpoint.allow is ['x']", "supports only []"),
+    ("checkpoint.resume=ckpt/none", "checkpoint.resume is 'ckpt/none'", "auto, never or an existing"),
+    ("reference.source=none", "reference.source is 'none'", "must be initial, round_start or"),
+    ("reference.source=intial", "reference.source is 'intial'", "must be initial, none, round_start or an existing"),
+    ("reference.cache_dir=c", "reference.cache_dir is 'c'", "supports only null"),
+    ("teachers=[{name: a, path: b}]", "teachers has 1", "losses that do: poft"),
+    ("teachers=[{name: a}]", "teachers.0.path is missing"),
+    ("eval.every=5", "eval.path is missing", "eval.every is 5"),
+    ("export.every=5", "export.hf_dir is missing", "export.every is 5"),
+    ("trackers=[mlflow]", "trackers.0 is 'mlflow'", "must be 'tensorboard' or 'wandb'"),
+    ("watchdog.timeout_s=0", "watchdog.timeout_s is 0", "greater than 0"),
+    ("run.seed", "override 'run.seed'", "must look like key.sub=value"),
+    ("run..seed=1", "override 'run..seed=1'", "must look like key.sub=value"),
+    ("run.dump_steps=[1", "override 'run.dump_steps=[1'", "not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("override", "parts"), [(bad[0], bad[1:]) for bad in BAD], ids=[bad[0] for bad in BAD])
+def test_bad_value_is_one_line(load, override: str, parts: tuple[str, ...]):
+    with pytest.raises(UserError) as raised:
+        load(override, text=SMALLEST.replace("steps: 7", "steps: 7, seed: 1"))
+    message = str(raised.value)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == [], message
+    assert "job.yaml: " in message or message.startswith("override ")
+
+
+BAD_ROUNDS = [
+    ("data.path=a.jsonl", "data.path is 'a.jsonl'", "left out with a rollout section"),
+    ("data.sources=[{path: a}]", "data.sources is", "left out with a rollout section"),
+    ("run.steps=3", "run.steps is 3", "rollout.rounds x rollout.updates_per_round"),
+    ("run.epochs=1", "run.epochs is 1", "rollout.rounds x rollout.updates_per_round"),
+    ("rollout.updates_per_round=5", "rollout.updates_per_round is 5", "must divide rollout.prompts_per_round 12"),
+    ("rollout.k=1", "rollout.k is 1", "at least 2"),
+    ("rollout.temperature=0", "rollout.temperature is 0", "greater than 0"),
+    ("rollout.max_new_tokens=128", "rollout.max_new_tokens is 128", "below data.max_length 128"),
+    ("rollout.reward=null", "rollout.reward is None", "valid string"),
+    ("rollout={path: p}", "rollout.rounds is missing"),
+    ("loss={name: sft}", "loss.name is 'sft'", "does not use rewards"),
+]
+
+
+@pytest.mark.parametrize(("override", "parts"), [(bad[0], bad[1:]) for bad in BAD_ROUNDS])
+def test_bad_rounds(load, override: str, parts: tuple[str, ...]):
+    with pytest.raises(UserError) as raised:
+        load(override, text=ROUNDS)
+    assert [part for part in parts if part not in str(raised.value)] == [], str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "holds None"),
+        ("- run", "holds ['run']"),
+        ("run: {dir: a}\nmodel: {path: b}\nrun: {dir: c}\n", "line 3: key run is given twice, first in line 1"),
+        ("run: {dir: a, dir: b}", "line 1: key dir is given twice"),
+        ("run: [", "line 1: not valid YAML"),
+        ("1: 2", "line 1: key is 1"),
+        ("run: !!python/object/apply:os.getpid []", "line 1: not valid YAML"),
+        ("run: {dir: a}", "model is missing; it is required"),
+    ],
+)
+def test_bad_files(load, text: str, expected: str):
+    with pytest.raises(UserError, match="job.yaml: ") as raised:
+        load(text=text)
+    assert expected in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_file_that_is_not_there(tmp_path: Path):
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read \(No such file or directory\)"):
+        load_config(str(tmp_path / "none.yaml"), [])
+
+
+MODEL = ModelConfig(
+    family="llama",
+    num_layers=6,
+    hidden_size=48,
+    ffn_size=96,
+    num_heads=12,
+    num_kv_heads=4,
+    head_dim=4,
+    vocab_size=300,  # padded to 384
+    max_positions=64,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "ranks"), [(1, 1, 1), (2, 1, 2), (4, 3, 12), (2, 2, 8), (1, 6, 6)])
+def test_layouts_that_fit(load, tensor: int, pipeline: int, ranks: int):
+    check_layout(load(f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"), MODEL, ranks)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "ranks", "parts"),
+    [
+        (2, 1, 3, ("2 x 1 x 1 = 2", "ranks 3", "one of 1, 3")),
+        (4, 1, 2, ("parallel.tensor", "ranks 2", "one of 1, 2")),
+        (2, 2, 6, ("2 x 2 x 1 = 4", "one of 1, 2, 3, 6")),
+        (3, 1, 3, ("parallel.tensor is 3", "key-value heads 4", "fit this model: 1, 2, 4")),
+        (8, 1, 8, ("parallel.tensor is 8", "attention heads 12", "fit this model: 1, 2, 4")),
+        (1, 4, 4, ("parallel.pipeline is 4", "layers 6", "fit this model: 1, 2, 3, 6")),
+    ],
+)
+def test_layouts_that_do_not(load, tensor: int, pipeline: int, ranks: int, parts: tuple[str, ...]):
+    with pytest.raises(UserError) as raised:
+        check_layout(load(f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"), MODEL, ranks)
+    assert [part for part in parts if part not in str(raised.value)] == [], str(raised.value)
+
+
+def test_border_writes_one_line_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def refuse() -> int:
+        raise UserError("job.yaml: run.seed is 'a':\nmust be a number")
+
+    run_dir = tmp_path / "run"
+    assert guarded(refuse, lambda: str(run_dir)) == 2
+    line = "job.yaml: run.seed is 'a': must be a number"
+    assert capsys.readouterr().err == f"megalign: error: {line}\n"
+    assert [path.name for path in run_dir.iterdir()] == ["status.json"]
+    assert json.loads((run_dir / "status.json").read_text()) == {"code": 2, "reason": line, "step": None}
+    write_status(run_dir, 75, "SIGTERM", 12)
+    assert json.loads((run_dir / "status.json").read_text()) == {"code": 75, "reason": "SIGTERM", "step": 12}
+    assert guarded(lambda: 0) == 0
+
+
+def test_run_dir_is_known_even_where_the_rest_is_wrong(tmp_path: Path):
+    path = tmp_path / "job.yaml"
+    path.write_text("run: {dir: runs/a, sed: 1}\n")
+    assert hinted_run_dir(str(path)) == "runs/a"
+    assert hinted_run_dir(str(path), ["nonsense", "run.dir=runs/b"]) == "runs/b"
+    path.write_text("model: {path: x}\n")
+    assert hinted_run_dir(str(path)) is None
+    path.write_text("run: [\n")
+    assert hinted_run_dir(str(path)) is None
