@@ -1,1 +1,21 @@
 """Hugging Face checkpoints to Megatron shards and back, one table a family."""
+
+from megalign.convert.hf_config import read_model_config
+from megalign.convert.model_config import ModelConfig, RopeScaling
+from megalign.convert.naming import hf_state, megatron_names, to_hf, unshard
+from megalign.convert.reader import audit, load_shard, resolve_model
+from megalign.convert.writer import HFWriter
+
+__all__ = [
+    "HFWriter",
+    "ModelConfig",
+    "RopeScaling",
+    "audit",
+    "hf_state",
+    "load_shard",
+    "megatron_names",
+    "read_model_config",
+    "resolve_model",
+    "to_hf",
+    "unshard",
+]

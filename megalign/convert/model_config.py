@@ -36,12 +36,13 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    sliding_window: int | None = None
+    sliding_window: int | None = None  # a token sees itself and the `sliding_window - 1` before it, in every layer
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and head as Megatron holds them: a multiple of 128, whatever the layout.
 
-        Independence of the tensor-parallel size keeps checkpoints and numbers free of it; 128 admits every power of two up to 128.
+        Independence of the tensor-parallel size keeps checkpoints and numbers free of it; 128 admits every power of two
+        up to 128.
         """
         return -(-self.vocab_size // 128) * 128

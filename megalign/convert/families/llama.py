@@ -1,0 +1,26 @@
+"""Llama 1 to 3.x, and everything else saved under its architecture."""
+
+from megalign.convert.rules import (
+    ATTENTION,
+    FIRST,
+    LAST,
+    MLP,
+    MLP_BIAS,
+    NORMS,
+    OUT_BIAS,
+    QKV_BIAS,
+    ROTARY_BUFFER,
+    Family,
+    register,
+)
+
+LLAMA = register(
+    Family(
+        name="llama",
+        architecture="LlamaForCausalLM",
+        rules=FIRST + NORMS + ATTENTION + QKV_BIAS + OUT_BIAS + MLP + MLP_BIAS + LAST,
+        switches={"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+        defaults={"max_position_embeddings": 2048},
+        ignorable=(ROTARY_BUFFER,),
+    )
+)

@@ -1,0 +1,57 @@
+"""Which parameters a part of the model has, and their way back from Megatron's names and shards to Hugging Face's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import megalign.convert.families  # noqa: F401  (registers them)
+from megalign.convert.model_config import ModelConfig
+from megalign.convert.rules import FAMILIES, find_rule
+
+
+def megatron_names(cfg: ModelConfig, *, layers: Iterable[int], first: bool, last: bool) -> list[str]:
+    """Parameter names, with global layer numbers, of a stage that holds `layers`, the embedding if `first`, the head if
+    `last`. A tied head is listed where its stage has no embedding to share."""
+    templates = [rule.megatron for rule in FAMILIES[cfg.family].rules if rule.when(cfg)]
+    names = ["embedding.word_embeddings.weight"] if first else []
+    for layer in layers:
+        names += [template.format(i=layer) for template in templates if "{i}" in template]
+    if last:
+        names.append("decoder.final_layernorm.weight")
+        names += [] if cfg.tied and first else ["output_layer.weight"]
+    return names
+
+
+def unshard(name: str, parts: Sequence[Tensor], cfg: ModelConfig) -> Tensor:
+    """The whole Megatron tensor, without the vocabulary's padding, from all tensor-parallel parts in order of rank."""
+    rule, _ = find_rule(name, cfg)
+    if rule.tp_dim is None:
+        return parts[0]
+    by_part = [rule.layout.split(part, cfg) for part in parts]
+    wholes = []
+    for place, piece in enumerate(rule.pieces):
+        whole = torch.cat([pieces[place] for pieces in by_part], dim=rule.tp_dim)
+        wholes.append(whole[: cfg.vocab_size] if piece.axes[0] == "vocab" else whole)
+    return rule.layout.join(wholes, cfg)
+
+
+def to_hf(name: str, full: Tensor, cfg: ModelConfig) -> list[tuple[str, Tensor]]:
+    """The Hugging Face tensors of a whole Megatron tensor (what `unshard` gives); none for the copy a tied head is."""
+    rule, layer = find_rule(name, cfg)
+    if rule.copy:
+        return []
+    named = []
+    for piece, tensor in zip(rule.pieces, rule.layout.split(full, cfg), strict=True):
+        if tuple(tensor.shape) != piece.shape(cfg):
+            raise ValueError(f"{name} gives {piece.name} of shape {tuple(tensor.shape)}, not {piece.shape(cfg)}")
+        named.append((piece.name.format(i=layer), tensor))
+    return named
+
+
+def hf_state(cfg: ModelConfig, named_full: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """A stream of whole Megatron tensors as a stream of Hugging Face ones."""
+    for name, full in named_full:
+        yield from to_hf(name, full, cfg)

@@ -1,0 +1,217 @@
+"""How tensors of a Hugging Face checkpoint become Megatron's and back: one rule, read in both directions.
+
+A rule joins whole Hugging Face tensors ("pieces") into one Megatron tensor. Tensor parallelism cuts every piece into
+equal contiguous parts along the rule's `tp_dim` first and joins afterwards, so one rule serves every size: Megatron's
+interleaving of query, key and value, or of gate and up rows, is the same on a part as on the whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megalign.convert.config_file import ConfigFile
+from megalign.convert.model_config import ModelConfig
+
+Axis = Literal["vocab", "hidden", "ffn", "query", "key_value", "head_dim"]
+
+
+def axis_size(axis: Axis, cfg: ModelConfig) -> int:
+    return {
+        "vocab": cfg.vocab_size,
+        "hidden": cfg.hidden_size,
+        "ffn": cfg.ffn_size,
+        "query": cfg.num_heads * cfg.head_dim,
+        "key_value": cfg.num_kv_heads * cfg.head_dim,
+        "head_dim": cfg.head_dim,
+    }[axis]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One Hugging Face tensor and what its dimensions run over."""
+
+    name: str
+    axes: tuple[Axis, ...]
+
+    def shape(self, cfg: ModelConfig) -> tuple[int, ...]:
+        return tuple(axis_size(axis, cfg) for axis in self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How Megatron lays a rule's pieces into one tensor; `split` undoes `join`, on parts as on wholes."""
+
+    join: Callable[[Sequence[Tensor], ModelConfig], Tensor]
+    split: Callable[[Tensor, ModelConfig], Sequence[Tensor]]
+
+
+def _join_qkv(pieces: Sequence[Tensor], cfg: ModelConfig) -> Tensor:
+    """[query rows, ...], [key rows, ...], [value rows, ...] -> by key-value group: its queries, its key, its value."""
+    num_groups = pieces[1].shape[0] // cfg.head_dim
+    grouped = [piece.reshape(num_groups, -1, *piece.shape[1:]) for piece in pieces]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def _split_qkv(tensor: Tensor, cfg: ModelConfig) -> Sequence[Tensor]:
+    rows = [cfg.num_heads // cfg.num_kv_heads * cfg.head_dim, cfg.head_dim, cfg.head_dim]
+    grouped = tensor.reshape(-1, sum(rows), *tensor.shape[1:])
+    return [piece.flatten(0, 1) for piece in grouped.split(rows, dim=1)]
+
+
+WHOLE = Layout(join=lambda pieces, cfg: pieces[0], split=lambda tensor, cfg: [tensor])
+STACK2 = Layout(join=lambda pieces, cfg: torch.cat(list(pieces)), split=lambda tensor, cfg: tensor.chunk(2))
+QKV = Layout(join=_join_qkv, split=_split_qkv)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A Megatron parameter and the Hugging Face tensors it is joined from; `{i}` is the layer."""
+
+    megatron: str
+    pieces: tuple[Piece, ...]
+    tp_dim: int | None = None
+    layout: Layout = WHOLE
+    when: Callable[[ModelConfig], bool] = lambda cfg: True
+    copy: bool = False  # a second home of tensors that another rule owns: read, never written
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One Hugging Face architecture: its tensors, and where its config.json deviates from the common fields."""
+
+    name: str  # model_type
+    architecture: str
+    rules: tuple[Rule, ...]
+    switches: Mapping[str, str | bool]  # ModelConfig flag -> the config.json flag it follows, or a constant
+    defaults: Mapping[str, Any]  # transformers' own, for fields a config.json leaves out
+    window: Callable[[ConfigFile], int | None] = lambda config: None
+    ignorable: tuple[str, ...] = ()  # regular expressions: stored by some writers, computed by every reader
+    by_name: Mapping[str, tuple[Rule, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        index: dict[str, tuple[Rule, ...]] = {}
+        for rule in self.rules:
+            index[rule.megatron] = (*index.get(rule.megatron, ()), rule)
+        object.__setattr__(self, "by_name", index)
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    FAMILIES[family.name] = family
+    return family
+
+
+def find_rule(name: str, cfg: ModelConfig) -> tuple[Rule, int]:
+    """The rule of a Megatron parameter and its layer (0 for those outside layers)."""
+    match = re.match(r"decoder\.layers\.(\d+)\.", name)
+    layer = int(match[1]) if match else 0
+    template = name.replace(match[0], "decoder.layers.{i}.") if match else name
+    for rule in FAMILIES[cfg.family].by_name.get(template, ()):
+        if rule.when(cfg) and layer < cfg.num_layers:
+            return rule, layer
+    raise ValueError(f"{name} is not a parameter of this {cfg.family} model")
+
+
+def window_by_layer(config: ConfigFile) -> int | None:
+    """Qwen's switch: a window on the layers from `max_window_layers` on, or as `layer_types` lists them."""
+    if not config.flag("use_sliding_window") or config.value("sliding_window") is None:
+        return None
+    num_layers, first = config.whole("num_hidden_layers"), config.value("max_window_layers")
+    kinds = config.value("layer_types")
+    if kinds is None:
+        kinds = ["full_attention" if layer < first else "sliding_attention" for layer in range(num_layers)]
+    if set(kinds) == {"full_attention"}:
+        return None
+    if set(kinds) != {"sliding_attention"}:
+        config.refuse("use_sliding_window", "only all layers or none may slide, this checkpoint mixes them")
+    return config.whole("sliding_window")
+
+
+LAYER, HF = "decoder.layers.{i}", "model.layers.{i}"
+EMBED = Piece("model.embed_tokens.weight", ("vocab", "hidden"))
+FIRST = (Rule("embedding.word_embeddings.weight", (EMBED,), tp_dim=0),)
+LAST = (
+    Rule("decoder.final_layernorm.weight", (Piece("model.norm.weight", ("hidden",)),)),
+    Rule(
+        "output_layer.weight",
+        (Piece("lm_head.weight", ("vocab", "hidden")),),
+        tp_dim=0,
+        when=lambda cfg: not cfg.tied,
+    ),
+    Rule("output_layer.weight", (EMBED,), tp_dim=0, when=attrgetter("tied"), copy=True),
+)
+
+
+def _rows(kind: str, names: Mapping[str, Axis]) -> tuple[Piece, ...]:
+    axes: tuple[Axis, ...] = ("hidden",) if kind == "weight" else ()
+    return tuple(Piece(f"{HF}.{name}.{kind}", (axis, *axes)) for name, axis in names.items())
+
+
+_QKV_ROWS: Mapping[str, Axis] = {
+    "self_attn.q_proj": "query",
+    "self_attn.k_proj": "key_value",
+    "self_attn.v_proj": "key_value",
+}
+_FC1_ROWS: Mapping[str, Axis] = {"mlp.gate_proj": "ffn", "mlp.up_proj": "ffn"}
+
+NORMS = (
+    Rule(f"{LAYER}.input_layernorm.weight", (Piece(f"{HF}.input_layernorm.weight", ("hidden",)),)),
+    Rule(f"{LAYER}.pre_mlp_layernorm.weight", (Piece(f"{HF}.post_attention_layernorm.weight", ("hidden",)),)),
+)
+ATTENTION = (
+    Rule(f"{LAYER}.self_attention.linear_qkv.weight", _rows("weight", _QKV_ROWS), tp_dim=0, layout=QKV),
+    Rule(
+        f"{LAYER}.self_attention.linear_proj.weight",
+        (Piece(f"{HF}.self_attn.o_proj.weight", ("hidden", "query")),),
+        tp_dim=1,
+    ),
+)
+QKV_BIAS = (
+    Rule(
+        f"{LAYER}.self_attention.linear_qkv.bias",
+        _rows("bias", _QKV_ROWS),
+        tp_dim=0,
+        layout=QKV,
+        when=attrgetter("qkv_bias"),
+    ),
+)
+# Bias of a row-parallel layer is added after the reduction: whole on every rank.
+OUT_BIAS = (
+    Rule(
+        f"{LAYER}.self_attention.linear_proj.bias",
+        (Piece(f"{HF}.self_attn.o_proj.bias", ("hidden",)),),
+        when=attrgetter("out_bias"),
+    ),
+)
+QK_NORM = (
+    Rule(f"{LAYER}.self_attention.q_layernorm.weight", (Piece(f"{HF}.self_attn.q_norm.weight", ("head_dim",)),)),
+    Rule(f"{LAYER}.self_attention.k_layernorm.weight", (Piece(f"{HF}.self_attn.k_norm.weight", ("head_dim",)),)),
+)
+MLP = (
+    Rule(f"{LAYER}.mlp.linear_fc1.weight", _rows("weight", _FC1_ROWS), tp_dim=0, layout=STACK2),
+    Rule(f"{LAYER}.mlp.linear_fc2.weight", (Piece(f"{HF}.mlp.down_proj.weight", ("hidden", "ffn")),), tp_dim=1),
+)
+MLP_BIAS = (
+    Rule(
+        f"{LAYER}.mlp.linear_fc1.bias",
+        _rows("bias", _FC1_ROWS),
+        tp_dim=0,
+        layout=STACK2,
+        when=attrgetter("mlp_bias"),
+    ),
+    Rule(
+        f"{LAYER}.mlp.linear_fc2.bias",
+        (Piece(f"{HF}.mlp.down_proj.bias", ("hidden",)),),
+        when=attrgetter("mlp_bias"),
+    ),
+)
+ROTARY_BUFFER = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"

@@ -1,0 +1,187 @@
+"""Writing a Hugging Face checkpoint tensor by tensor, visible under its name only once it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalign.convert.config_file import read_json
+from megalign.convert.hf_config import read_model_config
+from megalign.convert.reader import INDEX, SINGLE, TOKENIZER_FILES, audit
+from megalign.schema import UserError
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+class HFWriter:
+    """Streams tensors into the checkpoint `folder`, with the configuration and tokenizer of `source`.
+
+    Everything goes to a hidden directory beside `folder`, which takes its name in `close`, after the result passed the
+    audit that reading makes; an exception inside `with` leaves nothing. At most one shard is held in memory.
+    An existing `folder` must be empty or, with `overwrite`, hold a checkpoint (config.json and weights) other than
+    `source`.
+    `dtype` None writes tensors as they come.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        source: Path,
+        dtype: torch.dtype | None,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder, self.source = Path(folder).absolute(), Path(source)
+        _check_target(self.folder, self.source, overwrite=overwrite)
+        read_json(self.source / "config.json")
+        self.dtype, self.max_shard_bytes, self.overwrite = dtype, max_shard_bytes, overwrite
+        self.partial = self.folder.with_name(f".{self.folder.name}.partial-{os.getpid()}")
+        self.shard: dict[str, Tensor] = {}
+        self.shard_bytes = 0
+        self.shards: list[list[str]] = []
+        self.total_bytes, self.total_numbers = 0, 0
+        self.dtypes: set[torch.dtype] = set()
+        try:
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.mkdir()
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written: {error.strerror}") from None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; its value is copied, so it may change afterwards."""
+        if name in self.shard or any(name in names for names in self.shards):
+            raise ValueError(f"{name} was added twice")
+        copy = torch.empty(tensor.shape, dtype=self.dtype or tensor.dtype).copy_(tensor.detach())
+        if self.shard and self.shard_bytes + copy.nbytes > self.max_shard_bytes:
+            self._flush()
+        self.shard[name] = copy
+        self.shard_bytes += copy.nbytes
+        self.total_bytes += copy.nbytes
+        self.total_numbers += copy.numel()
+        self.dtypes.add(copy.dtype)
+
+    def close(self) -> None:
+        """Finish, check and publish the checkpoint."""
+        try:
+            self._flush()
+            self._name_shards()
+            self._copy_companions()
+            self._write_config()
+            try:
+                audit(self.partial, read_model_config(self.partial))
+            except UserError as error:
+                raise RuntimeError(f"the export to {self.folder} is not a whole checkpoint: {error}") from error
+            self._publish()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Remove what was written; the target stays as it was."""
+        self.shard = {}
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def __enter__(self) -> HFWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def _flush(self) -> None:
+        if self.shard:
+            path = self.partial / f"{len(self.shards)}.safetensors"
+            save_file(self.shard, path, metadata={"format": "pt"})
+            _sync(path)
+            self.shards.append(list(self.shard))
+            self.shard, self.shard_bytes = {}, 0
+
+    def _name_shards(self) -> None:
+        """Final names need the number of shards, which only the end knows."""
+        count = len(self.shards)
+        weight_map = {}
+        for place, names in enumerate(self.shards):
+            file = SINGLE if count == 1 else f"model-{place + 1:05}-of-{count:05}.safetensors"
+            (self.partial / f"{place}.safetensors").rename(self.partial / file)
+            weight_map.update(dict.fromkeys(names, file))
+        if count > 1:
+            metadata = {"total_parameters": self.total_numbers, "total_size": self.total_bytes}
+            index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+            _write_bytes(self.partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+    def _copy_companions(self) -> None:
+        for pattern in ("generation_config.json", *TOKENIZER_FILES):
+            for path in sorted(self.source.glob(pattern)):
+                copy = self.partial / path.relative_to(self.source)
+                copy.parent.mkdir(exist_ok=True)
+                _write_bytes(copy, path.read_bytes())
+
+    def _write_config(self) -> None:
+        """The source's bytes, unless the weights are of another dtype than it says."""
+        path = self.source / "config.json"
+        config = read_json(path)
+        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+        written = str(next(iter(self.dtypes))).removeprefix("torch.") if len(self.dtypes) == 1 else config.get(key)
+        if config.get(key) == written:
+            _write_bytes(self.partial / "config.json", path.read_bytes())
+        else:
+            text = json.dumps({**config, key: written}, indent=2, ensure_ascii=False) + "\n"
+            _write_bytes(self.partial / "config.json", text.encode())
+
+    def _publish(self) -> None:
+        _check_target(self.folder, self.source, overwrite=self.overwrite)  # it may have come up since
+        _sync(self.partial)
+        replaced = self.folder.with_name(f".{self.folder.name}.replaced-{os.getpid()}")
+        replaces = self.folder.exists()
+        if replaces:
+            self.folder.rename(replaced)
+        try:
+            self.partial.rename(self.folder)
+        except OSError:
+            if replaces:
+                replaced.rename(self.folder)
+            raise
+        _sync(self.folder.parent)
+        if replaces:
+            shutil.rmtree(replaced)
+
+
+def _check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise UserError(f"{folder} exists and is not a directory; needed: a new or empty directory")
+    if folder.resolve() == source.resolve():
+        raise UserError(f"{folder} is the model the export starts from; needed: another directory")
+    if not any(folder.iterdir()):
+        return
+    is_checkpoint = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    if not (overwrite and is_checkpoint):
+        allowed = "a new or empty directory" + (", or one that holds a checkpoint" if overwrite else "")
+        raise UserError(f"{folder} exists and is not empty; needed: {allowed}")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """What is renamed into place must be on the disk before its name is."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,132 @@
+"""config.json is read as transformers reads it, and refused where the model would differ."""
+
+import json
+
+import pytest
+import transformers
+from tiny_checkpoints import CASES, LLAMA3_ROPE, SIZES
+
+from megalign.convert import RopeScaling, read_model_config
+from megalign.schema import UserError
+
+MINIMAL = {
+    "hidden_size": 512,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 64,
+    "vocab_size": 131,
+}
+ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+def read(folder, **fields):
+    (folder / "config.json").write_text(json.dumps(fields))
+    return read_model_config(folder)
+
+
+def llama(**changes):
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SIZES, **changes}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_absent_fields_have_the_defaults_of_transformers(tmp_path, model_type):
+    cfg = read(tmp_path, architectures=[f"{ARCHITECTURES[model_type]}ForCausalLM"], model_type=model_type, **MINIMAL)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert cfg.num_kv_heads == theirs.num_key_value_heads
+    assert cfg.head_dim == getattr(theirs, "head_dim", 8)
+    assert cfg.max_positions == theirs.max_position_embeddings
+    assert cfg.norm_eps == theirs.rms_norm_eps
+    assert cfg.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert cfg.rope_scaling is None and theirs.rope_parameters["rope_type"] == "default"
+    assert cfg.tied == theirs.tie_word_embeddings
+    assert cfg.sliding_window == getattr(theirs, "sliding_window", None)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_transformers_saved(checkpoints, case):
+    cfg = read_model_config(checkpoints(case))
+    model_type, _, tied, fields = CASES[case]
+    assert (cfg.family, cfg.tied) == (model_type, tied)
+    assert (cfg.num_layers, cfg.hidden_size, cfg.ffn_size, cfg.num_heads, cfg.num_kv_heads) == (2, 24, 40, 6, 2)
+    assert (cfg.vocab_size, cfg.padded_vocab_size, cfg.max_positions) == (131, 256, 64)
+    assert cfg.head_dim == fields.get("head_dim", 4)
+    assert cfg.sliding_window == fields.get("sliding_window")
+    assert cfg.qk_norm == (model_type == "qwen3")
+    assert cfg.qkv_bias == (model_type == "qwen2" or fields.get("attention_bias", False))
+    assert cfg.out_bias == fields.get("attention_bias", False)
+    assert cfg.mlp_bias == fields.get("mlp_bias", False)
+    assert cfg.rope_theta == (500000.0 if "rope_parameters" in fields else 5000.0)
+    assert cfg.rope_scaling == (RopeScaling(8.0, 1.0, 4.0, 32) if "rope_parameters" in fields else None)
+
+
+def test_rope_of_older_checkpoints(tmp_path):
+    scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+    old = {**llama(rope_theta=500000.0, rope_scaling=scaling)}
+    del old["rope_parameters"]
+    assert read(tmp_path, **old) == read(tmp_path, **llama(rope_parameters=LLAMA3_ROPE))
+    del scaling["original_max_position_embeddings"]
+    assert read(tmp_path, **old).rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
+    assert read(tmp_path, **{**old, "rope_scaling": None}).rope_scaling is None
+    assert read(tmp_path, **{**old, "rope_scaling": {"type": "default"}}).rope_theta == 500000.0
+
+
+def test_windows_of_qwen(tmp_path):
+    def window(**fields):
+        return read(tmp_path, architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SIZES, **fields).sliding_window
+
+    assert window(use_sliding_window=False, sliding_window=8) is None
+    assert window(use_sliding_window=True, sliding_window=8, max_window_layers=0) == 8
+    assert window(use_sliding_window=True, sliding_window=8, max_window_layers=2) is None
+    assert window(use_sliding_window=True, sliding_window=None, max_window_layers=0) is None
+    assert window(use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2) == 8
+    with pytest.raises(UserError, match="use_sliding_window is True; only all layers or none may slide"):
+        window(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+
+
+REFUSED = {
+    "architectures is ['GemmaForCausalLM']; known: Llama": {"architectures": ["GemmaForCausalLM"]},
+    "architectures is ['LlamaForSequenceClassification']; known": {"architectures": ["LlamaForSequenceClassification"]},
+    "model_type is 'gpt2'; known: llama, mistral, qwen2, qwen3": {"architectures": None, "model_type": "gpt2"},
+    "model_type is 'mistral'; LlamaForCausalLM has 'llama'": {"model_type": "mistral"},
+    "hidden_act is 'gelu'; allowed: silu": {"hidden_act": "gelu"},
+    "attention_dropout is 0.1; allowed: 0": {"attention_dropout": 0.1},
+    "quantization_config is {'bits': 4}; quantised": {"quantization_config": {"bits": 4}},
+    "rope_parameters.rope_type is 'yarn'; allowed: default, llama3": {"rope_parameters": {"rope_type": "yarn"}},
+    "rope_scaling.type is 'linear'; allowed: default, llama3": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "rope_parameters.factor is missing; a number": {"rope_parameters": {"rope_type": "llama3"}},
+    "rope_parameters.high_freq_factor is 1.0; it must be above": {
+        "rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}
+    },
+    "partial_rotary_factor is 0.5; allowed: 1.0": {"partial_rotary_factor": 0.5},
+    "rope_parameters is {'full_attention': {'rope_theta': 1.0}}; parameters by layer": {
+        "rope_parameters": {"full_attention": {"rope_theta": 1.0}}
+    },
+    "rope_parameters is 'big'; allowed: an object": {"rope_parameters": "big"},
+    "num_key_value_heads is 4; it must divide num_attention_heads, 6": {"num_key_value_heads": 4},
+    "num_attention_heads is 7; it must divide hidden_size, 24": {"num_attention_heads": 7, "num_key_value_heads": 7},
+    "head_dim is 5; rotary positions need an even one": {"head_dim": 5},
+    "hidden_size is 24.0; allowed: a whole number >= 1": {"hidden_size": 24.0},
+    "vocab_size is -1; allowed: a whole number >= 1": {"vocab_size": -1},
+    "num_hidden_layers is missing": {"num_hidden_layers": None},
+    "rms_norm_eps is True; allowed: a number > 0": {"rms_norm_eps": True},
+    "tie_word_embeddings is 'no'; allowed: true, false": {"tie_word_embeddings": "no"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refusals(tmp_path, message):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, **llama(**REFUSED[message]))
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(UserError, match="config.json is missing"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is not readable JSON"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config.json holds list; a JSON object is needed"):
+        read_model_config(tmp_path)
