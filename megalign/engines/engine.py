@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megalign.ops.linear_logp import linear_logp, weighted_logp
@@ -72,6 +73,7 @@ class Engine(Protocol):
     """Weights, optimizer and process groups; every method is called by all ranks alike."""
 
     cut: MicroBatchShape
+    device: torch.device
 
     def forward(self, batches: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
         """(log-probs, lse) of each micro-batch without gradient; empty where this rank has no head."""

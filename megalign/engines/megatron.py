@@ -21,7 +21,7 @@ from megalign.data.batch import MicroBatch
 from megalign.engines import megatron_state
 from megalign.engines.engine import Head, MicroBatchShape, Objective
 from megalign.engines.groups import Groups
-from megalign.models.gpt import PolicyModel, build_stage, transformer_config
+from megalign.models.gpt import build_stage, transformer_config
 from megalign.ops.vocab import VocabShard
 from megalign.runtime import cpu_shims
 
@@ -63,6 +63,7 @@ class MegatronEngine:
         cpu_shims.install()
         model_parallel_cuda_manual_seed(seed)
         self.model, self.groups, self.options, self.adamw = model, groups, options, adamw
+        self.device = options.device
         self.cut = MicroBatchShape(
             groups.data_rank, groups.data_size, groups.tensor_size if options.sequence_parallel else 1
         )
@@ -244,7 +245,3 @@ def _with_count(loss: Tensor, payload: Any) -> tuple[Tensor, Tensor, Any]:
     """Megatron's three-value form; the count is unused, because the divisor is already inside the loss."""
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), payload
 
-
-def stage_of(engine: MegatronEngine) -> PolicyModel:
-    """The bare stage, for checks that look at parameters."""
-    return engine.stage

@@ -77,6 +77,7 @@ class Traits:
     pairing: Pairing
     level: Literal["sequence", "token"] = "sequence"
     coupled: bool = False  # a sequence's coefficient depends on other sequences' scores
+    linear: bool = False  # the loss is linear in the policy's log-probs: its coefficients are constants
     reference: bool = False
     old: bool = False
     teachers: bool = False

@@ -12,7 +12,7 @@ class SftConfig(LossConfig):
     name: Literal["sft"] = "sft"
 
     def traits(self) -> Traits:
-        return Traits(Pairing("single"), level="token")
+        return Traits(Pairing("single"), level="token", linear=True)
 
 
 @loss(SftConfig)

@@ -1,0 +1,382 @@
+"""One exact step over any engine: sequences are cut into micro-batches, scored, and pulled on by their coefficients.
+
+Axes: S sequences of the global batch, N scored tokens of a micro-batch. The gradient of any loss of sequence or token
+log-probs is sum(coefficient x grad log-prob), so a step needs the coefficients before, or while, it runs backward:
+
+- two_pass: pass 1 scores everything, the loss gives the coefficients of the whole global batch, pass 2 runs backward.
+- known_scores: the weights have not changed since a scoring pass, so pass 1 is already there.
+- single_pass: each micro-batch's coefficients depend on nothing outside it (nothing is coupled, or whole groups fit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megalign.data.batch import MicroBatch, pack
+from megalign.data.group import Sequence as FlatSequence
+from megalign.data.plan import plan, units_for
+from megalign.engines.engine import Engine, Head
+from megalign.losses.base import LOSSES, LossConfig, Scores, prepared
+from megalign.ops.segments import segment_sum
+
+PassMode = Literal["two_pass", "single_pass", "known_scores"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A sequence's score under some weights: float64 sum over scored tokens; by token, fp32 on the CPU, where kept."""
+
+    total: float
+    logp_N: Tensor | None = None
+    lse_N: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """A step's global batch, the same on every rank, with what is known of it before the step."""
+
+    sequences: Sequence[FlatSequence]
+    num_groups: int
+    reference: Sequence[Scored] | None = None
+    old: Sequence[Scored] | None = None
+    current: Sequence[Scored] | None = None  # under the weights as they are, log-probs and lse by token
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How a global batch is cut into micro-batches."""
+
+    budget: int  # token positions of a micro-batch
+    packing: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did, the same on every rank. The gradient itself is in the engine."""
+
+    loss: float
+    metrics: Mapping[str, float]
+    policy_S: Tensor  # float64 sums before the update
+    coefficient_S: Tensor  # float64 dL/ds; for token-level losses the mean over the response's tokens
+    pass_mode: PassMode
+    pass_gap: float | None
+    padding_fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Micro-batches of one rank, and what the whole job computes."""
+
+    batches: list[MicroBatch]
+    whole_groups: bool
+    padding_fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Payload:
+    """What the last stage keeps of a micro-batch after its backward."""
+
+    total_S: Tensor  # of its members
+    coefficient_S: Tensor
+    share: tuple[float, ...]
+    gap: float
+
+
+# (place, detached log-probs) -> (coefficient of each token, dL/ds of each member, shares of the loss and its metrics)
+_Coefficients = Callable[[int, Tensor], tuple[Tensor, Tensor, tuple[float, ...]]]
+
+
+def cut_batch(engine: Engine, sequences: Sequence[FlatSequence], *, coupled: bool, cutting: Cutting) -> Cut:
+    """This rank's micro-batches; groups stay whole where the loss couples them and every one of them fits."""
+    lengths = [len(sequence) for sequence in sequences]
+    pad_rows = not cutting.packing
+    units: Sequence[Sequence[int]] | None = None
+    if coupled:
+        group_of = [sequence.group for sequence in sequences]
+        units = units_for(group_of, lengths, budget=cutting.budget, pad_rows=pad_rows)
+    whole = units is not None
+    shape = engine.cut
+    ranks = plan(
+        lengths,
+        units if units is not None else [(place,) for place in range(len(sequences))],
+        num_ranks=shape.data_size,
+        budget=cutting.budget,
+        pad_rows=pad_rows,
+    )
+    positions = 0
+    for members in (one for rank in ranks for one in rank):
+        sizes = [lengths[place] for place in members]
+        needed = len(sizes) * max(sizes) if pad_rows and sizes else sum(sizes)
+        positions += -(-max(needed, 1) // shape.multiple_of) * shape.multiple_of
+    batches = [
+        pack(sequences, members, pad_rows=pad_rows, multiple_of=shape.multiple_of)
+        for members in ranks[shape.data_rank]
+    ]
+    return Cut(batches, whole, 1 - sum(lengths) / positions)
+
+
+def score(
+    engine: Engine, sequences: Sequence[FlatSequence], *, coupled: bool, cutting: Cutting, by_token: bool
+) -> list[Scored]:
+    """Every sequence's score under the engine's weights, on every rank; no gradient."""
+    cut = cut_batch(engine, sequences, coupled=coupled, cutting=cutting)
+    outputs = engine.forward(cut.batches)
+    sizes = [sequence.num_scored for sequence in sequences]
+    starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    total_S = torch.zeros(len(sequences), dtype=torch.float64)
+    token_2T = torch.zeros((2, starts[-1]) if by_token else (2, 0))
+    for batch, (logp_N, lse_N) in zip(cut.batches, outputs, strict=False):
+        logp_N, lse_N = logp_N.cpu(), lse_N.cpu()
+        total_S[list(batch.members)] = segment_sum(logp_N, batch.seq_N, len(batch.members))
+        first = 0
+        for place in batch.members if by_token else ():
+            last = first + sizes[place]
+            token_2T[:, starts[place] : starts[place + 1]] = torch.stack((logp_N[first:last], lse_N[first:last]))
+            first = last
+    total_S = engine.sum_over_data(total_S)
+    if not by_token:
+        return [Scored(total) for total in total_S.tolist()]
+    token_2T = engine.sum_over_data(token_2T)
+    return [
+        Scored(total, token_2T[0, start:end], token_2T[1, start:end])
+        for total, start, end in zip(total_S.tolist(), starts[:-1], starts[1:], strict=True)
+    ]
+
+
+def accumulate(
+    engine: Engine, batch: StepBatch, loss: LossConfig, *, cutting: Cutting, mode: PassMode | None = None
+) -> StepResult:
+    """Put the exact gradient of the global batch's loss into the engine; `mode` is for tests, else the cheapest exact one.
+
+    Raises ValueError for a mode that is not exact here.
+    """
+    traits = loss.traits()
+    cut = cut_batch(engine, batch.sequences, coupled=traits.coupled, cutting=cutting)
+    mode = mode or _cheapest(batch, coupled=traits.coupled and not cut.whole_groups)
+    scores = prepared(_scores(batch, loss), loss)
+    known = _known(engine, cut, batch, mode)
+    coefficients = _coefficient_function(engine, batch, cut, loss, scores, known)
+    linear = traits.linear
+
+    def objective(place: int, head: Head) -> tuple[Tensor, _Payload]:
+        micro = cut.batches[place]
+        if known is None and not linear:
+            logp_N, _ = head.logp()
+            coefficient_N, coefficient_S, share = coefficients(place, logp_N.detach())
+            value = (coefficient_N * logp_N).sum()
+            gap = 0.0
+        else:
+            given, lse_N = (None, None) if known is None else known[place]
+            guess = torch.zeros(len(micro.target_N), device=head.target_N.device) if given is None else given
+            coefficient_N, coefficient_S, share = coefficients(place, guess)
+            value, logp_N = head.weighted(coefficient_N, lse_N)
+            owned_N, _ = head.shard.localize(head.target_N)
+            gap = 0.0 if given is None else float((logp_N - given).abs().where(owned_N, 0.0).max()) if len(given) else 0.0
+            if given is not None:
+                logp_N = given
+            else:  # linear: the share at zero log-probs is not the loss
+                share = (float(value.detach()), *share[1:])
+        seq_N = micro.seq_N.to(logp_N.device)
+        total_S = segment_sum(logp_N.detach(), seq_N, len(micro.members)).cpu()
+        return value, _Payload(total_S, coefficient_S, share, gap)
+
+    payloads = engine.backward(cut.batches, objective)
+    return _result(engine, batch, cut, loss, scores, payloads, mode)
+
+
+def evaluate(engine: Engine, batch: StepBatch, loss: LossConfig, *, cutting: Cutting) -> StepResult:
+    """Loss and metrics of a global batch under the engine's weights; nothing is accumulated."""
+    coupled, token_level = loss.traits().coupled, loss.traits().level == "token"
+    current = score(engine, batch.sequences, coupled=coupled, cutting=cutting, by_token=token_level)
+    scores = prepared(_scores(batch, loss), loss)
+    total_S = torch.tensor([one.total for one in current], dtype=torch.float64)
+    tokens = _cat(current) if token_level else None
+    scores = _with_tokens(replace(scores, policy_S=total_S), batch, range(len(current)), tokens)
+    out = LOSSES[loss.name].function(scores, loss)
+    metrics = {name: float(value) for name, value in out.metrics.items()}
+    padding = cut_batch(engine, batch.sequences, coupled=coupled, cutting=cutting).padding_fraction
+    return StepResult(float(out.loss), metrics, total_S, torch.zeros_like(total_S), "two_pass", None, padding)
+
+
+def _cheapest(batch: StepBatch, *, coupled: bool) -> PassMode:
+    if batch.current is not None:
+        return "known_scores"
+    return "two_pass" if coupled else "single_pass"
+
+
+def _known(engine: Engine, cut: Cut, batch: StepBatch, mode: PassMode) -> list[tuple[Tensor, Tensor]] | None:
+    """(log-probs, lse) [N] of each of this rank's micro-batches where the mode has them before backward."""
+    if mode == "single_pass":
+        return None
+    if mode == "two_pass":
+        return engine.forward(cut.batches)
+    if batch.current is None:
+        raise ValueError("known_scores needs scores under the present weights")
+    current = batch.current
+    empty = torch.zeros(0)
+    return [
+        (
+            torch.cat([empty, *(_need(current[place].logp_N) for place in micro.members)]).to(engine.device),
+            torch.cat([empty, *(_need(current[place].lse_N) for place in micro.members)]).to(engine.device),
+        )
+        for micro in cut.batches
+    ]
+
+
+def _scores(batch: StepBatch, loss: LossConfig) -> Scores:
+    """The whole global batch's data; `policy_S` is still to come."""
+    sequences = batch.sequences
+    rewards = [sequence.response.reward for sequence in sequences]
+    teachers = [sequence.teacher_score for sequence in sequences]
+
+    def column(values: Sequence[float | None]) -> Tensor | None:
+        if all(value is None for value in values):
+            return None
+        return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
+
+    return Scores(
+        policy_S=torch.zeros(len(sequences), dtype=torch.float64),
+        group_S=torch.tensor([sequence.group for sequence in sequences]),
+        length_S=torch.tensor([sequence.num_scored for sequence in sequences]),
+        role_S=tuple(sequence.role for sequence in sequences),
+        num_groups=batch.num_groups,
+        num_sequences=len(sequences),
+        num_tokens=sum(sequence.num_scored for sequence in sequences),
+        reference_S=None if batch.reference is None else column([one.total for one in batch.reference]),
+        old_S=None if batch.old is None else column([one.total for one in batch.old]),
+        reward_S=column(rewards),
+        teacher_S=column(teachers),
+    )
+
+
+def _part(scores: Scores, members: Sequence[int]) -> Scores:
+    """The same for some of the sequences; divisors stay those of the whole."""
+    index = torch.tensor(list(members), dtype=torch.int64)
+    by_sequence = ("policy_S", "group_S", "length_S", "reference_S", "old_S", "reward_S", "teacher_S")
+    sliced: dict[str, Any] = {}
+    for name in (*by_sequence, "group_size_S", "advantage_S"):
+        value = getattr(scores, name)
+        sliced[name] = None if value is None else value[index]
+    return replace(scores, role_S=tuple(scores.role_S[place] for place in members), **sliced)
+
+
+def _with_tokens(scores: Scores, batch: StepBatch, members: Sequence[int], policy_T: Tensor | None) -> Scores:
+    """Token fields for the given sequences, for losses that work by token."""
+    if policy_T is None:
+        return scores
+    sizes = torch.tensor([batch.sequences[place].num_scored for place in members], dtype=torch.int64)
+    return replace(
+        scores,
+        policy_T=policy_T,
+        seq_T=torch.arange(len(sizes)).repeat_interleave(sizes),
+        old_T=None if batch.old is None else _cat([batch.old[place] for place in members]),
+        reference_T=None if batch.reference is None else _cat([batch.reference[place] for place in members]),
+    )
+
+
+def _cat(scored: Sequence[Scored]) -> Tensor:
+    return torch.cat([torch.zeros(0), *(_need(one.logp_N) for one in scored)])
+
+
+def _need(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise RuntimeError("token log-probs were not kept for a loss that needs them")
+    return value
+
+
+def _differentiate(scores: Scores, loss: LossConfig, leaf: Tensor) -> tuple[Tensor, tuple[float, ...]]:
+    """(d loss / d leaf, (loss, metrics in the order of their names))."""
+    out = LOSSES[loss.name].function(scores, loss)
+    gradient = torch.zeros_like(leaf)
+    if out.loss.requires_grad:
+        gradient = torch.autograd.grad(out.loss, leaf)[0]
+    return gradient, (float(out.loss.detach()), *(float(out.metrics[name]) for name in sorted(out.metrics)))
+
+
+def _coefficient_function(
+    engine: Engine,
+    batch: StepBatch,
+    cut: Cut,
+    loss: LossConfig,
+    scores: Scores,
+    known: list[tuple[Tensor, Tensor]] | None,
+) -> _Coefficients:
+    """How a micro-batch's log-probs become its tokens' coefficients."""
+    if loss.traits().level == "token":
+        return lambda place, logp_N: _token_coefficients(batch, cut.batches[place], loss, scores, logp_N)
+    if known is None:
+        return lambda place, logp_N: _local_coefficients(cut.batches[place], loss, scores, logp_N)
+    total_S = torch.zeros(len(batch.sequences), dtype=torch.float64)
+    for micro, (logp_N, _) in zip(cut.batches, known, strict=False):
+        total_S[list(micro.members)] = segment_sum(logp_N.cpu(), micro.seq_N, len(micro.members))
+    total_S = engine.sum_over_data(total_S).requires_grad_()
+    coefficient_S, _ = _differentiate(replace(scores, policy_S=total_S), loss, total_S)
+
+    def of_members(place: int, logp_N: Tensor) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+        micro = cut.batches[place]
+        mine_S = coefficient_S[list(micro.members)]
+        return mine_S[micro.seq_N].to(logp_N.device, logp_N.dtype), mine_S, ()
+
+    return of_members
+
+
+def _local_coefficients(
+    micro: MicroBatch, loss: LossConfig, scores: Scores, logp_N: Tensor
+) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+    total_S = segment_sum(logp_N.cpu(), micro.seq_N, len(micro.members)).requires_grad_()
+    coefficient_S, _ = _differentiate(replace(_part(scores, micro.members), policy_S=total_S), loss, total_S)
+    return coefficient_S[micro.seq_N].to(logp_N.device, logp_N.dtype), coefficient_S, ()
+
+
+def _token_coefficients(
+    batch: StepBatch, micro: MicroBatch, loss: LossConfig, scores: Scores, logp_N: Tensor
+) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+    policy_T = logp_N.detach().cpu().clone().requires_grad_()
+    part = _with_tokens(_part(scores, micro.members), batch, micro.members, policy_T)
+    gradient_T, share = _differentiate(part, loss, policy_T)
+    mean_S = segment_sum(gradient_T, micro.seq_N, len(micro.members)) / part.length_S
+    return gradient_T.to(logp_N.device, logp_N.dtype), mean_S, share
+
+
+def _result(
+    engine: Engine,
+    batch: StepBatch,
+    cut: Cut,
+    loss: LossConfig,
+    scores: Scores,
+    payloads: Sequence[_Payload],
+    mode: PassMode,
+) -> StepResult:
+    """Put the micro-batches' parts together, alike on every rank."""
+    count = len(batch.sequences)
+    total_S, coefficient_S = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    token_level = loss.traits().level == "token"
+    names = _share_names(batch, loss, scores) if token_level else []
+    share = torch.zeros(1 + len(names), dtype=torch.float64)
+    for micro, payload in zip(cut.batches, payloads, strict=False):
+        total_S[list(micro.members)] = payload.total_S
+        coefficient_S[list(micro.members)] = payload.coefficient_S.double()
+        share += torch.tensor(payload.share, dtype=torch.float64) if token_level else 0
+    total_S, coefficient_S, share = engine.sum_over_data(torch.cat((total_S, coefficient_S, share))).split(
+        (count, count, len(share))
+    )
+    if token_level:
+        value, metrics = float(share[0]), dict(zip(names, share[1:].tolist(), strict=True))
+    else:
+        out = LOSSES[loss.name].function(replace(scores, policy_S=total_S), loss)
+        value, metrics = float(out.loss), {name: float(metric) for name, metric in out.metrics.items()}
+    gap = None
+    if mode != "single_pass":
+        gap = engine.max_over_job(max((payload.gap for payload in payloads), default=0.0))
+    return StepResult(value, metrics, total_S, coefficient_S, mode, gap, cut.padding_fraction)
+
+
+def _share_names(batch: StepBatch, loss: LossConfig, scores: Scores) -> list[str]:
+    """The metrics of a token-level loss, learnt from an empty share, so that ranks without a head know them too."""
+    empty = _with_tokens(_part(scores, ()), batch, (), torch.zeros(0))
+    return sorted(LOSSES[loss.name].function(empty, loss).metrics)
