@@ -12,7 +12,7 @@ from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
-from megalign.data.records import BadRecord, RawRecord, check_ids, check_record, check_text, read_raw, refuse
+from megalign.data.records import BadRecord, RawRecord, check_record, check_slot, read_raw, refuse
 from megalign.data.tokenize import encode_prompt, encode_record, token_fields
 from megalign.schema import UserError
 
@@ -52,9 +52,10 @@ class GroupDataset:
     def __len__(self) -> int:
         return len(self.groups)
 
-    def num_steps(self, epochs: int, groups_per_step: int) -> int:
-        """Steps after which every epoch is through; the last one may reach into the next epoch."""
-        return -(-epochs * sum(span.per_epoch for span in self.spans) // groups_per_step)
+    @property
+    def epoch_size(self) -> int:
+        """How many groups one epoch takes."""
+        return sum(span.per_epoch for span in self.spans)
 
     def step_items(self, step: int, *, groups_per_step: int, shuffle: bool) -> list[Item]:
         """(epoch, index) of the groups of step `step`, from 0."""
@@ -154,16 +155,11 @@ def load_prompts(
     for number, raw in enumerate(read_raw(path, field=field)):
         try:
             record = raw.fields()
-            if "prompt_ids" in record:
-                check_ids("prompt_ids", record["prompt_ids"])
-                prompt_ids = tuple(record["prompt_ids"])
-            else:
-                check_text("prompt", record.get("prompt"), strict=False, is_prompt=True)
-                prompt_ids = encode_prompt(record["prompt"], tokenizer)
-            group = Group(number, prompt_ids, (), raw=record)
-            _check_tokens(group, ["prompt"], max_length=max_length, vocab_size=vocab_size)
-            if len(prompt_ids) > max_length:
-                raise refuse("prompt", len(prompt_ids), f"at most {max_length} tokens", reason="too long")
+            check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
+            name = "prompt_ids" if "prompt_ids" in record else "prompt"
+            prompt = {"ids": record[name]} if name == "prompt_ids" else record[name]
+            group = Group(number, encode_prompt(prompt, tokenizer), (), raw=record)
+            _check_tokens(group, [name], max_length=max_length, vocab_size=vocab_size)
         except (BadRecord, UserError) as error:
             raise UserError(f"{raw.origin}: {error}") from None
         groups.append(group)
@@ -282,8 +278,8 @@ def _check_tokens(group: Group, fields: Sequence[str], *, max_length: int, vocab
     for name, ids in zip(fields, texts, strict=True):
         if max(ids) >= vocab_size:
             raise refuse(name, max(ids), f"token ids below the model's {vocab_size}", reason="token ids")
-    for name, ids in list(zip(fields, texts, strict=True))[1:]:
+    for name, ids in zip(fields[1:] or fields, texts[1:] or [()], strict=True):
         length = len(group.prompt_ids) + len(ids)
         if length > max_length:
-            message = f"field {name} is {length} tokens long with its prompt; allowed: data.max_length {max_length}"
+            message = f"field {name} is {length} tokens long, prompt included; allowed: at most {max_length}"
             raise BadRecord("too long", message)

@@ -45,7 +45,7 @@ def check_pairing(group: Group, pairing: Pairing, *, format: str) -> None:
         return
     if group.paired:
         if pairing.kind == "samples":
-            raise BadRecord("wrong format", f"field {field} is a pair without rewards; allowed for this loss: {needs}")
+            raise BadRecord("wrong format", f"field {field} is a pair without rewards; allowed: {needs}")
         return
     if format != "responses":
         raise BadRecord("wrong format", f"field {field} gives one response to this loss; allowed: {needs}")
@@ -54,7 +54,7 @@ def check_pairing(group: Group, pairing: Pairing, *, format: str) -> None:
             message = f"field responses[{place}].reward is missing; allowed: a finite number"
             raise BadRecord("reward", message)
     if pairing.kind == "samples" and count < 2:
-        raise BadRecord("one response", f"field responses has {count} response; allowed for this loss: {needs}")
+        raise BadRecord("one response", f"field responses has {count} response; allowed: {needs}")
     if pairing.kind == "preference" and len(set(rewards(group))) < 2:
         raise refuse("responses", rewards(group), "rewards that are not all equal", reason="equal rewards")
     if pairing.kind == "contrast" and not pairing.weak and len(set(rewards(group))) < 2:
@@ -160,7 +160,9 @@ class WeakPool:
                 continue
             response = other.responses[place]
             if other.prompt_ids == group.prompt_ids or response.ids in own:
-                raise refuse(field, shown, "another prompt's response, unlike this prompt's own", reason="weak")
+                raise refuse(
+                    field, shown, "another prompt's response, unlike this prompt's own and earlier pins", reason="weak"
+                )
             if not self._fits(group, other, response):
                 raise refuse(field, shown, f"prompt and response within {self.max_length} tokens", reason="weak")
             own.add(response.ids)

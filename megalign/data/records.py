@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalign.schema import UserError
+from megalign.schema import UserError, shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ANY_FORMAT = ("teacher_scores", "weak")
@@ -39,8 +39,7 @@ class BadRecord(Exception):
 
 def refuse(field: str, value: Any, allowed: str, *, reason: str) -> BadRecord:
     """The one shape of such messages: field, the value that came, what is allowed."""
-    shown = "missing" if value is MISSING else repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    shown = "missing" if value is MISSING else shorten(value)
     return BadRecord(reason, f"field {field} is {shown}; allowed: {allowed}")
 
 
@@ -137,7 +136,7 @@ def check_record(record: Mapping[str, Any], *, format: str = "auto", extra_field
     implicit = implicit and all(isinstance(record.get(side), list) for side in ("chosen", "rejected"))
     for text, ids in SLOTS[name]:
         if not implicit:
-            _check_slot(record, text, ids, strict=strict, is_prompt=text == "prompt")
+            check_slot(record, text, ids, strict=strict, is_prompt=text == "prompt")
         elif text != "prompt":
             _check_messages(text, record[text], strict=strict)
             _check_answers(text, record[text], first=len(record[text]) - 1)
@@ -156,7 +155,8 @@ def _check_known(prefix: str, record: Mapping[str, Any], known: set[str]) -> Non
             raise BadRecord("unknown field", message)
 
 
-def _check_slot(record: Mapping[str, Any], text: str, ids: str | None, *, strict: bool, is_prompt: bool) -> None:
+def check_slot(record: Mapping[str, Any], text: str, ids: str | None, *, strict: bool, is_prompt: bool) -> None:
+    """What must be there is there once, as text or as ids, and not empty."""
     if ids in record:
         if text in record:
             raise BadRecord("text and ids", f"fields {text} and {ids} are both there; allowed: one of them")

@@ -196,8 +196,8 @@ def _encode_turns(
 def _check_prefix(field: str, prefix: Ids, whole: Ids) -> None:
     if whole[: len(prefix)] != prefix:
         message = (
-            f"field {field}: the chat template changes earlier tokens when a turn follows; "
-            "allowed: conversations whose beginning it leaves alone"
+            f"field {field}: the chat template writes earlier turns otherwise once an answer follows; "
+            "allowed: conversations whose beginning it leaves as it is"
         )
         raise BadRecord("chat template", message)
 
