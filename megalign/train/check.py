@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
             )
     for place, teacher in enumerate(cfg.teachers):
         check_model(cfg, teacher.path, field=f"teachers.{place}.path", world_size=world_size)
+    if cfg.engine.megatron:
+        check_passed_through(cfg.engine.megatron)
     tokenizer = load_tokenizer(hf_dir)
     if cfg.rollout is not None:
         prompts = read_prompts(cfg, cfg.rollout.path, tokenizer, model)
@@ -62,6 +65,22 @@ def check_model(cfg: JobConfig, path: str, *, field: str, world_size: int) -> tu
         raise UserError(f"{field}: {error}") from None
     check_layout(cfg, model, world_size)
     return hf_dir, model
+
+
+def check_passed_through(keys: Iterable[str]) -> None:
+    """Refuse a key of `engine.megatron` that none of Megatron's configurations has."""
+    # Imported here: Megatron takes seconds, and most jobs pass nothing through.
+    from megalign.engines.megatron import DDP_FIELDS
+    from megalign.models.gpt import TransformerConfig
+
+    known = DDP_FIELDS | set(TransformerConfig.__dataclass_fields__)
+    for key in keys:
+        if key not in known:
+            nearest = ", ".join(difflib.get_close_matches(key, sorted(known), n=3)) or "none"
+            raise UserError(
+                f"engine.megatron.{key} is not a known key; must be a field of Megatron-Core's TransformerConfig or "
+                f"DistributedDataParallelConfig; near it: {nearest}"
+            )
 
 
 def load_tokenizer(hf_dir: Path) -> Any | None:

@@ -64,7 +64,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_right_is_read(job: Path):
-    inputs = check(load_config(str(job / "job.yaml"), ["parallel.tensor=2"]), 4)
+    inputs = check(
+        load_config(str(job / "job.yaml"), ["parallel.tensor=2", "engine.megatron.overlap_grad_reduce=true"]), 4
+    )
     assert inputs.hf_dir == job / "model" and inputs.tokenizer is None and inputs.prompts == ()
     assert (inputs.model.num_heads, inputs.model.num_kv_heads, inputs.model.vocab_size) == (4, 2, 50)
     assert inputs.dataset is not None
@@ -81,6 +83,7 @@ BAD = [
     ("reference.source={job}/wider", "its vocabulary has 60 tokens; must be that of model.path, 50"),
     ("data.path={job}/absent.jsonl", "absent.jsonl"),
     ("data.max_length=4", "data.jsonl:1"),
+    ("engine.megatron.overlap_grad_reduced=true", "engine.megatron.overlap_grad_reduced is not a known key"),
     ("eval.path={job}/absent.jsonl", "absent.jsonl"),
     ("data.filter.teacher_score_keep=0.5", "data.jsonl:1: teacher_scores is missing; data.filter needs it"),
 ]
