@@ -247,7 +247,7 @@ class _Loader:
             responses=responses,
             paired=name == "preference",
             teacher_scores=record.get("teacher_scores", {}),
-            weak=tuple((first + record, place) for record, place in record.get("weak", [])),
+            weak=tuple((first + pinned, place) for pinned, place in record.get("weak", [])),
             raw=record,
         )
         _check_tokens(group, token_fields(record, name), max_length=cfg.max_length, vocab_size=self.vocab_size)
