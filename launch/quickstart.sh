@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The whole way on one small machine: an untrained Hugging Face checkpoint, SFT, GVPO rounds on two processes that share
+# the model (TP=2), EPA and PoFT for comparison, and Hugging Face checkpoints again, judged on held-out problems.
+# Run: bash launch/quickstart.sh      (about five minutes on two cores; the first run also makes .venv)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup.sh
+python=.venv/bin/python
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+out=runs/quickstart
+started=$(date +%s)
+
+say() { printf '\n== %s\n' "$*"; }
+
+rm -rf "$out"
+say "a small model and its problems"
+"$python" launch/quickstart/make.py "$out"
+
+say "SFT: the base, which knows the format and some of the sums"
+"$python" -m megalign train configs/quickstart/sft.yaml
+
+say "GVPO: rounds of sampling, scoring and training, two processes, TP=2"
+bash launch/torchrun.sh 2 configs/quickstart/gvpo.yaml
+
+say "EPA: on responses that the base gave to the same prompts"
+"$python" -m megalign rollout configs/quickstart/gvpo.yaml run.dir="$out/samples" rollout.rounds=24
+"$python" launch/quickstart/keep_solved.py "$out/samples/rollout.jsonl" "$out/data/groups.jsonl"
+"$python" -m megalign train configs/quickstart/epa.yaml
+
+say "noisy answers: SFT, and PoFT with the GVPO model as teacher"
+"$python" -m megalign train configs/quickstart/sft_noisy.yaml &
+plain=$!
+"$python" -m megalign train configs/quickstart/poft.yaml
+wait "$plain"
+
+say "held-out accuracy of the exported models"
+"$python" launch/quickstart/report.py "$out" --started "$started"

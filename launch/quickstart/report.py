@@ -1,0 +1,127 @@
+"""Held-out accuracy of the quickstart's models: a table, some answers, summary.json and curves.png.
+
+Run: python launch/quickstart/report.py runs/quickstart --started UNIX_SECONDS
+Every model is what `export.hf_dir` wrote, loaded by transformers and decoded greedily.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megalign.rollout.prompts import plain_text
+from megalign.rollout.rewards import choose_reward
+from megalign.rollout.rounds import end_ids, pad_id
+from megalign.rollout.sample import sample
+
+MODELS = {  # key in summary.json: (folder, what was done)
+    "base": ("sft", "SFT, a few steps (base)"),
+    "gvpo": ("gvpo", "base + GVPO rounds"),
+    "epa": ("epa", "base + EPA on samples of the base"),
+    "sft_noisy": ("sft_noisy", "base + SFT on noisy answers"),
+    "poft": ("poft", "base + PoFT on the same, GVPO model as teacher"),
+}
+LONGEST_ANSWER = 4  # three digits and the end
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def answer(hf_dir: Path, problems: Sequence[dict[str, Any]]) -> list[str]:
+    """The model's greedy answers."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(hf_dir), AutoTokenizer.from_pretrained(hf_dir)
+    groups = sample(
+        model,
+        [tuple(tokenizer(problem["prompt"], add_special_tokens=False)["input_ids"]) for problem in problems],
+        seeds=[(0,)] * len(problems),
+        k=1,
+        temperature=0,
+        max_new_tokens=LONGEST_ANSWER,
+        eos_ids=end_ids(model, tokenizer),
+        pad_id=pad_id(tokenizer),
+    )
+    return [plain_text(tokenizer, group[0].ids) for group in groups]
+
+
+def accuracy(answers: Sequence[str], problems: Sequence[dict[str, Any]]) -> float:
+    """Share of answers with the full score; reasoning-gym gives a part for the right digits among others."""
+    score = choose_reward("reasoning_gym")
+    scores = [score(problem["prompt"], text, problem, "held_out") for text, problem in zip(answers, problems)]
+    return sum(value == 1 for value in scores) / len(problems)
+
+
+def show(console: Console, accuracies: dict[str, float], answers: dict[str, list[str]], problems: list[Any]) -> None:
+    """Two tables: all models, and some problems on which base and GVPO differ before those on which they agree."""
+    table = Table(title=f"Exact answers to {len(problems)} held-out problems")
+    for title in ("model", "accuracy", "against base"):
+        table.add_column(title, justify="left" if title == "model" else "right")
+    for name, (_, done) in MODELS.items():
+        table.add_row(done, f"{accuracies[name]:.3f}", f"{accuracies[name] - accuracies['base']:+.3f}")
+    console.print(table)
+    samples = Table(title="Some answers")
+    for title in ("problem", "right", *MODELS):
+        samples.add_column(title, justify="right")
+    order = sorted(range(len(problems)), key=lambda place: answers["base"][place] == answers["gvpo"][place])
+    for place in order[:6] + order[-2:]:
+        said = (answers[name][place] for name in MODELS)
+        samples.add_row(problems[place]["prompt"], problems[place]["answer"], *said)
+    console.print(samples)
+
+
+def draw(folder: Path, accuracies: dict[str, float]) -> None:
+    """curves.png: GVPO's reward by round, all losses by step, held-out accuracy by model."""
+    figure, (rewards, losses, bars) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    steps = {name: read_lines(folder / part / "metrics.jsonl") for name, (part, _) in MODELS.items()}
+    rewards.plot([line["step"] for line in steps["gvpo"]], [line["reward_mean"] for line in steps["gvpo"]])
+    rewards.axhline(accuracies["base"], color="gray", linestyle=":", label="held-out accuracy before (greedy)")
+    rewards.axhline(accuracies["gvpo"], color="green", linestyle=":", label="held-out accuracy after (greedy)")
+    rewards.set(title="GVPO: mean reward of samples", xlabel="step", ylim=(0, 1))
+    for name, lines in steps.items():
+        losses.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=name, linewidth=1)
+    losses.set(title="loss, each its own", xlabel="step", yscale="log")
+    bars.bar(list(accuracies), list(accuracies.values()))
+    bars.bar_label(bars.containers[0], fmt="%.2f")
+    bars.set(title="held-out accuracy", ylim=(0, 1.05))
+    rewards.legend(loc="lower right")
+    losses.legend()
+    figure.savefig(folder / "curves.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--started", type=float, required=True, help="Unix time when the runs began")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    problems = read_lines(args.folder / "data" / "held_out.jsonl")
+    answers = {name: answer(args.folder / part / "hf", problems) for name, (part, _) in MODELS.items()}
+    accuracies = {name: accuracy(answers[name], problems) for name in MODELS}
+    console = Console(width=110)
+    show(console, accuracies, answers, problems)
+    draw(args.folder, accuracies)
+    summary = {
+        **{f"{name}_accuracy": value for name, value in accuracies.items()},
+        "held_out_problems": len(problems),
+        "seconds": round(time.time() - args.started, 1),
+        "hf_dir": str(args.folder / "gvpo" / "hf"),
+    }
+    (args.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    console.print(f"{args.folder}/summary.json and curves.png written after {summary['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
