@@ -1,0 +1,195 @@
+"""Where the steps' global batches come from when they are read from files: records, reference and teacher scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megalign.config import JobConfig
+from megalign.convert import read_model_config, resolve_model
+from megalign.data.dataset import GroupDataset
+from megalign.data.group import Sequence as FlatSequence
+from megalign.data.tokenize import retokenize
+from megalign.engines.engine import Engine
+from megalign.engines.groups import Groups
+from megalign.engines.step import Scored, StepBatch, score
+from megalign.runtime.distributed import World
+from megalign.schema import UserError
+from megalign.train.check import Inputs, load_tokenizer
+from megalign.train.report import Reporter
+from megalign.train.scores import ScoreStore, fill
+from megalign.train.session import build_engine, cutting_of
+
+
+class Feed(Protocol):
+    """One global batch a step, the same on every rank."""
+
+    def batch(self, step: int) -> StepBatch:
+        """The batch of a step (from 0). Steps come in order; the first may be any that `restore` allows."""
+
+    def stats(self, step: int) -> Mapping[str, float]:
+        """Metrics of the step that the loss does not know."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the next step to be the same."""
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def behaviour(sequence: FlatSequence) -> Scored | None:
+    """The score that the record itself brings, of the policy that sampled the response."""
+    logp = sequence.response.behaviour_logp
+    if logp is None:
+        return None
+    import torch
+
+    scored = sequence.response.scored
+    kept = logp if scored is None else [one for one, counts in zip(logp, scored, strict=True) if counts]
+    return Scored(sum(kept), torch.tensor(kept, dtype=torch.float32))
+
+
+def old_scores(sequences: Sequence[FlatSequence], store: ScoreStore) -> list[Scored]:
+    """Behaviour log-probs where the records have them, else those of the policy that the store scored."""
+    return [behaviour(sequence) or store.get([sequence])[0] for sequence in sequences]
+
+
+@dataclass
+class DatasetFeed:
+    """Steps over a data set, with every score that does not change scored before the first step."""
+
+    cfg: JobConfig
+    dataset: GroupDataset
+    reference: ScoreStore | None = None
+    old: ScoreStore | None = None
+    first: StepBatch | None = None  # step 0 with its scores under the initial weights, by token
+
+    def sequences(self, step: int) -> tuple[list[FlatSequence], int]:
+        groups_per_step = self.cfg.data.groups_per_step
+        assert groups_per_step is not None
+        items = self.dataset.step_items(step, groups_per_step=groups_per_step, shuffle=self.cfg.data.shuffle)
+        return self.dataset.sequences(items)
+
+    def batch(self, step: int) -> StepBatch:
+        if step == 0 and self.first is not None:
+            return self.first
+        return self._assemble(*self.sequences(step))
+
+    def _assemble(self, sequences: list[FlatSequence], num_groups: int) -> StepBatch:
+        reference = None if self.reference is None else self.reference.get(sequences)
+        old = None if self.old is None else old_scores(sequences, self.old)
+        return StepBatch(sequences, num_groups, reference, old)
+
+    def whole(self) -> StepBatch:
+        """Every group once, as one batch; for evaluation."""
+        return self._assemble(*self.dataset.sequences([(0, index) for index in range(len(self.dataset))]))
+
+    def stats(self, step: int) -> Mapping[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+    def score_before(self, engine: Engine, initial: Any, num_steps: int, report: Reporter, *, held_out: bool) -> None:
+        """Score reference and old policy for every sequence of the run; `initial` is the directory of `model.path`."""
+        traits, source = self.cfg.loss.traits(), self.cfg.reference.source
+        by_token = traits.level == "token"
+        same = source in ("initial", "round_start")
+        if traits.old or (traits.reference and same):
+            store = ScoreStore(by_token=by_token)
+            if not held_out:
+                self._score_first(engine, store)
+            self._fill(engine, store, num_steps, report, "scoring initial policy", held_out=held_out)
+            self.old = store if traits.old else None
+            self.reference = store if traits.reference and same else None
+        if traits.reference and not same and source not in (None, "none"):
+            store = ScoreStore(by_token=by_token)
+            engine.load_weights(resolve_model(source))
+            self._fill(engine, store, num_steps, report, "scoring reference", held_out=held_out)
+            engine.load_weights(initial)
+            self.reference = store
+        if self.first is not None:
+            current, sequences = self.first.current, self.first.sequences
+            batch = self._assemble(list(sequences), self.first.num_groups)
+            self.first = StepBatch(batch.sequences, batch.num_groups, batch.reference, batch.old, current)
+
+    def _score_first(self, engine: Engine, store: ScoreStore) -> None:
+        """Step 0's scores are known to its own step too: the weights have not changed by then."""
+        sequences, num_groups = self.sequences(0)
+        traits = self.cfg.loss.traits()
+        scored = score(engine, sequences, coupled=traits.coupled, cutting=cutting_of(self.cfg), by_token=True)
+        store.add(sequences, scored)
+        self.first = StepBatch(sequences, num_groups, current=scored)
+
+    def _fill(
+        self, engine: Engine, store: ScoreStore, num_steps: int, report: Reporter, name: str, *, held_out: bool
+    ) -> None:
+        coupled = self.cfg.loss.traits().coupled
+
+        def batches() -> Iterator[list[FlatSequence]]:
+            if held_out:
+                yield list(self.whole_sequences())
+                return
+            for step in range(num_steps):
+                yield self.sequences(step)[0]
+
+        total = 1 if held_out else num_steps
+        show: Callable[[int], None] = lambda done: report.phase(name, done, total)  # noqa: E731
+        fill(store, engine, batches(), coupled=coupled, cutting=cutting_of(self.cfg), progress=show)
+
+    def whole_sequences(self) -> list[FlatSequence]:
+        return self.dataset.sequences([(0, index) for index in range(len(self.dataset))])[0]
+
+
+def with_teachers(
+    cfg: JobConfig, dataset: GroupDataset, inputs: Inputs, groups: Groups, world: World, report: Reporter
+) -> GroupDataset:
+    """The data set with each teacher's mean log-prob a response token, where records lack it, and filtered by it."""
+    scores = [dict(group.teacher_scores) for group in dataset.groups]
+    for teacher in cfg.teachers:
+        lacking = [place for place, known in enumerate(scores) if teacher.name not in known]
+        if not lacking:
+            continue
+        hf_dir = resolve_model(teacher.path)
+        tokenizer = load_tokenizer(hf_dir)
+        sequences = [
+            _teacher_sequence(cfg, dataset, place, number, tokenizer, inputs.tokenizer)
+            for number, place in enumerate(lacking)
+        ]
+        engine = build_engine(cfg, read_model_config(hf_dir), groups, world, trainable=False, own_text=False)
+        engine.load_weights(hf_dir)
+        report.say(f"scoring {len(lacking)} responses with teacher {teacher.name}")
+        size = 4 * (cfg.data.groups_per_step or 64)
+        for first in range(0, len(sequences), size):
+            part = sequences[first : first + size]
+            found = score(engine, part, coupled=False, cutting=cutting_of(cfg), by_token=False)
+            for place, sequence, one in zip(lacking[first : first + size], part, found, strict=True):
+                scores[place][teacher.name] = one.total / sequence.num_scored
+            report.phase(f"teacher {teacher.name}", min(first + size, len(sequences)), len(sequences))
+        del engine
+    if cfg.teachers:
+        named = {teacher.name for teacher in cfg.teachers}
+        dataset = dataset.with_teacher_scores([{k: v for k, v in one.items() if k in named} for one in scores])
+    if cfg.data.filter is not None:
+        dataset = dataset.keep_highest(cfg.data.filter.teacher_score_keep)
+    return dataset
+
+
+def _teacher_sequence(
+    cfg: JobConfig, dataset: GroupDataset, place: int, number: int, tokenizer: Any, own_tokenizer: Any
+) -> FlatSequence:
+    """A record's response as the teacher reads it: under its own tokenizer and template, at its own length."""
+    group, origin = dataset.groups[place], dataset.origins[place]
+    same = tokenizer is None or (own_tokenizer is not None and tokenizer.get_vocab() == own_tokenizer.get_vocab())
+    if same and any("ids" in name for name in group.raw):
+        prompt_ids, response = group.prompt_ids, group.responses[0]
+    elif tokenizer is None:
+        raise UserError(f"{origin}: the teacher has no tokenizer; allowed: teacher_scores in the record")
+    else:
+        prompt_ids, response = retokenize(
+            group, tokenizer, format=cfg.data.format, train_on=cfg.data.train_on, origin=origin
+        )
+    return FlatSequence(group.record, number, "response", prompt_ids, response)

@@ -1,0 +1,285 @@
+"""The training loop: read everything, score what stays fixed, take the steps, save, export.
+
+Run: python -m megalign train CONFIG.yaml [key.sub=value ...]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from megalign.config import JobConfig, dump_config, total_steps
+from megalign.engines.engine import Engine
+from megalign.engines.groups import make_groups
+from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
+from megalign.runtime.distributed import World
+from megalign.runtime.status import DONE, STOPPED, write_status
+from megalign.schema import UserError
+from megalign.train.check import Inputs, check, read_dataset, read_prompts
+from megalign.train.checkpoint import find_checkpoint, save_checkpoint
+from megalign.train.feeds import DatasetFeed, Feed, with_teachers
+from megalign.train.report import Reporter, keep_metrics_up_to, start_log
+from megalign.train.rounds import RoundFeed, evaluate_reward, fixed_reference, live_sampler
+from megalign.train.schedule import learning_rate
+from megalign.train.session import build_engine, cutting_of, export, layers_of, on_every_rank
+
+# Where the two passes of a step may differ by rounding of non-deterministic kernels and no more.
+AUTO_PASS_GAP = {"fp32": 1e-3, "bf16": 0.1}
+
+
+@dataclass
+class Job:
+    """What the loop holds between steps."""
+
+    cfg: JobConfig
+    inputs: Inputs
+    world: World
+    engine: Engine
+    feed: Feed
+    num_steps: int
+    report: Reporter
+    held_out: Any  # a DatasetFeed, prompts, or None
+    step: int = 0  # finished ones
+    bad_steps: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    signalled: str = ""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.cfg.run.dir)
+
+
+def train(cfg: JobConfig, world: World) -> int:
+    """Run the job to its end; exit code 0, or 75 when it stopped early after saving. Called on every rank."""
+    if cfg.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    run_dir = Path(cfg.run.dir)
+    inputs = on_every_rank(lambda: check(cfg, world.size))
+    resumed = on_every_rank(lambda: find_checkpoint(run_dir, cfg.checkpoint.resume))
+    on_every_rank(lambda: _open_run_dir(cfg, world))
+    start_log(run_dir, main=world.is_main)
+    groups = make_groups(tensor=cfg.parallel.tensor, pipeline=cfg.parallel.pipeline, timeout_s=cfg.watchdog.timeout_s)
+    # The total is set once the data are known; teachers are scored before that.
+    with Reporter(run_dir, 0, main=world.is_main, trackers=cfg.trackers) as report:
+        job = _prepare(cfg, inputs, world, groups, report)
+        with _signals(job):
+            _resume(job, resumed)
+            return _run(job)
+
+
+def _open_run_dir(cfg: JobConfig, world: World) -> None:
+    """Create the run directory and write the resolved configuration; only rank 0 writes."""
+    if not world.is_main:
+        return
+    run_dir = Path(cfg.run.dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"run.dir is {cfg.run.dir!r}: {error.strerror}; must be a directory that can be written"
+        ) from None
+
+
+def _prepare(cfg: JobConfig, inputs: Inputs, world: World, groups: Any, report: Reporter) -> Job:
+    report.say(
+        f"{world.size} ranks: tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size}; "
+        f"{layers_of(cfg, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
+    )
+    dataset, held_out = inputs.dataset, None
+    if dataset is not None:
+        report.say(dataset.report.line())
+        dataset = on_every_rank(lambda: with_teachers(cfg, dataset, inputs, groups, world, report))
+    engine = build_engine(cfg, inputs.model, groups, world, trainable=True)
+    engine.load_weights(inputs.hf_dir)
+    feed: Feed
+    if dataset is None:
+        fixed = fixed_reference(cfg, inputs, lambda: build_engine(cfg, inputs.model, groups, world, trainable=False))
+        feed = RoundFeed(cfg, inputs, engine, live_sampler(cfg, inputs, world.device), fixed)
+        num_steps = total_steps(cfg, 0)
+        if cfg.eval.path is not None:
+            held_out = read_prompts(cfg, cfg.eval.path, inputs.tokenizer, inputs.model)
+    else:
+        feed = DatasetFeed(cfg, dataset)
+        num_steps = total_steps(cfg, dataset.epoch_size)
+        feed.score_before(engine, inputs.hf_dir, num_steps, report, held_out=False)
+        if cfg.eval.path is not None:
+            records = read_dataset(cfg, inputs.tokenizer, inputs.model, path=cfg.eval.path)
+            records = on_every_rank(lambda: with_teachers(cfg, records, inputs, groups, world, report))
+            held_out = DatasetFeed(cfg, records)
+            held_out.score_before(engine, inputs.hf_dir, 1, report, held_out=True)
+    report.total = num_steps
+    return Job(cfg, inputs, world, engine, feed, num_steps, report, held_out)
+
+
+def _resume(job: Job, checkpoint: Path | None) -> None:
+    """Go on from a checkpoint, or begin; metrics of steps to be taken (again) are dropped."""
+    if checkpoint is not None:
+        extra = job.engine.load(checkpoint)
+        job.step = extra["step"]
+        job.bad_steps = extra["bad_steps"]
+        job.feed.restore(extra["feed"])
+        job.report.say(f"resumed from {checkpoint} after step {job.step}")
+    if job.world.is_main:
+        keep_metrics_up_to(job.run_dir, job.step)
+
+
+def _run(job: Job) -> int:
+    cfg, modes = job.cfg, set()
+    job.report.begin(job.step)
+    while job.step < job.num_steps:
+        step = job.step
+        batch = job.feed.batch(step)
+        began = time.perf_counter()
+        result, norm = _take_step(job, batch)
+        seconds = time.perf_counter() - began
+        job.step += 1
+        if result.pass_mode not in modes:
+            modes.add(result.pass_mode)
+            job.report.say(f"step {job.step}: {result.pass_mode.replace('_', ' ')}")
+        record = _record(job, batch, result, norm, seconds)
+        if job.step in cfg.run.dump_steps and job.world.is_main:
+            _dump(job, batch, result)
+        if cfg.eval.every and job.step % cfg.eval.every == 0:
+            record.update(_evaluate(job))
+        job.report.step(record)
+        stop = _why_stop(job)
+        last = job.step == job.num_steps
+        if (cfg.checkpoint.every and (job.step % cfg.checkpoint.every == 0 or last)) or (stop and not last):
+            _save(job)
+        if stop and not last:
+            return _finish(job, STOPPED, stop)
+        if cfg.export.hf_dir and (last or (cfg.export.every and job.step % cfg.export.every == 0)):
+            export(job.engine, job.inputs.model, job.inputs.hf_dir, Path(cfg.export.hf_dir))
+            job.report.say(f"exported {cfg.export.hf_dir}")
+    return _finish(job, DONE, "done")
+
+
+def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
+    """Gradient, checks, update."""
+    cfg = job.cfg
+    result = accumulate(job.engine, batch, cfg.loss, cutting=cutting_of(cfg))
+    limit = cfg.run.max_pass_gap
+    allowed = AUTO_PASS_GAP[cfg.run.dtype] if limit == "auto" else float(limit)
+    if result.pass_gap is not None and not result.pass_gap <= allowed:
+        raise RuntimeError(
+            f"step {job.step + 1}: the two passes differ by {result.pass_gap:.3g} in a token's log-prob, "
+            f"above run.max_pass_gap {allowed:g}"
+        )
+    rate = learning_rate(cfg.optimizer, job.step + 1, job.num_steps)
+    if not math.isfinite(result.loss):
+        norm: float | None = None
+    else:
+        norm = job.engine.update(rate, clip_norm=cfg.optimizer.clip_norm)
+    if norm is None or not math.isfinite(norm):
+        job.bad_steps += 1
+        told = f"step {job.step + 1}: loss {result.loss}, gradient norm {norm}"
+        if job.bad_steps > cfg.run.max_bad_steps:
+            raise RuntimeError(f"{told}; bad steps {job.bad_steps}, run.max_bad_steps {cfg.run.max_bad_steps}")
+        job.report.say(f"{told}; skipped, {job.bad_steps} of run.max_bad_steps {cfg.run.max_bad_steps}")
+    return result, math.nan if norm is None else norm
+
+
+def _record(job: Job, batch: StepBatch, result: StepResult, norm: float, seconds: float) -> dict[str, Any]:
+    tokens = sum(len(sequence) for sequence in batch.sequences)
+    return {
+        "step": job.step,
+        "loss": result.loss,
+        "grad_norm": norm,
+        "lr": learning_rate(job.cfg.optimizer, job.step, job.num_steps),
+        "tokens": tokens,
+        "sequences": len(batch.sequences),
+        "groups": batch.num_groups,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "padding_fraction": result.padding_fraction,
+        "pass_mode": result.pass_mode,
+        "pass_gap": result.pass_gap,
+        "peak_memory_gb": job.engine.max_over_job(_peak_memory_gb(job.world.device)),
+        **result.metrics,
+        **job.feed.stats(job.step - 1),
+    }
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    """Of the device's memory on CUDA, of this process's resident memory else; 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _evaluate(job: Job) -> dict[str, float]:
+    if isinstance(job.feed, RoundFeed):
+        return evaluate_reward(job.feed, job.held_out)
+    result = evaluate(job.engine, job.held_out.whole(), job.cfg.loss, cutting=cutting_of(job.cfg))
+    return {"eval_loss": result.loss, **{f"eval_{name}": value for name, value in result.metrics.items()}}
+
+
+def _dump(job: Job, batch: StepBatch, result: StepResult) -> None:
+    """`steps/step_<n>.jsonl`: one line a sequence that the step trained on."""
+    folder = job.run_dir / "steps"
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"step_{job.step}.jsonl", "w", encoding="utf-8") as file:
+        for place, sequence in enumerate(batch.sequences):
+            line = {
+                "record": sequence.record,
+                "group": sequence.group,
+                "role": sequence.role,
+                "prompt_ids": list(sequence.prompt_ids),
+                "response_ids": list(sequence.response.ids),
+                "logp": float(result.policy_S[place]),
+                "reference_logp": None if batch.reference is None else batch.reference[place].total,
+                "coefficient": float(result.coefficient_S[place]),
+            }
+            file.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def _signals(job: Job) -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop after the step in progress."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        job.signalled = signal.Signals(number).name
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _why_stop(job: Job) -> str:
+    """Why all ranks stop here, or nothing: any rank's signal counts, and rank 0's clock."""
+    minutes = (time.perf_counter() - job.started) / 60
+    late = job.world.is_main and job.cfg.run.max_minutes is not None and minutes >= job.cfg.run.max_minutes
+    asked = job.engine.max_over_job(2.0 if job.signalled else 1.0 if late else 0.0)
+    if asked == 0.0:
+        return ""
+    return f"stopped by {job.signalled or 'a signal to another rank'}" if asked == 2.0 else "run.max_minutes is over"
+
+
+def _save(job: Job) -> None:
+    extra = {"step": job.step, "bad_steps": job.bad_steps, "feed": job.feed.state()}
+    keep = job.cfg.checkpoint
+    folder = save_checkpoint(job.engine, job.run_dir, job.step, extra, keep=keep.keep, keep_every=keep.keep_every)
+    job.report.say(f"saved {folder}")
+
+
+def _finish(job: Job, code: int, reason: str) -> int:
+    if job.world.is_main:
+        write_status(job.run_dir, code, reason, job.step)
+    job.report.say(f"{reason} after step {job.step}")
+    return code

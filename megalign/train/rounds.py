@@ -1,0 +1,224 @@
+"""Rounds inside one job: the live policy samples, responses are rewarded and scored, and updates follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalign.config import JobConfig
+from megalign.convert import hf_state, resolve_model
+from megalign.data.dataset import GroupDataset, from_records
+from megalign.data.group import Sequence as FlatSequence
+from megalign.engines.engine import Engine
+from megalign.engines.step import Scored, StepBatch, score
+from megalign.rollout.prompts import Prompt, round_prompts
+from megalign.rollout.rewards import choose_reward
+from megalign.rollout.rounds import rollout_round
+from megalign.train.check import Inputs
+from megalign.train.feeds import old_scores
+from megalign.train.scores import ScoreStore
+from megalign.train.session import cutting_of, dtype_of, on_every_rank
+
+
+def live_sampler(cfg: JobConfig, inputs: Inputs, device: torch.device) -> Any:
+    """A `transformers` model of the policy's shape, whose weights `refresh` fills; one on every rank."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(str(inputs.hf_dir), local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(cfg), trust_remote_code=False)
+    if (inputs.hf_dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(inputs.hf_dir), local_files_only=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def refresh(sampler: Any, engine: Engine, inputs: Inputs) -> None:
+    """Copy the live weights into the sampler, gathered tensor by tensor; called on every rank."""
+    own = sampler.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in hf_state(inputs.model, engine.full_tensors()):
+            own[name].copy_(tensor)
+
+
+def gather(value: Any) -> list[Any]:
+    """One object of every rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@dataclass
+class RoundFeed:
+    """Steps over the rounds' own samples; `fixed` scores the reference where that is not the round's policy."""
+
+    cfg: JobConfig
+    inputs: Inputs
+    engine: Engine
+    sampler: Any
+    fixed: Engine | None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    round_number: int = -1
+    _dataset: GroupDataset | None = None
+    _reference: ScoreStore | None = None
+    _old: ScoreStore | None = None
+    _current: list[Scored] | None = None
+    _stats: dict[str, float] = field(default_factory=dict)
+
+    def batch(self, step: int) -> StepBatch:
+        assert self.cfg.rollout is not None
+        number, update = divmod(step, self.cfg.rollout.updates_per_round)
+        if number != self.round_number:
+            self._sample(number)
+            self._score()
+        sequences, num_groups = self._sequences(update)
+        reference = None if self._reference is None else self._reference.get(sequences)
+        old = None if self._old is None else old_scores(sequences, self._old)
+        current = self._current if update == 0 else None
+        return StepBatch(sequences, num_groups, reference, old, current)
+
+    def _sequences(self, update: int) -> tuple[list[FlatSequence], int]:
+        """The next `groups_per_step` groups of the round, in order, from its start again after its end."""
+        count = self.cfg.data.groups_per_step
+        assert count is not None and self._dataset is not None
+        places = range(update * count, (update + 1) * count)
+        return self._dataset.sequences([divmod(place, len(self._dataset)) for place in places])
+
+    def _sample(self, number: int) -> None:
+        rollout, world = self.cfg.rollout, gather(None)
+        assert rollout is not None
+        refresh(self.sampler, self.engine, self.inputs)
+        prompts = round_prompts(
+            self.inputs.prompts,
+            seed=self.cfg.run.seed,
+            round_number=number,
+            prompts_per_round=rollout.prompts_per_round,
+        )
+        done = rollout_round(
+            self.sampler,
+            self.inputs.tokenizer,
+            prompts,
+            reward=choose_reward(rollout.reward),
+            k=rollout.k,
+            temperature=rollout.temperature,
+            max_new_tokens=rollout.max_new_tokens,
+            seed=self.cfg.run.seed,
+            round_number=number,
+            rank=dist.get_rank(),
+            num_ranks=len(world),
+            gather=gather,
+        )
+        self.records, self.round_number = done.records, number
+        self._stats = {f"rollout_{name.removeprefix('rollout_')}": value for name, value in done.stats.items()}
+        self._read()
+
+    def _read(self) -> None:
+        """Sampled groups that a loss cannot use, such as all-equal rewards for DPO, are left out and counted."""
+        data = self.cfg.data.model_copy(update={"on_bad_record": "skip"})
+        self._dataset = on_every_rank(
+            lambda: from_records(
+                self.records,
+                data,
+                self.inputs.tokenizer,
+                pairing=self.cfg.loss.traits().pairing,
+                seed=self.cfg.run.seed + self.round_number,
+                vocab_size=self.inputs.model.vocab_size,
+                origin=f"round {self.round_number + 1} group",
+            )
+        )
+        self._stats["rollout_skipped_groups"] = float(self._dataset.report.num_records - self._dataset.report.num_kept)
+
+    def _score(self) -> None:
+        """Old and reference scores of the round; under the round's own policy update 0's are its current scores too."""
+        traits, source = self.cfg.loss.traits(), self.cfg.reference.source
+        assert self.cfg.rollout is not None
+        by_token = traits.level == "token"
+        own = traits.old or (traits.reference and source == "round_start")
+        self._old = self._reference = self._current = None
+        updates = [self._sequences(update)[0] for update in range(self.cfg.rollout.updates_per_round)]
+        if own:
+            store = ScoreStore(by_token=by_token)
+            self._current = self._scores(self.engine, updates[0], by_token=True)
+            store.add(updates[0], self._current)
+            self._fill(store, self.engine, updates[1:])
+            self._old = store if traits.old else None
+            self._reference = store if traits.reference and source == "round_start" else None
+        if traits.reference and source != "round_start":
+            assert self.fixed is not None
+            self._reference = ScoreStore(by_token=by_token)
+            self._fill(self._reference, self.fixed, updates)
+
+    def _scores(self, engine: Engine, sequences: list[FlatSequence], *, by_token: bool) -> list[Scored]:
+        coupled = self.cfg.loss.traits().coupled
+        return score(engine, sequences, coupled=coupled, cutting=cutting_of(self.cfg), by_token=by_token)
+
+    def _fill(self, store: ScoreStore, engine: Engine, updates: list[list[FlatSequence]]) -> None:
+        for sequences in updates:
+            missing = store.missing(sequences)
+            if missing:
+                store.add(missing, self._scores(engine, missing, by_token=store.by_token))
+
+    def stats(self, step: int) -> Mapping[str, float]:
+        return self._stats
+
+    def state(self) -> dict[str, Any]:
+        """The round in progress: its samples and scores, so that a resume in its middle trains on the same numbers."""
+        return {
+            "round_number": self.round_number,
+            "records": self.records,
+            "stats": self._stats,
+            "reference": None if self._reference is None else self._reference.plain(),
+            "old": None if self._old is None or self._old is self._reference else self._old.plain(),
+            "old_is_reference": self._old is not None and self._old is self._reference,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state["round_number"] < 0:
+            return
+        self.round_number, self.records = state["round_number"], state["records"]
+        self._read()
+        self._stats = state["stats"]
+        by_token = self.cfg.loss.traits().level == "token"
+        self._reference = _revive(state["reference"], by_token=by_token)
+        self._old = self._reference if state["old_is_reference"] else _revive(state["old"], by_token=by_token)
+        self._current = None
+
+
+def _revive(entries: Any, *, by_token: bool) -> ScoreStore | None:
+    return None if entries is None else ScoreStore.from_plain(entries, by_token=by_token)
+
+
+def evaluate_reward(feed: RoundFeed, prompts: list[Prompt]) -> dict[str, float]:
+    """Mean reward of greedy responses to held-out prompts under the live weights."""
+    cfg, rollout = feed.cfg, feed.cfg.rollout
+    assert rollout is not None
+    refresh(feed.sampler, feed.engine, feed.inputs)
+    done = rollout_round(
+        feed.sampler,
+        feed.inputs.tokenizer,
+        prompts,
+        reward=choose_reward(rollout.reward),
+        k=1,
+        temperature=0.0,
+        max_new_tokens=rollout.max_new_tokens,
+        seed=cfg.run.seed,
+        round_number=0,
+        rank=dist.get_rank(),
+        num_ranks=dist.get_world_size(),
+        gather=gather,
+    )
+    return {"eval_reward": done.stats["reward_mean"]}
+
+
+def fixed_reference(cfg: JobConfig, inputs: Inputs, build: Any) -> Engine | None:
+    """The engine that scores a reference which is not the round's policy; it holds weights only."""
+    source = cfg.reference.source
+    if not cfg.loss.traits().reference or source in (None, "none", "round_start"):
+        return None
+    folder: Path = inputs.hf_dir if source == "initial" else resolve_model(source)
+    engine: Engine = build()
+    engine.load_weights(folder)
+    return engine

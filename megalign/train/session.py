@@ -1,0 +1,90 @@
+"""A job's engine, as its configuration describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megalign.config import JobConfig
+from megalign.convert import HFWriter, ModelConfig, hf_state
+from megalign.engines.engine import Engine
+from megalign.engines.groups import Groups
+from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
+from megalign.engines.step import Cutting
+from megalign.models.gpt import choose_layers
+from megalign.runtime.distributed import World
+from megalign.schema import UserError
+
+Result = TypeVar("Result")
+
+
+class SharedError(UserError):
+    """Bad input that every rank has heard of; rank 0 alone tells it."""
+
+
+def on_every_rank(read: Callable[[], Result]) -> Result:
+    """`read`'s result, unless any rank's call refused its input: then all ranks raise the first such refusal."""
+    result, problem = None, None
+    try:
+        result = read()
+    except UserError as error:
+        problem = str(error)
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise SharedError(found)
+    return result  # type: ignore[return-value]
+
+
+def cutting_of(cfg: JobConfig) -> Cutting:
+    return Cutting(cfg.data.tokens_per_micro_batch, cfg.data.packing)
+
+
+def dtype_of(cfg: JobConfig) -> torch.dtype:
+    return torch.bfloat16 if cfg.run.dtype == "bf16" else torch.float32
+
+
+def layers_of(cfg: JobConfig, world: World) -> str:
+    """The layer kind the job runs with."""
+    return choose_layers(cfg.engine.layers, on_cuda=world.device.type == "cuda")
+
+
+def build_engine(
+    cfg: JobConfig, model: ModelConfig, groups: Groups, world: World, *, trainable: bool, own_text: bool = True
+) -> MegatronEngine:
+    """A Megatron engine without weights yet; own_text=False is for teachers, which no temperature concerns."""
+    passed = dict(cfg.engine.megatron)
+    if cfg.run.deterministic:
+        passed["deterministic_mode"] = True
+    options = EngineOptions(
+        dtype=dtype_of(cfg),
+        device=world.device,
+        layers=layers_of(cfg, world),
+        sequence_parallel=cfg.parallel.sequence,
+        recompute=cfg.engine.recompute if trainable else "none",
+        temperature=cfg.rollout.temperature if cfg.rollout is not None and own_text else 1.0,
+        chunk_tokens=None if cfg.engine.chunk_tokens == "auto" else cfg.engine.chunk_tokens,
+        megatron=passed,
+    )
+    optimizer = cfg.optimizer
+    adamw = AdamW(optimizer.betas, optimizer.eps, optimizer.weight_decay) if trainable else None
+    return MegatronEngine(model, groups, options, adamw=adamw, seed=cfg.run.seed)
+
+
+def export(engine: Engine, model: ModelConfig, source: Path, folder: Path) -> None:
+    """Write the live weights as a Hugging Face directory, tensor by tensor; called on every rank, written by rank 0."""
+    main = dist.get_rank() == 0
+    tensors = hf_state(model, ((name, tensor.cpu()) for name, tensor in engine.full_tensors()))
+    if not main:
+        for _ in tensors:
+            pass
+    else:
+        with HFWriter(folder, source=source, dtype=None, overwrite=True) as writer:
+            for name, tensor in tensors:
+                writer.add(name, tensor)
+    dist.barrier()
