@@ -86,10 +86,13 @@ def draw(folder: Path, accuracies: dict[str, float]) -> None:
     """curves.png: GVPO's reward by round, all losses by step, held-out accuracy by model."""
     figure, (rewards, losses, bars) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     steps = {name: read_lines(folder / part / "metrics.jsonl") for name, (part, _) in MODELS.items()}
-    rewards.plot([line["step"] for line in steps["gvpo"]], [line["reward_mean"] for line in steps["gvpo"]])
-    rewards.axhline(accuracies["base"], color="gray", linestyle=":", label="held-out accuracy before (greedy)")
-    rewards.axhline(accuracies["gvpo"], color="green", linestyle=":", label="held-out accuracy after (greedy)")
-    rewards.set(title="GVPO: mean reward of samples", xlabel="step", ylim=(0, 1))
+    lines = steps["gvpo"]
+    rewards.plot([line["step"] for line in lines], [line["reward_mean"] for line in lines], label="samples")
+    held_out = [line for line in lines if "eval_reward" in line]
+    rewards.plot(
+        [line["step"] for line in held_out], [line["eval_reward"] for line in held_out], label="held out, greedy"
+    )
+    rewards.set(title="GVPO: mean reward", xlabel="step", ylim=(0, 1))
     for name, lines in steps.items():
         losses.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=name, linewidth=1)
     losses.set(title="loss, each its own", xlabel="step", yscale="log")
