@@ -25,7 +25,8 @@ say "GVPO: rounds of sampling, scoring and training, two processes, TP=2"
 bash launch/torchrun.sh 2 configs/quickstart/gvpo.yaml
 
 say "EPA: on responses that the base gave to the same prompts"
-"$python" -m megalign rollout configs/quickstart/gvpo.yaml run.dir="$out/samples" rollout.rounds=24
+"$python" -m megalign rollout configs/quickstart/gvpo.yaml \
+    run.dir="$out/samples" rollout.rounds=24 parallel.tensor=1
 "$python" launch/quickstart/keep_solved.py "$out/samples/rollout.jsonl" "$out/data/groups.jsonl"
 "$python" -m megalign train configs/quickstart/epa.yaml
 
