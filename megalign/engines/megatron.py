@@ -186,9 +186,7 @@ class MegatronEngine:
             hidden_NH=hidden_T1H.squeeze(1).index_select(0, batch.scored_N.to(device)),
             weight_VH=weight,
             target_N=batch.target_N.to(device),
-            shard=VocabShard(
-                self.groups.tensor_rank * rows, rows, self.model.vocab_size, self.groups.tensor
-            ),
+            shard=VocabShard(self.groups.tensor_rank * rows, rows, self.model.vocab_size, self.groups.tensor),
             temperature=self.options.temperature,
             chunk_tokens=self.options.chunk_tokens,
             reduce_hidden_grad=not sequence_parallel,
@@ -199,8 +197,11 @@ class MegatronEngine:
 
         A norm that is not finite is returned without a step.
         """
+        assert self.adamw is not None
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
+            # Megatron leaves this to its own scheduler, without which one-dimensional parameters would decay too.
+            group["weight_decay"] = self.adamw.weight_decay * group.get("wd_mult", 1.0)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if norm == norm and norm != float("inf"):
@@ -244,4 +245,3 @@ class MegatronEngine:
 def _with_count(loss: Tensor, payload: Any) -> tuple[Tensor, Tensor, Any]:
     """Megatron's three-value form; the count is unused, because the divisor is already inside the loss."""
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), payload
-
