@@ -1,0 +1,96 @@
+"""A whole model on one process: hidden states equal those of transformers, alone or packed with others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megalign.convert import read_model_config
+from megalign.data.batch import pack
+from megalign.data.group import Response, Sequence
+from megalign.engines.groups import make_groups
+from megalign.engines.megatron import EngineOptions, MegatronEngine
+from megalign.models.gpt import choose_layers, rope_frequencies
+from megalign.runtime.distributed import process_group
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Each turns on something that the others do not have.
+MODELS = {
+    "llama": {"rope_parameters": LLAMA3_ROPE, "attention_bias": True},
+    "mistral": {"sliding_window": 4, "head_dim": 6},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 10},
+}
+
+
+def save_random(model_type: str, folder: Path) -> transformers.PreTrainedModel:
+    """A tiny model with every parameter random, norms and biases too, saved in fp32."""
+    sizes = {
+        "vocab_size": 37,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(model_type, **(sizes | MODELS[model_type]))
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_packed_hidden_states_equal_those_of_transformers_one_by_one(model_type, tmp_path):
+    reference = save_random(model_type, tmp_path)
+    random = torch.Generator().manual_seed(1)
+    ids = [torch.randint(37, (length,), generator=random).tolist() for length in (9, 3, 9, 200)]
+    sequences = [
+        Sequence(place, place, "response", tuple(one[:2]), Response(tuple(one[2:]))) for place, one in enumerate(ids)
+    ]
+    with process_group(timeout_s=60) as world, torch.no_grad():
+        engine = MegatronEngine(
+            read_model_config(tmp_path),
+            make_groups(tensor=1, pipeline=1, timeout_s=60),
+            EngineOptions(torch.float32, world.device),
+            adamw=None,
+        )
+        engine.load_weights(tmp_path)
+        for members, pad_rows in (((0, 1, 2, 3), False), ((1, 0), True), ((3,), False)):
+            batch = pack(sequences, members, pad_rows=pad_rows)
+            hidden_T1H = engine.stage(batch.token_T, batch.position_T, batch.cu_seqlens, 200)
+            for slot, member in enumerate(members):
+                first = int(batch.cu_seqlens[slot])
+                mine = hidden_T1H[first : first + len(ids[member]), 0]
+                theirs = reference.model(torch.tensor([ids[member]])).last_hidden_state[0]
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_frequencies_equal_those_of_transformers(tmp_path):
+    reference = save_random("llama", tmp_path)
+    mine = rope_frequencies(read_model_config(tmp_path))
+    torch.testing.assert_close(mine, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+    plain = 10000.0 ** (-torch.arange(0, 6, 2) / 6)
+    assert not torch.allclose(mine, plain), "the scaling did nothing"
+
+
+def test_layers_are_torch_where_there_is_no_cuda():
+    assert choose_layers("auto", on_cuda=False) == "torch"
+    assert choose_layers("transformer_engine", on_cuda=False) == "transformer_engine"
