@@ -12,6 +12,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import psutil
+
 from megalign.config import JobConfig, load_config
 from megalign.config_file import hinted_run_dir
 from megalign.runtime.distributed import World, launched, process_group
@@ -71,6 +73,9 @@ def _on_rank(command: str, cfg: JobConfig, world: World) -> int:
         print(f"megalign: failed: {reason}", file=sys.stderr, flush=True)
         if Path(cfg.run.dir).is_dir():
             write_status(cfg.run.dir, 1, reason, None)
+        # Helper processes of a checkpoint writer would outlive this one and keep its pipes open.
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
         # Without leaving the process group: destroying it would wait for ranks that wait for this one.
         sys.stdout.flush()
         os._exit(1)

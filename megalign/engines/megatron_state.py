@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async, state_dict_saver  # noqa: F401  for the shims
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy  # noqa: F401  likewise
 from torch import Tensor
 
 from megalign.convert import load_shard, megatron_names, unshard
@@ -33,9 +35,7 @@ def named_parameters(engine: MegatronEngine) -> dict[str, torch.nn.Parameter]:
 def load_hf(engine: MegatronEngine, hf_dir: Path) -> None:
     """Copy this rank's slices of a Hugging Face checkpoint into its parameters; fails unless every one is filled."""
     groups, parameters = engine.groups, named_parameters(engine)
-    names = megatron_names(
-        engine.model, layers=engine.layer_numbers, first=groups.first_stage, last=groups.last_stage
-    )
+    names = megatron_names(engine.model, layers=engine.layer_numbers, first=groups.first_stage, last=groups.last_stage)
     if set(names) != set(parameters):
         raise RuntimeError(f"tables and model disagree on tensor names: {sorted(set(names) ^ set(parameters))}")
     with torch.no_grad():
@@ -50,7 +50,9 @@ def full_tensors(engine: MegatronEngine, kind: str) -> Iterator[tuple[str, Tenso
     groups = engine.groups
     mine: dict[str, Any] = named_parameters(engine)
     listing: list[Any] = [None] * groups.pipeline_size
-    dist.all_gather_object(listing, [(name, parameter.tensor_model_parallel) for name, parameter in mine.items()], group=groups.pipeline)
+    dist.all_gather_object(
+        listing, [(name, parameter.tensor_model_parallel) for name, parameter in mine.items()], group=groups.pipeline
+    )
     for stage, entries in enumerate(listing):
         for name, sharded in entries:
             full: Any = None
@@ -59,9 +61,7 @@ def full_tensors(engine: MegatronEngine, kind: str) -> Iterator[tuple[str, Tenso
             yield name, _from_stage(engine, stage, full)
 
 
-def _tensor_parts(
-    engine: MegatronEngine, parameter: torch.nn.Parameter, kind: str, *, sharded: bool
-) -> list[Tensor]:
+def _tensor_parts(engine: MegatronEngine, parameter: torch.nn.Parameter, kind: str, *, sharded: bool) -> list[Tensor]:
     if kind == "grad":
         local: Tensor = _whole_gradient(engine, parameter)
     else:
@@ -76,8 +76,11 @@ def _tensor_parts(
 def _whole_gradient(engine: MegatronEngine, parameter: torch.nn.Parameter) -> Tensor:
     """The reduced gradient of a parameter; under ZeRO-1 each data rank holds only its range of it."""
     gradient: Tensor = parameter.main_grad.detach().clone()  # type: ignore[attr-defined]
-    ranges = [part._get_model_param_range_map(parameter) for part in engine.optimizer.chained_optimizers
-              if hasattr(part, "_get_model_param_range_map") and parameter in part.model_param_gbuf_map]
+    ranges = [
+        part._get_model_param_range_map(parameter)
+        for part in engine.optimizer.chained_optimizers
+        if hasattr(part, "_get_model_param_range_map") and parameter in part.model_param_gbuf_map
+    ]
     if engine.groups.data_size > 1:
         flat, owned = gradient.view(-1), torch.zeros_like(gradient).view(-1)
         for found in ranges:
@@ -113,12 +116,32 @@ def load(engine: MegatronEngine, folder: Path) -> dict[str, Any]:
     """Load a checkpoint of ours into weights and optimizer; the plain values saved with it."""
     if engine.adamw is not None and engine.optimizer is None:
         engine._after_load()
+    if engine.optimizer is not None:
+        # A fresh torch optimizer has no state to be loaded into; every value of it is replaced below.
+        engine.optimizer.chained_optimizers[0]._init_optimizer_states_with_dummy_values()
     state = dist_checkpointing.load(_sharded_state(engine, loading=True), str(folder))
     engine.stage.load_state_dict(state["model"])
     if engine.optimizer is not None:
-        engine.optimizer.load_state_dict(state["optimizer"])
+        _load_optimizer(engine.optimizer.chained_optimizers[0], state["optimizer"])
     extra: dict[str, Any] = state.get("extra", {})
     return extra
+
+
+def _load_optimizer(part: Any, state: dict[str, Any]) -> None:
+    """Load Megatron's distributed optimizer; torch's AdamW counts steps by parameter, which Megatron's own load misses."""
+    parameter_state = state.pop("param_state")
+    groups = part.optimizer.param_groups
+    kept = [{key: group[key] for key in ("weight_decay", "betas", "eps") if key in group} for group in groups]
+    part.load_state_dict(state)
+    entries = list(part.optimizer.state.values())
+    steps = [entry.pop("step", None) for entry in entries]
+    part.load_parameter_state_from_fully_reshardable(parameter_state)
+    for entry, step in zip(entries, steps, strict=True):
+        if step is not None:
+            # One tensor each: torch counts them up in place, and a shared one would be counted up for every parameter.
+            entry["step"] = torch.tensor(float(step))
+    for group, settings in zip(part.optimizer.param_groups, kept, strict=True):
+        group.update(settings)  # this run's configuration, not the saved one's
 
 
 def _sharded_state(engine: MegatronEngine, *, loading: bool) -> dict[str, Any]:
