@@ -6,6 +6,7 @@ N heads, K key/value heads, D head dimension.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -47,9 +48,7 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         self.window = config.window_size[0] + 1 if config.window_size is not None else None
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
         """query [T, 1, N, D], key and value [T, 1, K, D] -> [T, 1, N * D]."""
         query_TND, key_TKD, value_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if query.is_cuda and varlen_attn is not None and query.dtype in (torch.bfloat16, torch.float16):
@@ -61,20 +60,18 @@ class PackedAttention(MegatronModule):
 
 def _by_slot(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
     """SDPA slot by slot; neighbours of equal length go together as one batch."""
-    borders = cu_seqlens.tolist()
     grouped = query.shape[1] != key.shape[1]
-    out, first = [], 0
-    while first < len(borders) - 1:
-        length = borders[first + 1] - borders[first]
-        last = first + 1
-        while last < len(borders) - 1 and borders[last + 1] - borders[last] == length:
-            last += 1
-        rows = slice(borders[first], borders[last])
-        q, k, v = (x[rows].unflatten(0, (last - first, length)).transpose(1, 2) for x in (query, key, value))
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    runs = [(length, len(list(equal))) for length, equal in itertools.groupby(lengths)]
+    sizes = [length * count for length, count in runs]
+    out = []
+    # split, not slices: the backward of a slice fills and adds a gradient as large as the whole row, for every slot.
+    parts = zip(runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
+    for (length, count), *slots in parts:
+        q, k, v = (slot.unflatten(0, (count, length)).transpose(1, 2) for slot in slots)
         mask = _window_mask(length, window, q.device)
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         out.append(context.transpose(1, 2).flatten(0, 1))
-        first = last
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
