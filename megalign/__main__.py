@@ -21,8 +21,8 @@ from megalign.runtime.status import guarded, write_status
 from megalign.schema import UserError
 
 
-def main() -> int:
-    """Parse the command line and run one sub-command; its exit code."""
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line (`sys.argv` where nothing is given) and run one sub-command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m megalign", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
@@ -33,7 +33,7 @@ def main() -> int:
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("config", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     return guarded(
         lambda: _run(args.command, args.config, args.overrides), lambda: hinted_run_dir(args.config, args.overrides)
     )

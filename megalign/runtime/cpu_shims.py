@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "as_tensor")
+FACTORIES = ("tensor", "as_tensor", "zeros", "zeros_like", "ones", "empty", "empty_like", "full", "arange", "rand")
 
 
 def install() -> None:
@@ -103,9 +103,8 @@ def _patch_tensor_methods() -> None:
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
     cuda.megalign_shim = True  # type: ignore[attr-defined]
-    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
-    torch.Tensor.type = type_as_on_cuda  # type: ignore[method-assign]
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    for name, method in (("cuda", cuda), ("type", type_as_on_cuda), ("record_stream", lambda self, stream: None)):
+        setattr(torch.Tensor, name, method)
 
 
 def _patch_rng_tracker() -> None:

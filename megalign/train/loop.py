@@ -28,6 +28,7 @@ from megalign.runtime.status import DONE, STOPPED, write_status
 from megalign.schema import UserError
 from megalign.train.check import Inputs, check, read_dataset, read_prompts
 from megalign.train.checkpoint import find_checkpoint, save_checkpoint
+from megalign.data.dataset import GroupDataset
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
 from megalign.train.report import Reporter, keep_metrics_up_to, start_log
 from megalign.train.rounds import RoundFeed, evaluate_reward, fixed_reference, live_sampler
@@ -97,10 +98,13 @@ def _prepare(cfg: JobConfig, inputs: Inputs, world: World, groups: Any, report: 
         f"{world.size} ranks: tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size}; "
         f"{layers_of(cfg, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
     )
-    dataset, held_out = inputs.dataset, None
-    if dataset is not None:
+
+    def scored_by_teachers(dataset: GroupDataset) -> GroupDataset:
         report.say(dataset.report.line())
-        dataset = on_every_rank(lambda: with_teachers(cfg, dataset, inputs, groups, world, report))
+        return on_every_rank(lambda: with_teachers(cfg, dataset, inputs, groups, world, report))
+
+    dataset = None if inputs.dataset is None else scored_by_teachers(inputs.dataset)
+    held_out: Any = None
     engine = build_engine(cfg, inputs.model, groups, world, trainable=True)
     engine.load_weights(inputs.hf_dir)
     feed: Feed
@@ -116,8 +120,7 @@ def _prepare(cfg: JobConfig, inputs: Inputs, world: World, groups: Any, report: 
         feed.score_before(engine, inputs.hf_dir, num_steps, report, held_out=False)
         if cfg.eval.path is not None:
             records = read_dataset(cfg, inputs.tokenizer, inputs.model, path=cfg.eval.path)
-            records = on_every_rank(lambda: with_teachers(cfg, records, inputs, groups, world, report))
-            held_out = DatasetFeed(cfg, records)
+            held_out = DatasetFeed(cfg, scored_by_teachers(records))
             held_out.score_before(engine, inputs.hf_dir, 1, report, held_out=True)
     report.total = num_steps
     return Job(cfg, inputs, world, engine, feed, num_steps, report, held_out)
