@@ -1,7 +1,7 @@
 """Layers of our own in plain torch: RMSNorm that admits sequence parallelism, and attention over packed rows.
 
-Megatron's torch norms refuse sequence parallelism, and its local attention has no packed input. Axes: T token positions,
-N heads, K key/value heads, D head dimension.
+Megatron's torch norms refuse sequence parallelism, and its local attention has no packed input. Axes: T token
+positions, N heads, K key/value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class RMSNorm(nn.Module):
 class PackedAttention(MegatronModule):
     """Causal attention inside each slot of a packed row; Megatron's `core_attention` interface.
 
-    The slots' borders (`cu_seqlens`, int32 [slots + 1]) come in as `attention_mask`, because that is the one tensor that
-    Megatron hands through blocks, layers and recomputation unchanged.
+    The slots' borders (`cu_seqlens`, int32 [slots + 1]) come in as `attention_mask`, because that is the one tensor
+    that Megatron hands through blocks, layers and recomputation unchanged.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
@@ -90,4 +90,4 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, windo
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     left = -1 if window is None else window - 1
-    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, window_size=(left, 0))  # type: ignore[no-any-return]
+    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, window_size=(left, 0))  # type: ignore[no-any-return,return-value]
