@@ -4,13 +4,15 @@ from megalign.convert.hf_config import read_model_config
 from megalign.convert.model_config import ModelConfig, RopeScaling
 from megalign.convert.naming import hf_state, megatron_names, to_hf, unshard
 from megalign.convert.reader import audit, load_shard, resolve_model
-from megalign.convert.writer import HFWriter
+from megalign.convert.writer import HFWriter, check_target, companions
 
 __all__ = [
     "HFWriter",
     "ModelConfig",
     "RopeScaling",
     "audit",
+    "check_target",
+    "companions",
     "hf_state",
     "load_shard",
     "megatron_names",

@@ -40,7 +40,7 @@ class HFWriter:
         overwrite: bool = False,
     ) -> None:
         self.folder, self.source = Path(folder).absolute(), Path(source)
-        _check_target(self.folder, self.source, overwrite=overwrite)
+        check_target(self.folder, self.source, overwrite=overwrite)
         read_json(self.source / "config.json")
         self.dtype, self.max_shard_bytes, self.overwrite = dtype, max_shard_bytes, overwrite
         self.partial = self.folder.with_name(f".{self.folder.name}.partial-{os.getpid()}")
@@ -122,11 +122,10 @@ class HFWriter:
             _write_bytes(self.partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
     def _copy_companions(self) -> None:
-        for pattern in ("generation_config.json", *TOKENIZER_FILES):
-            for path in sorted(self.source.glob(pattern)):
-                copy = self.partial / path.relative_to(self.source)
-                copy.parent.mkdir(exist_ok=True)
-                _write_bytes(copy, path.read_bytes())
+        for path in companions(self.source):
+            copy = self.partial / path.relative_to(self.source)
+            copy.parent.mkdir(exist_ok=True)
+            _write_bytes(copy, path.read_bytes())
 
     def _write_config(self) -> None:
         """The source's bytes, unless the weights are of another dtype than it says."""
@@ -141,7 +140,7 @@ class HFWriter:
             _write_bytes(self.partial / "config.json", text.encode())
 
     def _publish(self) -> None:
-        _check_target(self.folder, self.source, overwrite=self.overwrite)  # it may have come up since
+        check_target(self.folder, self.source, overwrite=self.overwrite)  # it may have come up since
         _sync(self.partial)
         replaced = self.folder.with_name(f".{self.folder.name}.replaced-{os.getpid()}")
         replaces = self.folder.exists()
@@ -158,7 +157,14 @@ class HFWriter:
             shutil.rmtree(replaced)
 
 
-def _check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
+def companions(source: Path) -> list[Path]:
+    """A checkpoint's files besides weights and config.json: generation settings, tokenizer, chat templates."""
+    patterns = ("generation_config.json", *TOKENIZER_FILES)
+    return [path for pattern in patterns for path in sorted(source.glob(pattern))]
+
+
+def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
+    """UserError unless `folder` may be written to: new, empty, or with `overwrite` a checkpoint already."""
     if not folder.exists() and not folder.is_symlink():
         return
     if not folder.is_dir() or folder.is_symlink():

@@ -56,7 +56,7 @@ class Head:
         )
 
 
-# Called once a micro-batch on the last stage, in order: (place in the list, head) -> (loss with every factor inside, anything).
+# Called on the last stage, once a micro-batch and in order: (place, head) -> (loss with every factor inside, anything).
 Objective = Callable[[int, Head], tuple[Tensor, Any]]
 
 

@@ -64,6 +64,7 @@ class MegatronEngine:
         model_parallel_cuda_manual_seed(seed)
         self.model, self.groups, self.options, self.adamw = model, groups, options, adamw
         self.device = options.device
+        self.source: Path | None = None  # the Hugging Face directory that the weights came from
         self.cut = MicroBatchShape(
             groups.data_rank, groups.data_size, groups.tensor_size if options.sequence_parallel else 1
         )
@@ -88,6 +89,7 @@ class MegatronEngine:
     def load_weights(self, hf_dir: Path) -> None:
         """Fill this rank's shard from a Hugging Face directory, reading only what it owns."""
         megatron_state.load_hf(self, hf_dir)
+        self.source = hf_dir
         self._after_load()
 
     def _after_load(self) -> None:

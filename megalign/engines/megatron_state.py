@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,13 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async, state_
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy  # noqa: F401  likewise
 from torch import Tensor
 
-from megalign.convert import load_shard, megatron_names, unshard
+from megalign.convert import companions, load_shard, megatron_names, unshard
+from megalign.schema import UserError
 
 if TYPE_CHECKING:
     from megalign.engines.megatron import MegatronEngine
 
+HF_FILES = "hf"
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -108,27 +111,48 @@ def _from_stage(engine: MegatronEngine, stage: int, full: Tensor | None) -> Tens
 
 
 def save(engine: MegatronEngine, folder: Path, extra: dict[str, Any]) -> None:
-    """Write weights, optimizer state and plain values as a `torch_dist` checkpoint, independent of the layout."""
-    dist_checkpointing.save(_sharded_state(engine, loading=False) | {"extra": extra}, str(folder))
+    """Write weights, optimizer state and plain values as a `torch_dist` checkpoint, independent of the layout.
+
+    The files of the Hugging Face checkpoint that are not weights lie beside it, so that it can become one again.
+    """
+    about = {"dtype": str(engine.options.dtype), "optimizer": engine.optimizer is not None}
+    dist_checkpointing.save(_sharded_state(engine, loading=False) | {"extra": extra, "about": about}, str(folder))
+    if dist.get_rank() == 0 and engine.source is not None:
+        for path in [engine.source / "config.json", *companions(engine.source)]:
+            copy = folder / HF_FILES / path.relative_to(engine.source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: the dtype of its weights, and whether an optimizer is inside."""
+    found = dist_checkpointing.load_common_state_dict(str(folder)).get("about")
+    if found is None:
+        raise UserError(f"{folder} was not written by megalign; needed: a checkpoint of a run or of hf_to_megatron.py")
+    return dict(found)
 
 
 def load(engine: MegatronEngine, folder: Path) -> dict[str, Any]:
-    """Load a checkpoint of ours into weights and optimizer; the plain values saved with it."""
+    """Load a checkpoint of ours into weights and, where both have one, optimizer; the plain values saved with it."""
     if engine.adamw is not None and engine.optimizer is None:
         engine._after_load()
-    if engine.optimizer is not None:
+    with_optimizer = engine.optimizer is not None and about(folder)["optimizer"]
+    if with_optimizer:
         # A fresh torch optimizer has no state to be loaded into; every value of it is replaced below.
         engine.optimizer.chained_optimizers[0]._init_optimizer_states_with_dummy_values()
-    state = dist_checkpointing.load(_sharded_state(engine, loading=True), str(folder))
+    wanted = _sharded_state(engine, loading=True, with_optimizer=with_optimizer)
+    state = dist_checkpointing.load(wanted, str(folder))
     engine.stage.load_state_dict(state["model"])
-    if engine.optimizer is not None:
+    if with_optimizer:
         _load_optimizer(engine.optimizer.chained_optimizers[0], state["optimizer"])
+    elif engine.optimizer is not None:
+        engine.optimizer.reload_model_params()
     extra: dict[str, Any] = state.get("extra", {})
     return extra
 
 
 def _load_optimizer(part: Any, state: dict[str, Any]) -> None:
-    """Load Megatron's distributed optimizer; torch's AdamW counts steps by parameter, which Megatron's own load misses."""
+    """Load the distributed optimizer; torch's AdamW counts steps by parameter, which Megatron's own load misses."""
     parameter_state = state.pop("param_state")
     groups = part.optimizer.param_groups
     kept = [{key: group[key] for key in ("weight_decay", "betas", "eps") if key in group} for group in groups]
@@ -144,9 +168,9 @@ def _load_optimizer(part: Any, state: dict[str, Any]) -> None:
         group.update(settings)  # this run's configuration, not the saved one's
 
 
-def _sharded_state(engine: MegatronEngine, *, loading: bool) -> dict[str, Any]:
+def _sharded_state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
     model_state = engine.stage.sharded_state_dict(metadata=METADATA)
     state: dict[str, Any] = {"model": model_state}
-    if engine.optimizer is not None:
+    if engine.optimizer is not None and with_optimizer:
         state["optimizer"] = engine.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=METADATA)
     return state

@@ -114,8 +114,7 @@ def cut_batch(engine: Engine, sequences: Sequence[FlatSequence], *, coupled: boo
         needed = len(sizes) * max(sizes) if pad_rows and sizes else sum(sizes)
         positions += -(-max(needed, 1) // shape.multiple_of) * shape.multiple_of
     batches = [
-        pack(sequences, members, pad_rows=pad_rows, multiple_of=shape.multiple_of)
-        for members in ranks[shape.data_rank]
+        pack(sequences, members, pad_rows=pad_rows, multiple_of=shape.multiple_of) for members in ranks[shape.data_rank]
     ]
     return Cut(batches, whole, 1 - sum(lengths) / positions)
 
@@ -151,7 +150,7 @@ def score(
 def accumulate(
     engine: Engine, batch: StepBatch, loss: LossConfig, *, cutting: Cutting, mode: PassMode | None = None
 ) -> StepResult:
-    """Put the exact gradient of the global batch's loss into the engine; `mode` is for tests, else the cheapest exact one.
+    """Put the exact gradient of the global batch's loss into the engine, by the cheapest mode or the one given.
 
     Raises ValueError for a mode that is not exact here.
     """
@@ -176,7 +175,9 @@ def accumulate(
             coefficient_N, coefficient_S, share = coefficients(place, guess)
             value, logp_N = head.weighted(coefficient_N, lse_N)
             owned_N, _ = head.shard.localize(head.target_N)
-            gap = 0.0 if given is None else float((logp_N - given).abs().where(owned_N, 0.0).max()) if len(given) else 0.0
+            gap = (
+                0.0 if given is None else float((logp_N - given).abs().where(owned_N, 0.0).max()) if len(given) else 0.0
+            )
             if given is not None:
                 logp_N = given
             else:  # linear: the share at zero log-probs is not the loss

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
@@ -87,7 +90,7 @@ def rope_frequencies(model: ModelConfig) -> Tensor:
 
 
 def choose_layers(wanted: str, *, on_cuda: bool) -> str:
-    """The layer kind that `engine.layers` means here: TransformerEngine's on CUDA where they import, torch's elsewhere."""
+    """What `engine.layers` means here: TransformerEngine's layers on CUDA where they import, torch's elsewhere."""
     if wanted != "auto":
         return wanted
     if not on_cuda:
@@ -154,9 +157,7 @@ def transformer_config(
     return TransformerConfig(**(fields | dict(extra)))
 
 
-def build_stage(
-    model: ModelConfig, config: TransformerConfig, *, layers: str, first: bool, last: bool
-) -> PolicyModel:
+def build_stage(model: ModelConfig, config: TransformerConfig, *, layers: str, first: bool, last: bool) -> PolicyModel:
     """One pipeline stage on the current parallel groups; its weights are uninitialised until a checkpoint is loaded."""
     if layers == "transformer_engine":
         spec: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
@@ -182,7 +183,7 @@ def build_stage(
 
 
 def _mark_shards(stage: PolicyModel) -> None:
-    """Say which parameters are cut over tensor ranks; Megatron says it only when it initialises weights, which a load makes moot.
+    """Say which parameters are cut over tensor ranks; Megatron says it only when it initialises weights.
 
     Gradient norms, exports and checkpoints all go by these marks.
     """

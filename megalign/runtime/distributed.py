@@ -59,7 +59,7 @@ def process_group(*, timeout_s: float) -> Iterator[World]:
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """The rendezvous store; a restarted attempt gets names of its own, because a dead attempt's keys stay in the agent's."""
+    """The rendezvous store; each attempt has names of its own, because a dead one's keys stay in the agent's store."""
     if size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     under_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -81,7 +81,7 @@ def free_port() -> int:
 
 
 def spawn(function: Callable[..., None], num_processes: int, *args: object) -> None:
-    """Run `function(*args)` in `num_processes` fresh processes joined as a job; raise what the first failing one raised."""
+    """Run `function(*args)` in fresh processes joined as a job; raise what the first failing one raised."""
     torch.multiprocessing.spawn(_entry, (function, num_processes, free_port(), args), nprocs=num_processes)
 
 

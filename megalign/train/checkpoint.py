@@ -1,7 +1,7 @@
 """Which checkpoints a run directory holds, and how one comes to count: only once it is whole.
 
-A checkpoint is written under a temporary name, synced, renamed, and then `latest` is moved to it. Every function here is
-called on every rank; rank 0 alone touches the directory, apart from what the engine writes.
+A checkpoint is written under a temporary name, synced, renamed, and then `latest` is moved to it. Every function here
+is called on every rank; rank 0 alone touches the directory, apart from what the engine writes.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from megalign.config import JobConfig, dump_config, total_steps
+from megalign.convert import check_target
+from megalign.data.dataset import GroupDataset
 from megalign.engines.engine import Engine
 from megalign.engines.groups import make_groups
 from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
@@ -28,7 +30,6 @@ from megalign.runtime.status import DONE, STOPPED, write_status
 from megalign.schema import UserError
 from megalign.train.check import Inputs, check, read_dataset, read_prompts
 from megalign.train.checkpoint import find_checkpoint, save_checkpoint
-from megalign.data.dataset import GroupDataset
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
 from megalign.train.report import Reporter, keep_metrics_up_to, start_log
 from megalign.train.rounds import RoundFeed, evaluate_reward, fixed_reference, live_sampler
@@ -68,6 +69,8 @@ def train(cfg: JobConfig, world: World) -> int:
     run_dir = Path(cfg.run.dir)
     inputs = on_every_rank(lambda: check(cfg, world.size))
     resumed = on_every_rank(lambda: find_checkpoint(run_dir, cfg.checkpoint.resume))
+    if cfg.export.hf_dir is not None:
+        on_every_rank(lambda: check_target(Path(str(cfg.export.hf_dir)), inputs.hf_dir, overwrite=True))
     on_every_rank(lambda: _open_run_dir(cfg, world))
     start_log(run_dir, main=world.is_main)
     groups = make_groups(tensor=cfg.parallel.tensor, pipeline=cfg.parallel.pipeline, timeout_s=cfg.watchdog.timeout_s)
@@ -130,9 +133,9 @@ def _resume(job: Job, checkpoint: Path | None) -> None:
     """Go on from a checkpoint, or begin; metrics of steps to be taken (again) are dropped."""
     if checkpoint is not None:
         extra = job.engine.load(checkpoint)
-        job.step = extra["step"]
-        job.bad_steps = extra["bad_steps"]
-        job.feed.restore(extra["feed"])
+        if extra:  # a converted checkpoint holds weights alone
+            job.step, job.bad_steps = extra["step"], extra["bad_steps"]
+            job.feed.restore(extra["feed"])
         job.report.say(f"resumed from {checkpoint} after step {job.step}")
     if job.world.is_main:
         keep_metrics_up_to(job.run_dir, job.step)

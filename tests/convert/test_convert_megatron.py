@@ -1,0 +1,101 @@
+"""Hugging Face -> Megatron -> Hugging Face through real Megatron models: bitwise, whatever the layout between."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_checkpoints import CASES, COMPANIONS, write_checkpoint
+
+from megalign.runtime.distributed import process_group, spawn
+
+ROOT = Path(__file__).parents[2]
+
+
+def same_checkpoint(a: Path, b: Path) -> None:
+    left, right = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert torch.equal(left[name], right[name]), name
+    for name in ("config.json", *COMPANIONS):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def export_at(folder: str, tensor: int, pipeline: int) -> None:
+    """Load every case at a layout, take an optimizer step of rate 0 and export it."""
+    from megalign.convert import read_model_config
+    from megalign.data.batch import pack
+    from megalign.data.group import Response, Sequence
+    from megalign.engines.groups import make_groups
+    from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
+    from megalign.train.session import export
+
+    with process_group(timeout_s=60) as world:
+        groups = make_groups(tensor=tensor, pipeline=pipeline, timeout_s=60)
+        sequence = Sequence(0, 0, "response", (1, 2, 3), Response((4, 130)))
+        for case, (_, dtype, _, _) in CASES.items():
+            source = Path(folder) / case
+            model = read_model_config(source)
+            options = EngineOptions(dtype=getattr(torch, dtype), device=world.device)
+            engine = MegatronEngine(model, groups, options, adamw=AdamW(weight_decay=0.1))
+            engine.load_weights(source)
+            engine.backward([pack([sequence], [0])], lambda place, head: (head.logp()[0].sum(), None))
+            assert engine.update(0.0, clip_norm=1.0) > 0
+            export(engine, model, source, Path(folder) / f"{case}-{tensor}x{pipeline}")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for case in CASES:
+        write_checkpoint(folder / case, case)
+    return folder
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 2)])
+def test_a_step_of_rate_zero_gives_the_same_checkpoint_back(checkpoints: Path, tensor: int, pipeline: int) -> None:
+    spawn(export_at, tensor * pipeline, str(checkpoints), tensor, pipeline)
+    for case in CASES:
+        same_checkpoint(checkpoints / case, checkpoints / f"{case}-{tensor}x{pipeline}")
+
+
+def test_torch_dist_checkpoints_lead_back_bitwise(checkpoints: Path) -> None:
+    from megalign.engines.offline import hf_to_megatron, megatron_to_hf
+
+    for case in CASES:
+        hf_to_megatron(str(checkpoints / case), checkpoints / f"{case}-megatron")
+        megatron_to_hf(checkpoints / f"{case}-megatron", checkpoints / f"{case}-back")
+        same_checkpoint(checkpoints / case, checkpoints / f"{case}-back")
+        token = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+        logits = [
+            transformers.AutoModelForCausalLM.from_pretrained(checkpoints / name, dtype=torch.float32)(token).logits
+            for name in (case, f"{case}-back")
+        ]
+        assert torch.equal(*logits)
+
+
+def test_the_tools_convert_and_refuse(checkpoints: Path, tmp_path: Path) -> None:
+    def run(tool: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    source = checkpoints / "qwen3-bias"
+    assert run("hf_to_megatron.py", source, tmp_path / "megatron").returncode == 0
+    assert run("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "hf").returncode == 0
+    same_checkpoint(source, tmp_path / "hf")
+    for tool, arguments, told in [
+        ("hf_to_megatron.py", (source, tmp_path / "megatron"), "exists and is not empty"),
+        ("megatron_to_hf.py", (source, tmp_path / "other"), "is not a megalign checkpoint"),
+    ]:
+        refused = run(tool, *arguments)
+        assert refused.returncode == 2
+        assert told in refused.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "other").exists()
