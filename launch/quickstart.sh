@@ -24,17 +24,22 @@ say "SFT: the base, which knows the format and some of the sums"
 say "GVPO: rounds of sampling, scoring and training, two processes, TP=2"
 bash launch/torchrun.sh 2 configs/quickstart/gvpo.yaml
 
-say "EPA: on responses that the base gave to the same prompts"
-"$python" -m megalign rollout configs/quickstart/gvpo.yaml \
-    run.dir="$out/samples" rollout.rounds=24 parallel.tensor=1
-"$python" launch/quickstart/keep_solved.py "$out/samples/rollout.jsonl" "$out/data/groups.jsonl"
-"$python" -m megalign train configs/quickstart/epa.yaml
-
-say "noisy answers: SFT, and PoFT with the GVPO model as teacher"
-"$python" -m megalign train configs/quickstart/sft_noisy.yaml &
-plain=$!
-"$python" -m megalign train configs/quickstart/poft.yaml
-wait "$plain"
+epa() {
+    "$python" -m megalign rollout configs/quickstart/gvpo.yaml run.dir="$out/samples" \
+        rollout.rounds=24 rollout.temperature=1.0 parallel.tensor=1 &&
+        "$python" launch/quickstart/keep_solved.py "$out/samples/rollout.jsonl" "$out/data/groups.jsonl" &&
+        "$python" -m megalign train configs/quickstart/epa.yaml
+}
+noisy() {
+    "$python" -m megalign train configs/quickstart/sft_noisy.yaml &&
+        "$python" -m megalign train configs/quickstart/poft.yaml
+}
+say "side by side: EPA on samples of the base; SFT on noisy answers, and PoFT on them with the GVPO model as teacher"
+epa > >(sed -u 's/^/[epa]   /') 2>&1 &
+contrast=$! code=0
+noisy > >(sed -u 's/^/[noisy] /') 2>&1 || code=$?
+wait "$contrast" || code=$?
+[[ $code -eq 0 ]] || exit "$code"
 
 say "held-out accuracy of the exported models"
 "$python" launch/quickstart/report.py "$out" --started "$started"

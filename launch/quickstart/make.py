@@ -18,6 +18,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+="
@@ -108,6 +109,7 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def main(folder: Path) -> None:
+    disable_progress_bar()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     model.save_pretrained(folder / "model")

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from megalign.rollout.prompts import plain_text
 from megalign.rollout.rewards import choose_reward
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--started", type=float, required=True, help="Unix time when the runs began")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    disable_progress_bar()
     problems = read_lines(args.folder / "data" / "held_out.jsonl")
     answers = {name: answer(args.folder / part / "hf", problems) for name, (part, _) in MODELS.items()}
     accuracies = {name: accuracy(answers[name], problems) for name in MODELS}
