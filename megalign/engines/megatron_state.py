@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from megalign.engines.megatron import MegatronEngine
 
 HF_FILES = "hf"
+# TransformerEngine fuses a norm into the linear layer behind it; the tables know it as a module of its own.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -30,7 +35,7 @@ def named_parameters(engine: MegatronEngine) -> dict[str, torch.nn.Parameter]:
     for name, parameter in engine.stage.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, local, rest = name.split(".", 3)
-            name = f"decoder.layers.{engine.layer_numbers[int(local)]}.{rest}"
+            name = f"decoder.layers.{engine.layer_numbers[int(local)]}.{FUSED_NORMS.get(rest, rest)}"
         named[name] = parameter
     return named
 

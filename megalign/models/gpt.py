@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from megalign.convert.model_config import ModelConfig
 from megalign.models.layers import PackedAttention, RMSNorm
+from megalign.schema import UserError
 
 
 class PolicyModel(GPTModel):
@@ -160,6 +161,11 @@ def transformer_config(
 def build_stage(model: ModelConfig, config: TransformerConfig, *, layers: str, first: bool, last: bool) -> PolicyModel:
     """One pipeline stage on the current parallel groups; its weights are uninitialised until a checkpoint is loaded."""
     if layers == "transformer_engine":
+        if model.mlp_bias != model.out_bias:
+            raise UserError(
+                "engine.layers is transformer_engine: a model with a bias in only one of attention output and MLP "
+                "needs engine.layers torch"
+            )
         spec: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
     else:
         spec = _torch_spec(model, config)
@@ -198,10 +204,11 @@ def _mark_shards(stage: PolicyModel) -> None:
 
 def _drop_biases(stage: PolicyModel, model: ModelConfig) -> None:
     """Megatron has one switch for the biases of attention output and MLP; a model may have only one of the two."""
+    if model.mlp_bias == model.out_bias:
+        return
     for layer in stage.decoder.layers:
-        linears = [] if model.mlp_bias else [layer.mlp.linear_fc1, layer.mlp.linear_fc2]
-        linears += [] if model.out_bias else [layer.self_attention.linear_proj]
-        for linear in linears:
+        mlp = [layer.mlp.linear_fc1, layer.mlp.linear_fc2]
+        for linear in [layer.self_attention.linear_proj] if model.mlp_bias else mlp:
             linear.register_parameter("bias", None)
 
 
@@ -214,6 +221,4 @@ def _torch_spec(model: ModelConfig, config: TransformerConfig) -> TransformerBlo
     attention.core_attention = PackedAttention
     if model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    # The local spec maps names for layer norms fused into linear layers; ours are modules of their own.
-    layer.submodules.sharded_state_dict_keys_map = {}
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
