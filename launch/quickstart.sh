@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way on one small machine: an untrained Hugging Face checkpoint, SFT, GVPO rounds on two processes that share
 # the model (TP=2), EPA and PoFT for comparison, and Hugging Face checkpoints again, judged on held-out problems.
-# Run: bash launch/quickstart.sh      (about five minutes on two cores; the first run also makes .venv)
+# Run: bash launch/quickstart.sh      (nine minutes of processor time over two cores; the first run also makes .venv)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
