@@ -1,16 +1,49 @@
-"""How a job ends: one stderr line for bad input, and `status.json` for those who see only a launcher's exit code."""
+"""How a job ends: one stderr line, and `status.json` for those who see only a launcher's exit code."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megalign.schema import UserError
 
 DONE, BAD_INPUT, STOPPED = 0, 2, 75
+
+
+class During(Exception):
+    """A failure with what the job was doing; `step` is the last finished one, if any, and the cause is the failure."""
+
+    def __init__(self, doing: str, step: int | None) -> None:
+        super().__init__(doing)
+        self.doing, self.step = doing, step
+
+
+@contextmanager
+def during(doing: str, step: int | None) -> Iterator[None]:
+    """Say of every failure inside what the job was doing; bad input explains itself."""
+    try:
+        yield
+    except (UserError, During):
+        raise
+    except Exception as error:
+        raise During(doing, step) from error
+
+
+def explain(error: BaseException) -> tuple[str, int | None]:
+    """(one line, last finished step): what the job was doing, the collective that failed where it was one, and why."""
+    doing, step = (error.doing, error.step) if isinstance(error, During) else ("", None)
+    cause = error.__cause__ if isinstance(error, During) and error.__cause__ is not None else error
+    frames = traceback.extract_tb(cause.__traceback__)
+    calls = [frame.name for frame in frames if Path(frame.filename).name == "distributed_c10d.py"]
+    ours = [frame.name for frame in frames if "megalign" in Path(frame.filename).parts]
+    inside = f"{calls[-1]} of {ours[-1]}" if calls and ours else ""
+    text = " ".join(f"{type(cause).__name__}: {cause}".split())
+    return ": ".join(part for part in (doing, inside, text) if part), step
 
 
 def write_status(run_dir: str | Path, code: int, reason: str, step: int | None) -> None:
@@ -32,12 +65,14 @@ def guarded(main: Callable[[], int], run_dir_hint: Callable[[], str | None] = la
     try:
         return main()
     except UserError as error:
-        reason = " ".join(str(error).split())
-        print(f"megalign: error: {reason}", file=sys.stderr)
-        run_dir = run_dir_hint()
-        if run_dir is not None:
-            try:
-                write_status(run_dir, BAD_INPUT, reason, None)
-            except OSError as problem:  # the line above and the code still say it
-                print(f"megalign: {run_dir}/status.json cannot be written: {problem.strerror}", file=sys.stderr)
-        return BAD_INPUT
+        return refuse(error, run_dir_hint())
+
+
+def refuse(error: UserError, run_dir: str | None) -> int:
+    """Tell of bad input: one line, and a status where the run directory is known; the exit code."""
+    reason = " ".join(str(error).split())
+    print(f"megalign: error: {reason}", file=sys.stderr, flush=True)
+    if run_dir is not None:
+        with suppress(OSError):  # the line above and the code say it already
+            write_status(run_dir, BAD_INPUT, reason, None)
+    return BAD_INPUT

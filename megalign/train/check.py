@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,43 @@ from megalign.convert.hf_config import read_model_config
 from megalign.convert.model_config import ModelConfig
 from megalign.convert.reader import TOKENIZER_FILES, audit, resolve_model
 from megalign.data.dataset import GroupDataset, load_dataset
+from megalign.data.group import Sequence as FlatSequence
+from megalign.data.tokenize import retokenize
 from megalign.rollout.prompts import Prompt, load_prompts
 from megalign.rollout.rewards import choose_reward
 from megalign.schema import UserError
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherTexts:
+    """What one teacher has to score: which records lack its score, and their responses as it reads them."""
+
+    name: str
+    hf_dir: Path
+    model: ModelConfig
+    places: list[int]  # in the data set's groups
+    sequences: list[FlatSequence]
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """A data set that passed, and what the teachers have to score of it."""
+
+    dataset: GroupDataset
+    teachers: Sequence[TeacherTexts] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the checks have read; `dataset` is None and `prompts` holds the prompts with a rollout section."""
+    """What the checks have read: records, or with a rollout section prompts; the held-out ones are of the same kind."""
 
     hf_dir: Path
     model: ModelConfig
     tokenizer: Any | None  # None where the checkpoint has none; records then bring token ids
-    dataset: GroupDataset | None
+    records: Records | None
     prompts: Sequence[Prompt]
+    held_out_records: Records | None = None
+    held_out_prompts: Sequence[Prompt] = ()
 
 
 def check(cfg: JobConfig, world_size: int) -> Inputs:
@@ -43,16 +67,19 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
         check_model(cfg, teacher.path, field=f"teachers.{place}.path", world_size=world_size)
     if cfg.engine.megatron:
         check_passed_through(cfg.engine.megatron)
+    if "wandb" in cfg.trackers and importlib.util.find_spec("wandb") is None:
+        raise UserError("trackers has 'wandb': the package is missing; pip install 'megalign[wandb]', or leave it out")
+    eval_path = cfg.eval.path
+    if eval_path is not None and not Path(eval_path).exists():
+        raise UserError(f"eval.path is {eval_path!r}: no such file or directory; must be one that data.path would take")
     tokenizer = load_tokenizer(hf_dir)
     if cfg.rollout is not None:
         prompts = read_prompts(cfg, cfg.rollout.path, tokenizer, model)
-        if cfg.eval.path is not None:
-            read_prompts(cfg, cfg.eval.path, tokenizer, model)
-        return Inputs(hf_dir, model, tokenizer, None, prompts)
-    dataset = read_dataset(cfg, tokenizer, model)
-    if cfg.eval.path is not None:
-        read_dataset(cfg, tokenizer, model, path=cfg.eval.path)
-    return Inputs(hf_dir, model, tokenizer, dataset, ())
+        held_out = () if eval_path is None else read_prompts(cfg, eval_path, tokenizer, model)
+        return Inputs(hf_dir, model, tokenizer, None, prompts, held_out_prompts=held_out)
+    records = read_records(cfg, tokenizer, model)
+    held_out_records = None if eval_path is None else read_records(cfg, tokenizer, model, path=eval_path)
+    return Inputs(hf_dir, model, tokenizer, records, (), held_out_records)
 
 
 def check_model(cfg: JobConfig, path: str, *, field: str, world_size: int) -> tuple[Path, ModelConfig]:
@@ -99,9 +126,10 @@ def load_tokenizer(hf_dir: Path) -> Any | None:
         ) from None
 
 
-def read_dataset(cfg: JobConfig, tokenizer: Any | None, model: ModelConfig, *, path: str | None = None) -> GroupDataset:
-    """The job's records, or those of `path` read by the same rules; the teachers' filter is not applied yet."""
-    data = cfg.data if path is None else cfg.data.model_copy(update={"path": path, "sources": None})
+def read_records(cfg: JobConfig, tokenizer: Any | None, model: ModelConfig, *, path: str | None = None) -> Records:
+    """The job's records before `data.filter`, or those of `path` by the same rules, which no filter concerns."""
+    update: dict[str, Any] = {} if path is None else {"path": path, "sources": None, "filter": None}
+    data = cfg.data.model_copy(update=update)
     traits = cfg.loss.traits()
     dataset = load_dataset(data, tokenizer, pairing=traits.pairing, seed=cfg.run.seed, vocab_size=model.vocab_size)
     if (traits.teachers or data.filter is not None) and not cfg.teachers:
@@ -109,7 +137,47 @@ def read_dataset(cfg: JobConfig, tokenizer: Any | None, model: ModelConfig, *, p
             if not group.teacher_scores:
                 user = f"loss {cfg.loss.name}" if traits.teachers else "data.filter"
                 raise UserError(f"{origin}: teacher_scores is missing; {user} needs it where there are no teachers")
-    return dataset
+    found = (teacher_texts(cfg, dataset, place, tokenizer) for place in range(len(cfg.teachers)))
+    return Records(dataset, [texts for texts in found if texts is not None])
+
+
+def teacher_texts(cfg: JobConfig, dataset: GroupDataset, place: int, own_tokenizer: Any | None) -> TeacherTexts | None:
+    """What `teachers.<place>` has to score, or None where every record brings its score."""
+    teacher = cfg.teachers[place]
+    places = [number for number, group in enumerate(dataset.groups) if teacher.name not in group.teacher_scores]
+    if not places:
+        return None
+    hf_dir = resolve_model(teacher.path)
+    model, tokenizer = read_model_config(hf_dir), load_tokenizer(hf_dir)
+    same = tokenizer is None or (own_tokenizer is not None and tokenizer.get_vocab() == own_tokenizer.get_vocab())
+    sequences = []
+    for number, at in enumerate(places):
+        sequence = _as_read(cfg, dataset, at, number, tokenizer, same_ids=same)
+        highest = max(sequence.prompt_ids + sequence.response.ids)
+        if highest >= model.vocab_size:
+            raise UserError(
+                f"{dataset.origins[at]}: token id {highest}; must be below {model.vocab_size}, the vocabulary of "
+                f"teachers.{place}.path {teacher.path}"
+            )
+        sequences.append(sequence)
+    return TeacherTexts(teacher.name, hf_dir, model, places, sequences)
+
+
+def _as_read(
+    cfg: JobConfig, dataset: GroupDataset, place: int, number: int, tokenizer: Any | None, *, same_ids: bool
+) -> FlatSequence:
+    """A record's response as a teacher reads it: under its own tokenizer and template, at its own length."""
+    group, origin = dataset.groups[place], dataset.origins[place]
+    holders = [group.raw, *group.raw.get("responses", [])]
+    brings_ids = any(name in holder for holder in holders for name in ("prompt_ids", "response_ids"))
+    if same_ids and brings_ids:
+        return FlatSequence(group.record, number, "response", group.prompt_ids, group.responses[0])
+    if tokenizer is None:
+        raise UserError(f"{origin}: the teacher has no tokenizer; allowed: token ids, or teacher_scores in the record")
+    prompt_ids, response = retokenize(
+        group, tokenizer, format=cfg.data.format, train_on=cfg.data.train_on, origin=origin
+    )
+    return FlatSequence(group.record, number, "response", prompt_ids, response)
 
 
 def read_prompts(cfg: JobConfig, path: str, tokenizer: Any | None, model: ModelConfig) -> list[Prompt]:

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megalign.config import JobConfig
-from megalign.convert import read_model_config, resolve_model
+from megalign.convert import resolve_model
 from megalign.data.dataset import GroupDataset
 from megalign.data.group import Sequence as FlatSequence
-from megalign.data.tokenize import retokenize
 from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups
 from megalign.engines.step import Scored, StepBatch, score
 from megalign.runtime.distributed import World
-from megalign.schema import UserError
-from megalign.train.check import Inputs, load_tokenizer
+from megalign.train.check import Records
 from megalign.train.report import Reporter
 from megalign.train.scores import ScoreStore, fill
 from megalign.train.session import build_engine, cutting_of
@@ -145,51 +143,29 @@ class DatasetFeed:
 
 
 def with_teachers(
-    cfg: JobConfig, dataset: GroupDataset, inputs: Inputs, groups: Groups, world: World, report: Reporter
+    cfg: JobConfig, records: Records, groups: Groups, world: World, report: Reporter, *, held_out: bool
 ) -> GroupDataset:
-    """The data set with each teacher's mean log-prob a response token, where records lack it, and filtered by it."""
+    """The data set with each teacher's mean log-prob a response token, where records lack it, and filtered by it.
+
+    Held-out records are not filtered.
+    """
+    dataset = records.dataset
     scores = [dict(group.teacher_scores) for group in dataset.groups]
-    for teacher in cfg.teachers:
-        lacking = [place for place, known in enumerate(scores) if teacher.name not in known]
-        if not lacking:
-            continue
-        hf_dir = resolve_model(teacher.path)
-        tokenizer = load_tokenizer(hf_dir)
-        sequences = [
-            _teacher_sequence(cfg, dataset, place, number, tokenizer, inputs.tokenizer)
-            for number, place in enumerate(lacking)
-        ]
-        engine = build_engine(cfg, read_model_config(hf_dir), groups, world, trainable=False, own_text=False)
-        engine.load_weights(hf_dir)
-        report.say(f"scoring {len(lacking)} responses with teacher {teacher.name}")
+    for texts in records.teachers:
+        engine = build_engine(cfg, texts.model, groups, world, trainable=False, own_text=False)
+        engine.load_weights(texts.hf_dir)
+        report.say(f"scoring {len(texts.places)} responses with teacher {texts.name}")
         size = 4 * (cfg.data.groups_per_step or 64)
-        for first in range(0, len(sequences), size):
-            part = sequences[first : first + size]
+        for first in range(0, len(texts.places), size):
+            part = texts.sequences[first : first + size]
             found = score(engine, part, coupled=False, cutting=cutting_of(cfg), by_token=False)
-            for place, sequence, one in zip(lacking[first : first + size], part, found, strict=True):
-                scores[place][teacher.name] = one.total / sequence.num_scored
-            report.phase(f"teacher {teacher.name}", min(first + size, len(sequences)), len(sequences))
+            for place, sequence, one in zip(texts.places[first : first + size], part, found, strict=True):
+                scores[place][texts.name] = one.total / sequence.num_scored
+            report.phase(f"teacher {texts.name}", min(first + size, len(texts.places)), len(texts.places))
         del engine
     if cfg.teachers:
         named = {teacher.name for teacher in cfg.teachers}
         dataset = dataset.with_teacher_scores([{k: v for k, v in one.items() if k in named} for one in scores])
-    if cfg.data.filter is not None:
+    if cfg.data.filter is not None and not held_out:
         dataset = dataset.keep_highest(cfg.data.filter.teacher_score_keep)
     return dataset
-
-
-def _teacher_sequence(
-    cfg: JobConfig, dataset: GroupDataset, place: int, number: int, tokenizer: Any, own_tokenizer: Any
-) -> FlatSequence:
-    """A record's response as the teacher reads it: under its own tokenizer and template, at its own length."""
-    group, origin = dataset.groups[place], dataset.origins[place]
-    same = tokenizer is None or (own_tokenizer is not None and tokenizer.get_vocab() == own_tokenizer.get_vocab())
-    if same and any("ids" in name for name in group.raw):
-        prompt_ids, response = group.prompt_ids, group.responses[0]
-    elif tokenizer is None:
-        raise UserError(f"{origin}: the teacher has no tokenizer; allowed: teacher_scores in the record")
-    else:
-        prompt_ids, response = retokenize(
-            group, tokenizer, format=cfg.data.format, train_on=cfg.data.train_on, origin=origin
-        )
-    return FlatSequence(group.record, number, "response", prompt_ids, response)

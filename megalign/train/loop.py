@@ -21,14 +21,13 @@ import torch
 
 from megalign.config import JobConfig, dump_config, total_steps
 from megalign.convert import check_target
-from megalign.data.dataset import GroupDataset
 from megalign.engines.engine import Engine
-from megalign.engines.groups import make_groups
+from megalign.engines.groups import Groups, make_groups
 from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
 from megalign.runtime.distributed import World
-from megalign.runtime.status import DONE, STOPPED, write_status
+from megalign.runtime.status import DONE, STOPPED, during, write_status
 from megalign.schema import UserError
-from megalign.train.check import Inputs, check, read_dataset, read_prompts
+from megalign.train.check import Inputs, Records, check
 from megalign.train.checkpoint import find_checkpoint, save_checkpoint
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
 from megalign.train.report import Reporter, keep_metrics_up_to, start_log
@@ -51,11 +50,12 @@ class Job:
     feed: Feed
     num_steps: int
     report: Reporter
-    held_out: Any  # a DatasetFeed, prompts, or None
+    held_out: DatasetFeed | None
+    started: float  # time.perf_counter when the job began
     step: int = 0  # finished ones
     bad_steps: int = 0
-    started: float = field(default_factory=time.perf_counter)
     signalled: str = ""
+    modes: set[str] = field(default_factory=set)  # the pass modes that the log has named
 
     @property
     def run_dir(self) -> Path:
@@ -66,9 +66,9 @@ def train(cfg: JobConfig, world: World) -> int:
     """Run the job to its end; exit code 0, or 75 when it stopped early after saving. Called on every rank."""
     if cfg.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    run_dir = Path(cfg.run.dir)
+    run_dir, started = Path(cfg.run.dir), time.perf_counter()
     inputs = on_every_rank(lambda: check(cfg, world.size))
-    resumed = on_every_rank(lambda: find_checkpoint(run_dir, cfg.checkpoint.resume))
+    resumed = on_every_rank(lambda: find_checkpoint(run_dir, cfg.checkpoint.resume, inputs.model))
     if cfg.export.hf_dir is not None:
         on_every_rank(lambda: check_target(Path(str(cfg.export.hf_dir)), inputs.hf_dir, overwrite=True))
     on_every_rank(lambda: _open_run_dir(cfg, world))
@@ -76,57 +76,57 @@ def train(cfg: JobConfig, world: World) -> int:
     groups = make_groups(tensor=cfg.parallel.tensor, pipeline=cfg.parallel.pipeline, timeout_s=cfg.watchdog.timeout_s)
     # The total is set once the data are known; teachers are scored before that.
     with Reporter(run_dir, 0, main=world.is_main, trackers=cfg.trackers) as report:
-        job = _prepare(cfg, inputs, world, groups, report)
+        with during("before the first step", None):
+            job = _prepare(cfg, inputs, world, groups, report, started)
         with _signals(job):
-            _resume(job, resumed)
+            with during(f"loading {resumed}", None):
+                _resume(job, resumed)
             return _run(job)
 
 
 def _open_run_dir(cfg: JobConfig, world: World) -> None:
-    """Create the run directory and write the resolved configuration; only rank 0 writes."""
+    """Create the run directory, with the resolved configuration and no earlier run's status; only rank 0 writes."""
     if not world.is_main:
         return
     run_dir = Path(cfg.run.dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+        (run_dir / "status.json").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"run.dir is {cfg.run.dir!r}: {error.strerror}; must be a directory that can be written"
         ) from None
 
 
-def _prepare(cfg: JobConfig, inputs: Inputs, world: World, groups: Any, report: Reporter) -> Job:
+def _prepare(cfg: JobConfig, inputs: Inputs, world: World, groups: Groups, report: Reporter, started: float) -> Job:
     report.say(
         f"{world.size} ranks: tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size}; "
         f"{layers_of(cfg, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
     )
 
-    def scored_by_teachers(dataset: GroupDataset) -> GroupDataset:
-        report.say(dataset.report.line())
-        return on_every_rank(lambda: with_teachers(cfg, dataset, inputs, groups, world, report))
+    def feed_of(records: Records, *, held_out: bool) -> DatasetFeed:
+        report.say(records.dataset.report.line())
+        return DatasetFeed(cfg, with_teachers(cfg, records, groups, world, report, held_out=held_out))
 
-    dataset = None if inputs.dataset is None else scored_by_teachers(inputs.dataset)
-    held_out: Any = None
+    # Teachers come first: their engines are gone before the policy's is built.
+    dataset_feed = None if inputs.records is None else feed_of(inputs.records, held_out=False)
+    held_out = None if inputs.held_out_records is None else feed_of(inputs.held_out_records, held_out=True)
     engine = build_engine(cfg, inputs.model, groups, world, trainable=True)
     engine.load_weights(inputs.hf_dir)
     feed: Feed
-    if dataset is None:
+    if dataset_feed is None:
         fixed = fixed_reference(cfg, inputs, lambda: build_engine(cfg, inputs.model, groups, world, trainable=False))
         feed = RoundFeed(cfg, inputs, engine, live_sampler(cfg, inputs, world.device), fixed)
         num_steps = total_steps(cfg, 0)
-        if cfg.eval.path is not None:
-            held_out = read_prompts(cfg, cfg.eval.path, inputs.tokenizer, inputs.model)
     else:
-        feed = DatasetFeed(cfg, dataset)
-        num_steps = total_steps(cfg, dataset.epoch_size)
-        feed.score_before(engine, inputs.hf_dir, num_steps, report, held_out=False)
-        if cfg.eval.path is not None:
-            records = read_dataset(cfg, inputs.tokenizer, inputs.model, path=cfg.eval.path)
-            held_out = DatasetFeed(cfg, scored_by_teachers(records))
+        feed = dataset_feed
+        num_steps = total_steps(cfg, dataset_feed.dataset.epoch_size)
+        dataset_feed.score_before(engine, inputs.hf_dir, num_steps, report, held_out=False)
+        if held_out is not None:
             held_out.score_before(engine, inputs.hf_dir, 1, report, held_out=True)
     report.total = num_steps
-    return Job(cfg, inputs, world, engine, feed, num_steps, report, held_out)
+    return Job(cfg, inputs, world, engine, feed, num_steps, report, held_out, started)
 
 
 def _resume(job: Job, checkpoint: Path | None) -> None:
@@ -142,34 +142,41 @@ def _resume(job: Job, checkpoint: Path | None) -> None:
 
 
 def _run(job: Job) -> int:
-    cfg, modes = job.cfg, set()
+    cfg = job.cfg
     job.report.begin(job.step)
     while job.step < job.num_steps:
-        step = job.step
-        batch = job.feed.batch(step)
-        began = time.perf_counter()
-        result, norm = _take_step(job, batch)
-        seconds = time.perf_counter() - began
-        job.step += 1
-        if result.pass_mode not in modes:
-            modes.add(result.pass_mode)
-            job.report.say(f"step {job.step}: {result.pass_mode.replace('_', ' ')}")
-        record = _record(job, batch, result, norm, seconds)
-        if job.step in cfg.run.dump_steps and job.world.is_main:
-            _dump(job, batch, result)
-        if cfg.eval.every and job.step % cfg.eval.every == 0:
-            record.update(_evaluate(job))
-        job.report.step(record)
-        stop = _why_stop(job)
-        last = job.step == job.num_steps
-        if (cfg.checkpoint.every and (job.step % cfg.checkpoint.every == 0 or last)) or (stop and not last):
-            _save(job)
-        if stop and not last:
-            return _finish(job, STOPPED, stop)
-        if cfg.export.hf_dir and (last or (cfg.export.every and job.step % cfg.export.every == 0)):
-            export(job.engine, job.inputs.model, job.inputs.hf_dir, Path(cfg.export.hf_dir))
-            job.report.say(f"exported {cfg.export.hf_dir}")
+        with during(f"step {job.step + 1}", job.step):
+            _step(job)
+        with during(f"after step {job.step}", job.step):
+            stop, last = _why_stop(job), job.step == job.num_steps
+            if (cfg.checkpoint.every and (job.step % cfg.checkpoint.every == 0 or last)) or (stop and not last):
+                _save(job)
+            if stop and not last:
+                return _finish(job, STOPPED, stop)
+            if cfg.export.every and job.step % cfg.export.every == 0 and not last:
+                _export(job)
+    if cfg.export.hf_dir is not None:
+        with during("exporting", job.step):
+            _export(job)
     return _finish(job, DONE, "done")
+
+
+def _step(job: Job) -> None:
+    """One optimizer step with everything that is told of it."""
+    cfg, batch = job.cfg, job.feed.batch(job.step)
+    began = time.perf_counter()
+    result, norm = _take_step(job, batch)
+    seconds = time.perf_counter() - began
+    job.step += 1
+    if result.pass_mode not in job.modes:
+        job.modes.add(result.pass_mode)
+        job.report.say(f"step {job.step}: {result.pass_mode.replace('_', ' ')}")
+    record = _record(job, batch, result, norm, seconds)
+    if job.step in cfg.run.dump_steps and job.world.is_main:
+        _dump(job, batch, result)
+    if cfg.eval.every and job.step % cfg.eval.every == 0:
+        record.update(_evaluate(job))
+    job.report.step(record)
 
 
 def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
@@ -178,22 +185,21 @@ def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
     result = accumulate(job.engine, batch, cfg.loss, cutting=cutting_of(cfg))
     limit = cfg.run.max_pass_gap
     allowed = AUTO_PASS_GAP[cfg.run.dtype] if limit == "auto" else float(limit)
-    if result.pass_gap is not None and not result.pass_gap <= allowed:
+    finite = math.isfinite(result.loss)  # else the gap is as undefined as the loss, and counts as that bad step
+    if finite and result.pass_gap is not None and not result.pass_gap <= allowed:
         raise RuntimeError(
-            f"step {job.step + 1}: the two passes differ by {result.pass_gap:.3g} in a token's log-prob, "
-            f"above run.max_pass_gap {allowed:g}"
+            f"the two passes differ by {result.pass_gap:.3g} in a token's log-prob, above run.max_pass_gap {allowed:g}"
         )
     rate = learning_rate(cfg.optimizer, job.step + 1, job.num_steps)
-    if not math.isfinite(result.loss):
-        norm: float | None = None
-    else:
-        norm = job.engine.update(rate, clip_norm=cfg.optimizer.clip_norm)
+    norm = job.engine.update(rate, clip_norm=cfg.optimizer.clip_norm) if finite else None
     if norm is None or not math.isfinite(norm):
         job.bad_steps += 1
-        told = f"step {job.step + 1}: loss {result.loss}, gradient norm {norm}"
+        told = f"loss {result.loss}, gradient norm {norm}"
         if job.bad_steps > cfg.run.max_bad_steps:
             raise RuntimeError(f"{told}; bad steps {job.bad_steps}, run.max_bad_steps {cfg.run.max_bad_steps}")
-        job.report.say(f"{told}; skipped, {job.bad_steps} of run.max_bad_steps {cfg.run.max_bad_steps}")
+        job.report.say(
+            f"step {job.step + 1}: {told}; skipped, {job.bad_steps} of run.max_bad_steps {cfg.run.max_bad_steps}"
+        )
     return result, math.nan if norm is None else norm
 
 
@@ -227,7 +233,8 @@ def _peak_memory_gb(device: torch.device) -> float:
 
 def _evaluate(job: Job) -> dict[str, float]:
     if isinstance(job.feed, RoundFeed):
-        return evaluate_reward(job.feed, job.held_out)
+        return evaluate_reward(job.feed, job.inputs.held_out_prompts)
+    assert job.held_out is not None
     result = evaluate(job.engine, job.held_out.whole(), job.cfg.loss, cutting=cutting_of(job.cfg))
     return {"eval_loss": result.loss, **{f"eval_{name}": value for name, value in result.metrics.items()}}
 
@@ -282,6 +289,12 @@ def _save(job: Job) -> None:
     keep = job.cfg.checkpoint
     folder = save_checkpoint(job.engine, job.run_dir, job.step, extra, keep=keep.keep, keep_every=keep.keep_every)
     job.report.say(f"saved {folder}")
+
+
+def _export(job: Job) -> None:
+    folder = Path(str(job.cfg.export.hf_dir))
+    export(job.engine, job.inputs.model, job.inputs.hf_dir, folder)
+    job.report.say(f"exported {folder}")
 
 
 def _finish(job: Job, code: int, reason: str) -> int:

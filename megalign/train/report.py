@@ -118,14 +118,16 @@ def start_log(run_dir: Path, *, main: bool) -> None:
 
 
 def keep_metrics_up_to(run_dir: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run will take again; all of them for a fresh run."""
+    """Drop the lines of steps that a resumed run will take again; all of them for a fresh run.
+
+    So is a line that a killed run left half written.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     partial = path.with_name(".metrics.partial")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
     partial.replace(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from megalign.engines.engine import Engine
 from megalign.engines.step import Scored, StepBatch, score
 from megalign.rollout.prompts import Prompt, round_prompts
 from megalign.rollout.rewards import choose_reward
-from megalign.rollout.rounds import rollout_round
+from megalign.rollout.rounds import Round, rollout_round
 from megalign.train.check import Inputs
 from megalign.train.feeds import old_scores
 from megalign.train.scores import ScoreStore
@@ -88,7 +88,7 @@ class RoundFeed:
         return self._dataset.sequences([divmod(place, len(self._dataset)) for place in places])
 
     def _sample(self, number: int) -> None:
-        rollout, world = self.cfg.rollout, gather(None)
+        rollout = self.cfg.rollout
         assert rollout is not None
         refresh(self.sampler, self.engine, self.inputs)
         prompts = round_prompts(
@@ -97,20 +97,7 @@ class RoundFeed:
             round_number=number,
             prompts_per_round=rollout.prompts_per_round,
         )
-        done = rollout_round(
-            self.sampler,
-            self.inputs.tokenizer,
-            prompts,
-            reward=choose_reward(rollout.reward),
-            k=rollout.k,
-            temperature=rollout.temperature,
-            max_new_tokens=rollout.max_new_tokens,
-            seed=self.cfg.run.seed,
-            round_number=number,
-            rank=dist.get_rank(),
-            num_ranks=len(world),
-            gather=gather,
-        )
+        done = _rollout(self, prompts, k=rollout.k, temperature=rollout.temperature, round_number=number)
         self.records, self.round_number = done.records, number
         self._stats = {f"rollout_{name.removeprefix('rollout_')}": value for name, value in done.stats.items()}
         self._read()
@@ -191,26 +178,34 @@ def _revive(entries: Any, *, by_token: bool) -> ScoreStore | None:
     return None if entries is None else ScoreStore.from_plain(entries, by_token=by_token)
 
 
-def evaluate_reward(feed: RoundFeed, prompts: list[Prompt]) -> dict[str, float]:
+def evaluate_reward(feed: RoundFeed, prompts: Sequence[Prompt]) -> dict[str, float]:
     """Mean reward of greedy responses to held-out prompts under the live weights."""
-    cfg, rollout = feed.cfg, feed.cfg.rollout
-    assert rollout is not None
     refresh(feed.sampler, feed.engine, feed.inputs)
-    done = rollout_round(
-        feed.sampler,
-        feed.inputs.tokenizer,
-        prompts,
-        reward=choose_reward(rollout.reward),
-        k=1,
-        temperature=0.0,
-        max_new_tokens=rollout.max_new_tokens,
-        seed=cfg.run.seed,
-        round_number=0,
-        rank=dist.get_rank(),
-        num_ranks=dist.get_world_size(),
-        gather=gather,
-    )
+    done = _rollout(feed, prompts, k=1, temperature=0.0, round_number=0)
     return {"eval_reward": done.stats["reward_mean"]}
+
+
+def _rollout(feed: RoundFeed, prompts: Sequence[Prompt], *, k: int, temperature: float, round_number: int) -> Round:
+    rollout = feed.cfg.rollout
+    assert rollout is not None
+    reward = choose_reward(rollout.reward)
+    # A reward that refuses its record is heard of by every rank, and told by one.
+    return on_every_rank(
+        lambda: rollout_round(
+            feed.sampler,
+            feed.inputs.tokenizer,
+            prompts,
+            reward=reward,
+            k=k,
+            temperature=temperature,
+            max_new_tokens=rollout.max_new_tokens,
+            seed=feed.cfg.run.seed,
+            round_number=round_number,
+            rank=dist.get_rank(),
+            num_ranks=dist.get_world_size(),
+            gather=gather,
+        )
+    )
 
 
 def fixed_reference(cfg: JobConfig, inputs: Inputs, build: Any) -> Engine | None:

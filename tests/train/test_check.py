@@ -69,8 +69,8 @@ def test_what_is_right_is_read(job: Path):
     )
     assert inputs.hf_dir == job / "model" and inputs.tokenizer is None and inputs.prompts == ()
     assert (inputs.model.num_heads, inputs.model.num_kv_heads, inputs.model.vocab_size) == (4, 2, 50)
-    assert inputs.dataset is not None
-    assert [len(group.responses) for group in inputs.dataset.groups] == [2, 3]
+    assert inputs.records is not None
+    assert [len(group.responses) for group in inputs.records.dataset.groups] == [2, 3]
 
 
 BAD = [
@@ -102,7 +102,8 @@ def test_poft_needs_scores_or_teachers(job: Path):
     with pytest.raises(UserError, match="sft.jsonl:1: teacher_scores is missing; loss poft needs it"):
         check(load_config(str(job / "job.yaml"), poft), 1)
     teachers = f"teachers=[{{name: a, path: {job}/model}}]"
-    assert check(load_config(str(job / "job.yaml"), [*poft, teachers]), 1).dataset is not None
+    records = check(load_config(str(job / "job.yaml"), [*poft, teachers]), 1).records
+    assert records is not None and [texts.places for texts in records.teachers] == [[0]]
     with pytest.raises(UserError, match=r"teachers\.0\.path: .*absent is not a directory"):
         check(load_config(str(job / "job.yaml"), [*poft, f"teachers=[{{name: a, path: {job}/absent}}]"]), 1)
 
