@@ -9,7 +9,7 @@ bash launch/setup.sh
 python=.venv/bin/python
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-export PYTHONWARNINGS=ignore # optional packages that dependencies miss
+
 out=runs/quickstart
 started=$(date +%s)
 

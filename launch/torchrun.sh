@@ -8,18 +8,21 @@ if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: launch/torchrun.sh NPROC CONFIG.yaml [key.sub=value ...]" >&2
     exit 2
 fi
-nproc=$1
+ranks=$1
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=$(command -v python3)
+# torchrun would set one thread and say so at length; the cores are shared out instead.
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-run_dir=$("$python" -m megalign.preflight --ranks "$nproc" "$@") || exit
+run_dir=$("$python" -m megalign.preflight --ranks "$ranks" "$@") || exit
 rm -f "$run_dir/status.json" # an earlier run's says nothing of this one
 
 # In the background, so that a signal reaches torchrun at once and its exit code is still waited for.
-"$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" --max-restarts 0 \
+"$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" --max-restarts 0 \
     -m megalign train "$@" &
 job=$!
 trap 'signalled=yes; kill -TERM "$job" 2>/dev/null || true' TERM INT

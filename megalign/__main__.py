@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megalign.config import JobConfig, load_config
 from megalign.config_file import hinted_run_dir
 from megalign.runtime.distributed import World, launched, process_group
+from megalign.runtime.quiet import quiet_libraries
 from megalign.runtime.status import BAD_INPUT, explain, guarded, refuse, write_status
 from megalign.schema import UserError
 
@@ -35,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line (`sys.argv` where nothing is given) and run one sub-command; its exit code."""
+    quiet_libraries()
     parser = Parser(prog="python -m megalign", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {

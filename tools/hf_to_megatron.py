@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megalign.runtime.quiet import quiet_libraries
 from megalign.runtime.status import guarded
 
 
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("out_dir", type=Path, help="new or empty directory")
     args = parser.parse_args()
     console = Console(stderr=True)
+    quiet_libraries()
 
     def convert() -> int:
         # Imported here: Megatron takes seconds, and --help should not wait for it.
