@@ -1,9 +1,13 @@
-"""Whole jobs that take a second: a Llama of two layers, records of token ids, and the command line called in process."""
+"""Whole jobs of a second: a Llama of two layers, records of token ids, and the command line called in process."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megalign.__main__ import main
 
+ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 53  # prime: every split over ranks has padding rows
 CHARACTERS = "0123456789+-=abcdefghijklmnopqrstuvwxyz ?"
 SPECIAL = ["<eos>", "<unk>", "<user>", "<assistant>"]
@@ -119,6 +124,37 @@ def write_config(folder: Path, **changes: Any) -> Path:
 def train(config: Path, *overrides: str) -> int:
     """The exit code of `python -m megalign train`, in this process."""
     return main(["train", str(config), *overrides])
+
+
+# Jobs one after another in the same two processes: starting one takes ten times as long as a job. Their meetings need
+# names of their own, as those of torchrun's attempts have.
+TWO_RANKS = """
+import json, os, sys
+from megalign.__main__ import main
+
+if __name__ == "__main__":
+    for number, (arguments, code) in enumerate(json.loads(sys.argv[1])):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        found = main(arguments)
+        if found != code:
+            sys.exit(f"exit code {found} instead of {code}: {arguments}")
+"""
+
+
+def on_two_ranks(folder: Path, jobs: Sequence[tuple[list[str], int]]) -> str:
+    """What two processes told while they ran these (command line, exit code) under torchrun."""
+    script = folder / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), json.dumps(jobs)]
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,241 @@
+"""What a user gets wrong: one line that says where, which value and what is allowed; code 2; nothing left behind.
+
+The cases of one configuration key each are in test_config.py and test_check.py; here whole jobs are started.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_jobs import VOCAB_SIZE, on_two_ranks, records, status, train, write_config, write_lines, write_model
+
+PROMPT = {"prompt_ids": [5, 6]}
+
+
+def answers(*rewards: object, ids: object = (7, 8)) -> dict[str, object]:
+    responses = [{"response_ids": list(ids) if isinstance(ids, tuple) else ids, "reward": reward} for reward in rewards]
+    return {**PROMPT, "responses": responses}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Checkpoints and directories, right and damaged, that no case writes to."""
+    folder = tmp_path_factory.mktemp("shared")
+    write_model(folder / "model")
+    write_model(folder / "speaks", tokenizer=True)
+    write_model(folder / "wider", vocab_size=60, tokenizer=True)
+    write_model(folder / "thinner", hidden_size=16)
+    for name in ("cut", "unknown", "no_config", "lacking"):
+        shutil.copytree(folder / "model", folder / name)
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    about = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "unknown" / "config.json").write_text(json.dumps(about | {"architectures": ["GPT2LMHeadModel"]}))
+    (folder / "lacking" / "config.json").write_text(json.dumps(about | {"num_hidden_layers": 3}))
+    (folder / "no_config" / "config.json").unlink()
+    shutil.copytree(folder / "speaks", folder / "bad_tokenizer")
+    (folder / "bad_tokenizer" / "tokenizer.json").write_text("{")
+    (folder / "empty").mkdir()
+    write_lines(folder / "data.jsonl", records("samples"))
+    write_lines(folder / "singles.jsonl", records("singles"))
+    write_lines(folder / "texts.jsonl", [{"prompt": "1+1=", "completion": "2"}])
+    write_lines(folder / "prompts.jsonl", [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2="}])
+    (folder / "file").write_text("in the way")
+    _write_checkpoints(folder)
+    return folder
+
+
+def _write_checkpoints(folder: Path) -> None:
+    """`trained`/checkpoints of a run, and copies with one thing wrong with them."""
+    folder.joinpath("trained").mkdir()
+    job = write_config(
+        folder / "trained",
+        model={"path": str(folder / "model")},
+        data={"path": str(folder / "data.jsonl")},
+        run={"steps": 1},
+        checkpoint={"every": 1},
+    )
+    assert train(job) == 0
+    shutil.move(folder / "trained" / "run" / "checkpoints", folder / "checkpoints")
+    whole = folder / "checkpoints" / "step_00000001"
+    for name in ("short", "foreign"):
+        shutil.copytree(whole, folder / name)
+    piece = next((folder / "short").glob("*.distcp"))
+    piece.write_bytes(piece.read_bytes()[:-1])
+    shutil.rmtree(folder / "foreign" / "hf")
+    (folder / "lost").mkdir()
+    (folder / "lost" / "latest").write_text('{"checkpoint": "step_00000007"}')
+
+
+GVPO: dict[str, object] = {}
+SFT = {"loss": {"name": "sft"}, "data": {"path": "{shared}/singles.jsonl"}}
+POFT = {"loss": {"name": "poft"}, "data": {"path": "{shared}/singles.jsonl"}}
+ROUNDS = {
+    "model": {"path": "{shared}/speaks"},
+    "run": {"steps": None},
+    "data": {"path": None, "groups_per_step": None},
+    "rollout": {
+        "path": "{shared}/prompts.jsonl",
+        "rounds": 1,
+        "prompts_per_round": 2,
+        "k": 2,
+        "max_new_tokens": 4,
+        "updates_per_round": 1,
+        "reward": "exact_match",
+    },
+}
+# name: (what the configuration changes, overrides, lines of data or None, parts of the line)
+CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
+    # configuration
+    "unknown key": ({}, ["run.step=3"], None, ["job.yaml: run.step is not a known key", "did you mean steps"]),
+    "unknown section": ({}, ["optimiser.lr=1"], None, ["optimiser is not a known key", "optimizer"]),
+    "wrong type": ({}, ["optimizer.lr=fast"], None, ["optimizer.lr is 'fast'", "number"]),
+    "out of range": ({}, ["run.steps=0"], None, ["run.steps is 0", "greater than 0"]),
+    "missing key": ({"data": {"max_length": None}}, [], None, ["data.max_length is missing"]),
+    "unknown loss": ({}, ["loss.name=ppo"], None, ["loss.name is 'ppo'", "gvpo"]),
+    "field of another loss": ({}, ["loss.clip=0.2"], None, ["loss.clip is not a known key", "beta"]),
+    "override without value": ({}, ["run.steps"], None, ["override 'run.steps'", "key.sub=value"]),
+    "needed reference refused": ({}, ["reference.source=none"], None, ["reference.source is 'none'", "gvpo"]),
+    "dropout": ({}, ["engine.megatron.hidden_dropout=0.1"], None, ["engine.megatron.hidden_dropout is 0.1", "0"]),
+    "unknown Megatron key": ({}, ["engine.megatron.overlap=1"], None, ["engine.megatron.overlap", "not a known"]),
+    # layouts
+    "tensor above ranks": ({}, ["parallel.tensor=2"], None, ["parallel.tensor", "2", "number of ranks 1"]),
+    "pipeline above ranks": ({}, ["parallel.pipeline=2"], None, ["parallel.pipeline", "number of ranks 1"]),
+    "sequence without tensor": ({}, ["parallel.sequence=true"], None, ["parallel.sequence", "at least 2"]),
+    # checkpoints
+    "no model": ({}, ["model.path={shared}/absent"], None, ["model.path: ", "absent is not a directory"]),
+    "model without config": ({}, ["model.path={shared}/no_config"], None, ["model.path", "no config.json"]),
+    "unknown architecture": ({}, ["model.path={shared}/unknown"], None, ["architectures", "GPT2LMHeadModel", "Llama"]),
+    "weights cut short": ({}, ["model.path={shared}/cut"], None, ["model.path", "not a complete safetensors file"]),
+    "layer missing": ({}, ["model.path={shared}/lacking"], None, ["model.layers.2", "is missing"]),
+    "broken tokenizer": ({}, ["model.path={shared}/bad_tokenizer"], None, ["tokenizer cannot be loaded"]),
+    "reference of other words": ({}, ["reference.source={shared}/wider"], None, ["reference.source", "60", "53"]),
+    "reference not there": ({}, ["reference.source={shared}/absent"], None, ["reference.source", "initial", "absent"]),
+    # records
+    "no data file": ({}, ["data.path={shared}/absent.jsonl"], None, ["data.path", "absent.jsonl", "no such file"]),
+    "empty data file": ({}, [], [], ["data.path", "no records"]),
+    "not JSON": ({}, [], ["{"], ["data.jsonl:1", "not valid JSON"]),
+    "unknown field": ({}, [], [answers(1, 0) | {"answer": 3}], ["data.jsonl:1: field answer is not", "responses"]),
+    "NaN reward": ({}, [], [answers(1, 0), answers(1, float("nan"))], ["data.jsonl:2", "responses[1].reward is nan"]),
+    "reward missing": ({}, [], [{**PROMPT, "responses": [{"response_ids": [3]}] * 2}], ["data.jsonl:1", "reward"]),
+    "one response": ({}, [], [answers(1)], ["data.jsonl:1", "responses", "two or more"]),
+    "empty response": ({}, [], [answers(1, 0, ids=())], ["data.jsonl:1", "response_ids is []"]),
+    "token id outside": ({}, [], [answers(1, 0, ids=[VOCAB_SIZE])], ["data.jsonl:1", str(VOCAB_SIZE), "below"]),
+    "too long": ({}, ["data.max_length=3"], None, ["data.jsonl:1", "tokens long", "at most 3"]),
+    "text without tokenizer": (SFT, [], [{"prompt": "a", "completion": "b"}], ["data.jsonl:1", "no tokenizer"]),
+    "pairs, no rewards": ({}, [], [{**PROMPT, "chosen_ids": [1], "rejected_ids": [2]}], ["data.jsonl:1", "rewards"]),
+    "equal rewards for DPO": ({"loss": {"name": "dpo"}}, [], [answers(1, 1)], ["data.jsonl:1", "reward"]),
+    "teacher scores missing": (POFT, [], None, ["singles.jsonl:1", "teacher_scores is missing"]),
+    "teacher not there": (POFT, ["teachers=[{{name: a, path: {shared}/absent}}]"], None, ["teachers.0.path", "absent"]),
+    "teacher reads text, records are ids": (
+        POFT, ["teachers=[{{name: a, path: {shared}/speaks}}]"], None, ["singles.jsonl:1", "prompt_ids", "token ids"],
+    ),
+    "teacher of fewer words": (
+        POFT | {"model": {"path": "{shared}/wider"}},
+        ["teachers=[{{name: a, path: {shared}/model}}]"],
+        [{"prompt_ids": [59], "response_ids": [3]}],
+        ["data.jsonl:1", "token id 59", "below 53", "teachers.0.path"],
+    ),
+    "held-out file": ({}, ["eval.path={shared}/absent", "eval.every=1"], None, ["eval.path", "absent", "no such file"]),
+    # resume, export, trackers, places
+    "nothing to resume": ({}, ["checkpoint.resume={shared}/empty"], None, ["checkpoint.resume", "no checkpoint"]),
+    "resume not there": ({}, ["checkpoint.resume={shared}/absent"], None, ["checkpoint.resume", "absent"]),
+    "checkpoint of another model": (
+        {}, ["checkpoint.resume={shared}/checkpoints", "model.path={shared}/thinner"], None,
+        ["step_00000001", "hidden_size 32", "16"],
+    ),
+    "checkpoint cut short": ({}, ["checkpoint.resume={shared}/short"], None, [".distcp is", "bytes"]),
+    "checkpoint of another program": ({}, ["checkpoint.resume={shared}/foreign"], None, ["hf/config.json is missing"]),
+    "latest points nowhere": ({}, ["checkpoint.resume={shared}/lost"], None, ["latest", "step_00000007", "none"]),
+    "export over other files": ({}, ["export.hf_dir={shared}/checkpoints"], None, ["checkpoints"]),
+    "tracker not installed": ({}, ["trackers=[wandb]"], None, ["trackers", "wandb", "megalign[wandb]"]),
+    # rounds
+    "prompt without an answer": (ROUNDS, [], None, ["prompts.jsonl:2", "answer"]),
+    "unknown reward": (ROUNDS, ["rollout.reward=best"], None, ["rollout.reward is 'best'", "exact_match"]),
+    "reward module": (ROUNDS, ["rollout.reward=nowhere:at_all"], None, ["rollout.reward", "nowhere"]),
+    "rounds without tokenizer": (ROUNDS, ["model.path={shared}/model"], None, ["tokenizer", "rounds need one"]),
+    "steps beside rounds": (ROUNDS, ["run.steps=3"], None, ["run.steps is 3", "rollout"]),
+    "updates do not divide": (ROUNDS, ["rollout.updates_per_round=3"], None, ["rollout.updates_per_round is 3"]),
+}  # fmt: skip
+
+
+def filled(value, shared):
+    """`{shared}` in every text of a configuration replaced."""
+    if isinstance(value, dict):
+        return {key: filled(inner, shared) for key, inner in value.items()}
+    return value.format(shared=shared) if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_line_and_code_2(name, shared, tmp_path, capfd):
+    changes, overrides, lines, parts = CASES[name]
+    base = {"model": {"path": str(shared / "model")}, "data": {"path": str(shared / "data.jsonl")}}
+    changes = filled(changes, shared)
+    merged = {**changes, **{key: {**base[key], **changes.get(key, {})} for key in base}}
+    if lines is not None:
+        merged["data"]["path"] = str(tmp_path / "data.jsonl")
+        write = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (tmp_path / "data.jsonl").write_text("".join(line + "\n" for line in write))
+    config = write_config(tmp_path, **merged)
+    before = {path: path.stat().st_mtime_ns for path in shared.rglob("*")}
+
+    assert train(config, *[override.format(shared=shared) for override in overrides]) == 2
+
+    out, err = capfd.readouterr()
+    told = [line for line in err.splitlines() if line.startswith("megalign")]
+    assert out == "" and len(told) == 1 and err.splitlines() == told, err
+    assert told[0].startswith("megalign: error: ")
+    for part in parts:
+        assert part in told[0], told[0]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
+    assert status(tmp_path / "run") == {"code": 2, "reason": told[0].removeprefix("megalign: error: "), "step": None}
+    assert {path: path.stat().st_mtime_ns for path in shared.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "command line: "),
+        (["trian", "job.yaml"], "trian"),
+        (["train"], "config"),
+        (["train", "{folder}/absent.yaml"], "absent.yaml: cannot be read"),
+        (["train", "{folder}/list.yaml"], "list.yaml"),
+        (["train", "{folder}/no_dir.yaml"], "run.dir is missing"),
+        (["train", "{folder}/broken.yaml"], "broken.yaml: line 3"),
+    ],
+)
+def test_without_a_run_directory_nothing_is_written(arguments, part, tmp_path, capfd, monkeypatch):
+    from megalign.__main__ import main
+
+    (tmp_path / "list.yaml").write_text("- run\n")
+    (tmp_path / "no_dir.yaml").write_text("run: {steps: 1}\n")
+    (tmp_path / "broken.yaml").write_text("run:\n  dir: [\n")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert main([argument.format(folder=tmp_path) for argument in arguments]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("megalign: error: ") and part in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_run_directory_that_is_a_file(shared, tmp_path, capfd):
+    config = write_config(tmp_path, model={"path": str(shared / "model")}, data={"path": str(shared / "data.jsonl")})
+    assert train(config, f"run.dir={shared}/file") == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and "run.dir is " in err and "must be a directory" in err
+    assert (shared / "file").read_text() == "in the way"
+
+
+def test_two_ranks_tell_once(shared, tmp_path):
+    """Configuration, records, layout and checkpoint, one after another in one launch of two ranks."""
+    config = write_config(tmp_path, model={"path": str(shared / "model")}, data={"path": str(shared / "data.jsonl")})
+    wrong = ["run.step=3", "data.max_length=3", "parallel.tensor=3", f"checkpoint.resume={shared}/short"]
+    done = on_two_ranks(tmp_path, [(["train", str(config), one], 2) for one in wrong])
+    told = [line for line in done.splitlines() if "megalign:" in line]
+    assert all(line.startswith("megalign: error: ") for line in told) and len(told) == 4, done
+    for line, part in zip(told, ("run.step ", "data.jsonl:1", "parallel.tensor", ".distcp"), strict=True):
+        assert part in line
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
