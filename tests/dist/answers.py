@@ -1,0 +1,78 @@
+"""The float64 answers to every case, each computed when it is first asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import ADAM_STEPS, CLIP, DECAY, EPS, LOSSES, LR, step_sequences
+from oracle import SlowAdamW, load_float64, slow_loss, token_scores
+from torch import Tensor, nn
+
+
+class Answers:
+    """Models and scores are kept, because many cases share them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.models: dict[str, nn.Module] = {}
+        self.policies: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self.steps: dict[str, dict[str, Any]] = {}
+        self.known: dict[str, list[Tensor]] = {}
+
+    def model(self, name: str) -> nn.Module:
+        """The policy; its parameters stay as they are."""
+        if name not in self.models:
+            self.models[name] = load_float64(self.folder / name / "policy")
+        return self.models[name]
+
+    def score_known(self, name: str, kinds: list[str]) -> None:
+        """Reference and old log-probs by token, which the engine gets as data."""
+        for checkpoint in ("reference", "old"):
+            model = load_float64(self.folder / name / checkpoint)
+            for kind in kinds:
+                with torch.no_grad():
+                    scores = [token_scores(model, sequence)[0] for sequence in step_sequences(kind)]
+                self.known[f"{name} {kind} {checkpoint}"] = scores
+
+    def policy(self, name: str, kind: str) -> tuple[list[Tensor], list[Tensor]]:
+        """(log-probs, lse) by sequence under the policy, with their graph."""
+        if f"{name} {kind}" not in self.policies:
+            scored = [token_scores(self.model(name), sequence) for sequence in step_sequences(kind)]
+            self.policies[f"{name} {kind}"] = [logp for logp, _ in scored], [lse for _, lse in scored]
+        return self.policies[f"{name} {kind}"]
+
+    def loss(self, name: str, loss: str, policy: list[Tensor]) -> Tensor:
+        raw, kind = LOSSES[loss]
+        known = [self.known[f"{name} {kind} {checkpoint}"] for checkpoint in ("reference", "old")]
+        return slow_loss(raw, step_sequences(kind), policy, *known)
+
+    def step(self, name: str, loss: str) -> dict[str, Any]:
+        """Loss, gradient and its norm, and dL/ds of each sequence."""
+        if f"{name} {loss}" not in self.steps:
+            parameters = dict(self.model(name).named_parameters())
+            policy, _ = self.policy(name, LOSSES[loss][1])
+            value = self.loss(name, loss, policy)
+            gradients = torch.autograd.grad(value, [*policy, *parameters.values()], retain_graph=True)
+            by_name = dict(zip(parameters, gradients[len(policy) :], strict=True))
+            self.steps[f"{name} {loss}"] = {
+                "loss": float(value.detach()),
+                "grad_norm": torch.cat([gradient.flatten() for gradient in by_name.values()]).norm().item(),
+                "gradients": by_name,
+                "coefficient_S": torch.stack([gradient.mean() for gradient in gradients[: len(policy)]]),
+                "policy_S": torch.stack([logp.detach().sum() for logp in policy]),
+            }
+        return self.steps[f"{name} {loss}"]
+
+    def trajectory(self, name: str, loss: str) -> dict[str, Any]:
+        """AdamW steps on the same global batch, from the policy's weights."""
+        model = load_float64(self.folder / name / "policy")
+        parameters = dict(model.named_parameters())
+        adamw, steps = SlowAdamW(parameters, eps=EPS, weight_decay=DECAY), []
+        for _ in range(ADAM_STEPS):
+            policy = [token_scores(model, sequence)[0] for sequence in step_sequences(LOSSES[loss][1])]
+            value = self.loss(name, loss, policy)
+            gradient = dict(zip(parameters, torch.autograd.grad(value, list(parameters.values())), strict=True))
+            steps.append((float(value.detach()), adamw.step(gradient, lr=LR, clip_norm=CLIP)))
+        return {"steps": steps, "weights": {key: parameter.detach() for key, parameter in parameters.items()}}

@@ -1,0 +1,208 @@
+"""What the layouts are compared on: tiny checkpoints, ragged steps, and the jobs that run them through the engine.
+
+A job runs once in fresh processes for all layouts of one world size; rank 0 leaves what came out in a file a layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalign.data.group import Response
+from megalign.data.group import Sequence as FlatSequence
+
+
+@dataclass(frozen=True)
+class Layout:
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+
+    @property
+    def num_processes(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+LAYOUTS = {
+    "one": Layout(),
+    "tp2": Layout(tensor=2),
+    "pp2": Layout(pipeline=2),
+    "tp2+sp": Layout(tensor=2, sequence=True),
+    "dp2": Layout(data=2),
+    "tp2xpp2": Layout(tensor=2, pipeline=2),
+    "tp2xdp2": Layout(tensor=2, data=2),
+    "pp2xdp2": Layout(pipeline=2, data=2),
+    "tp2xpp2+sp": Layout(tensor=2, pipeline=2, sequence=True),
+}
+DEFAULT = ("one", "tp2", "pp2", "tp2+sp", "dp2", "tp2xpp2")
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# name: (model_type, tied, what differs from SIZES)
+MODELS: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "llama": ("llama", False, {}),
+    "llama-tied": ("llama", True, {}),
+    "llama-scaled-biased": (
+        "llama",
+        False,
+        {"num_hidden_layers": 4, "rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True},
+    ),
+    "mistral": ("mistral", False, {"sliding_window": 5}),
+    "qwen2": ("qwen2", True, {}),
+    "qwen3": ("qwen3", False, {"head_dim": 10}),
+}
+FAMILIES = ("llama-scaled-biased", "mistral", "qwen2", "qwen3")
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+}
+
+
+def write_checkpoints(folder: Path, name: str) -> None:
+    """`policy` with every parameter random, and `reference` and `old`, which are near it."""
+    import transformers
+
+    model_type, tied, fields = MODELS[name]
+    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, "tie_word_embeddings": tied, **fields})
+    draw = torch.Generator().manual_seed(list(MODELS).index(name))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            # Wider vocabulary tensors: logits far from uniform without layers that amplify rounding.
+            scale = 0.3 if "embed_tokens" in key or "lm_head" in key else 0.2
+            parameter.copy_(1 + 0.2 * noise if key.endswith("norm.weight") else scale * noise)
+        policy = {key: parameter.clone() for key, parameter in model.named_parameters()}
+        for checkpoint, scale in (("policy", 0.0), ("reference", 0.02), ("old", 0.004)):
+            for key, parameter in model.named_parameters():
+                parameter.copy_(policy[key] + scale * torch.randn(parameter.shape, generator=draw))
+            model.save_pretrained(folder / name / checkpoint)
+
+
+# id: (configuration, what a group is made of)
+LOSSES: dict[str, tuple[dict[str, Any], str]] = {
+    "sft": ({"name": "sft"}, "single"),
+    "poft": ({"name": "poft"}, "single"),
+    "dpo": ({"name": "dpo"}, "preference"),
+    "ipo": ({"name": "dpo", "variant": "ipo"}, "preference"),
+    "epa": ({"name": "epa"}, "contrast"),
+    "grpo": ({"name": "grpo", "beta": 0.3}, "samples"),
+    "dr_grpo": ({"name": "grpo", "variant": "dr_grpo", "max_response_length": 12, "beta": 0.3}, "samples"),
+    "dapo": ({"name": "grpo", "variant": "dapo"}, "samples"),
+    "rloo": ({"name": "rloo"}, "samples"),
+    "gvpo": ({"name": "gvpo", "beta": 0.2}, "samples"),
+}
+COUPLED = ("dpo", "ipo", "epa", "gvpo")
+KINDS = {
+    "single": [["response"]] * 7,  # an odd number of sequences: two data ranks need a dummy where each is alone
+    "preference": [["chosen", "rejected"]] * 3 + [["rejected", "chosen"]],
+    "contrast": [
+        ["positive", "strong"],
+        ["positive", "strong", "weak"],
+        ["strong", "positive", "strong", "weak", "weak"],
+    ],
+    "samples": [["response"] * k for k in (2, 5, 3, 4)],
+}
+
+
+def step_sequences(kind: str) -> list[FlatSequence]:
+    """A step's global batch: ragged groups, a prompt of one token, a response that is not scored throughout.
+
+    The seed is one whose losses are not small differences of large terms, so that relative errors mean something.
+    """
+    draw = torch.Generator().manual_seed(48 + list(KINDS).index(kind))
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=draw))
+
+    sequences = []
+    for group, roles in enumerate(KINDS[kind]):
+        prompt = tuple(number(0, 131) for _ in range(1 if group == 0 else number(2, 9)))
+        teacher = -3.0 + group / 4 if kind == "single" else None
+        for role in roles:
+            length = number(1, 13)
+            scored = tuple(place % 3 != 1 for place in range(length)) if len(sequences) == 1 else None
+            ids = tuple(number(0, 131) for _ in range(length))
+            response = Response(ids, reward=number(0, 5) / 2, scored=scored)
+            sequences.append(FlatSequence(group, group, role, prompt, response, teacher))
+    longest = sequences[-1]
+    ids = (longest.response.ids * 20)[:20]
+    sequences[-1] = replace(longest, response=replace(longest.response, ids=ids, scored=None))
+    return sequences
+
+
+SMALL, LARGE = 32, 160  # token positions; the first is less than some groups need
+CUTTINGS = [(budget, packing) for budget in (SMALL, LARGE) for packing in (True, False)]
+ALONE = (1, True)  # every sequence is longer than that
+EXTREMES = (CUTTINGS[0], CUTTINGS[3])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: a model, a loss and a cutting."""
+
+    model: str
+    loss: str
+    budget: int
+    packing: bool
+    gradients: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.model} {self.loss} {self.budget} {'packed' if self.packing else 'padded'}"
+
+
+def parity_cases(layout: str) -> list[Case]:
+    """The steps of a layout, grouped by model."""
+    everything = layout not in DEFAULT
+    cases = [
+        Case("llama", loss, *cutting, gradients=everything or loss in ("gvpo", "epa"))
+        for loss in LOSSES
+        for cutting in CUTTINGS
+    ]
+    cases += [Case("llama", loss, *ALONE, gradients=True) for loss in ("sft", "poft", "gvpo")]
+    # All losses share the engine's way from coefficients to gradients; these show it for tied heads.
+    for loss in LOSSES if everything else ("sft", "gvpo"):
+        cuttings = CUTTINGS if everything else EXTREMES
+        cases += [Case("llama-tied", loss, *cutting, gradients=True) for cutting in cuttings]
+    if everything or layout in ("one", "tp2+sp", "tp2xpp2"):
+        for model in FAMILIES:
+            cases += [Case(model, "gvpo", *cutting, gradients=True) for cutting in EXTREMES]
+    return cases
+
+
+# Every loss in each pass mode where two kinds of ranks hold the scores, some losses elsewhere.
+MODES = {"one": tuple(LOSSES), "tp2+sp": tuple(LOSSES), "pp2": ("sft", "dapo", "gvpo"), "dp2": ("sft", "dapo", "gvpo")}
+ADAM_STEPS, LR, CLIP, EPS, DECAY = 3, 1e-3, 1.0, 1e-5, 0.1
+TRAJECTORIES = (("llama", "epa"), ("llama-tied", "gvpo"))
+
+
+def run_world(folder: Path, names: Sequence[str]) -> None:
+    """The job: every part of every named layout."""
+    from megalign.runtime.distributed import process_group
+
+    with process_group(timeout_s=120) as world:
+        from job import Job
+
+        for name in names:
+            results = Job(folder, name, LAYOUTS[name], world).run()
+            if world.is_main:
+                torch.save(results, folder / f"{name}.pt")

@@ -1,0 +1,184 @@
+"""What one process does for a layout: the steps of `cases` through the Megatron engine, and what came out of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import (
+    ADAM_STEPS,
+    CLIP,
+    CUTTINGS,
+    DECAY,
+    EPS,
+    EXTREMES,
+    LARGE,
+    LOSSES,
+    LR,
+    MODES,
+    SMALL,
+    TRAJECTORIES,
+    Case,
+    Layout,
+    parity_cases,
+    step_sequences,
+)
+from torch import Tensor
+
+from megalign.convert import hf_state, read_model_config
+from megalign.engines.groups import make_groups
+from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
+from megalign.engines.step import Cutting, Scored, StepBatch, StepResult, accumulate, evaluate, score
+from megalign.losses import choose_loss
+from megalign.runtime.distributed import World
+
+
+class Job:
+    """The parts of one layout, each a dictionary of plain values and tensors."""
+
+    def __init__(self, folder: Path, name: str, layout: Layout, world: World) -> None:
+        self.folder, self.name, self.layout, self.world = folder, name, layout, world
+        self.groups = make_groups(tensor=layout.tensor, pipeline=layout.pipeline, timeout_s=120)
+        self.known = torch.load(folder / "known.pt")
+
+    def run(self) -> dict[str, Any]:
+        results: dict[str, Any] = {"parity": self.parity(), "trajectory": self.trajectories()}
+        if self.name in MODES:
+            results["modes"] = self.modes()
+        if self.name in ("one", "tp2xpp2", "dp2"):
+            results["score"] = self.scores()
+        if self.name in ("one", "tp2"):
+            results["recompute"] = self.recompute()
+        if self.name == "tp2":
+            results["bf16"] = self.bf16()
+        return results
+
+    def engine(self, model: str, *, checkpoint: str = "policy", trains: bool = True, **options: Any) -> MegatronEngine:
+        path = self.folder / model / checkpoint
+        options = {"dtype": torch.float32, "device": self.world.device, **options}
+        engine = MegatronEngine(
+            read_model_config(path),
+            self.groups,
+            EngineOptions(sequence_parallel=self.layout.sequence, **options),
+            adamw=AdamW(eps=EPS, weight_decay=DECAY) if trains else None,
+        )
+        engine.load_weights(path)
+        return engine
+
+    def batch(self, model: str, loss: str) -> StepBatch:
+        """The step's sequences with the reference's and old policy's scores as far as the loss wants them."""
+        raw, kind = LOSSES[loss]
+        sequences, traits = step_sequences(kind), choose_loss(raw).traits()
+
+        def scored(checkpoint: str) -> list[Scored]:
+            return [Scored(float(logp.sum()), logp.float()) for logp in self.known[f"{model} {kind} {checkpoint}"]]
+
+        return StepBatch(
+            sequences,
+            1 + sequences[-1].group,
+            reference=scored("reference") if traits.reference else None,
+            old=scored("old") if traits.old else None,
+        )
+
+    def step(self, engine: MegatronEngine, case: Case, **changes: Any) -> StepResult:
+        mode = changes.pop("mode", None)
+        batch = replace(self.batch(case.model, case.loss), **changes)
+        cutting = Cutting(case.budget, packing=case.packing)
+        return accumulate(engine, batch, choose_loss(LOSSES[case.loss][0]), cutting=cutting, mode=mode)
+
+    def tensors(self, engine: MegatronEngine, kind: str) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in hf_state(engine.model, engine.full_tensors(kind))}
+
+    def agreed(self, result: StepResult) -> dict[str, Any]:
+        """The result, and whether every rank has the same."""
+        plain = {
+            "loss": result.loss,
+            "metrics": dict(result.metrics),
+            "policy_S": result.policy_S.tolist(),
+            "coefficient_S": result.coefficient_S.tolist(),
+            "pass_mode": result.pass_mode,
+            "pass_gap": result.pass_gap,
+            "padding_fraction": result.padding_fraction,
+        }
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, repr(plain))
+        return {**plain, "same_on_all_ranks": len(set(everyone)) == 1}
+
+    def parity(self) -> dict[str, Any]:
+        results, engine, loaded = {}, None, None
+        for case in parity_cases(self.name):
+            if case.model != loaded:
+                engine, loaded = self.engine(case.model), case.model
+            assert engine is not None
+            results[case.key] = self.agreed(self.step(engine, case))
+            if case.gradients:
+                results[case.key]["gradients"] = self.tensors(engine, "grad")
+            results[case.key]["grad_norm"] = engine.update(0.0, clip_norm=None)
+        return results
+
+    def trajectories(self) -> dict[str, Any]:
+        """AdamW steps on one batch, each cut another way."""
+        results = {}
+        for model, loss in TRAJECTORIES:
+            engine, steps = self.engine(model), []
+            for number in range(ADAM_STEPS):
+                result = self.step(engine, Case(model, loss, *CUTTINGS[number]))
+                steps.append((result.loss, engine.update(LR, clip_norm=CLIP)))
+            copies = {name: tensor.clone() for name, tensor in engine.full_tensors() if name == "output_layer.weight"}
+            weights = self.tensors(engine, "weight")
+            results[f"{model} {loss}"] = {"steps": steps, "weights": weights, "heads": copies}
+        return results
+
+    def modes(self) -> dict[str, Any]:
+        """Each loss in each pass mode that is exact for it."""
+        results, engine = {}, self.engine("llama")
+        for loss in MODES[self.name]:
+            sequences, coupled = self.batch("llama", loss).sequences, choose_loss(LOSSES[loss][0]).traits().coupled
+            for budget, packing in EXTREMES:
+                case = Case("llama", loss, budget, packing)
+                current = score(
+                    engine, sequences, coupled=coupled, cutting=Cutting(budget, packing=packing), by_token=True
+                )
+                runs = {"two_pass": {"mode": "two_pass"}, "known_scores": {"current": current}}
+                if not coupled or budget == LARGE:
+                    runs["single_pass"] = {"mode": "single_pass"}
+                for mode, changes in runs.items():
+                    result = self.agreed(self.step(engine, case, **changes))
+                    results[f"{case.key} {mode}"] = {**result, "gradients": self.tensors(engine, "grad")}
+        return results
+
+    def scores(self) -> dict[str, Any]:
+        """Scores of an engine that cannot train, and the value of each loss without a gradient."""
+        results, engine = {}, self.engine("llama", trains=False)
+        for loss, (raw, kind) in LOSSES.items():
+            batch, cutting = self.batch("llama", loss), Cutting(SMALL)
+            coupled = choose_loss(raw).traits().coupled
+            results[loss] = self.agreed(evaluate(engine, batch, choose_loss(raw), cutting=cutting))
+            by_token = score(engine, batch.sequences, coupled=coupled, cutting=cutting, by_token=True)
+            totals = score(engine, batch.sequences, coupled=coupled, cutting=cutting, by_token=False)
+            results[kind] = {
+                "by_token": [(one.total, one.logp_N, one.lse_N) for one in by_token],
+                "totals": [(one.total, one.logp_N, one.lse_N) for one in totals],
+            }
+        return results
+
+    def recompute(self) -> dict[str, Any]:
+        results = {}
+        for recompute in ("none", "selective", "full"):
+            engine = self.engine("llama", recompute=recompute)
+            result = self.step(engine, Case("llama", "gvpo", SMALL, packing=True))
+            results[recompute] = {"loss": result.loss, "gradients": self.tensors(engine, "grad")}
+        return results
+
+    def bf16(self) -> dict[str, Any]:
+        """One GVPO loss, then ten steps of which each is far below what a bf16 weight can resolve."""
+        engine = self.engine("llama", dtype=torch.bfloat16)
+        losses, weights = [], [self.tensors(engine, "weight")]
+        for _ in range(10):
+            losses.append(self.step(engine, Case("llama", "gvpo", LARGE, packing=True)).loss)
+            engine.update(1e-4, clip_norm=CLIP)
+            weights.append(self.tensors(engine, "weight"))
+        return {"losses": losses, "before": weights[0], "first": weights[1], "last": weights[-1]}
