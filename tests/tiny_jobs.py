@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -121,6 +122,33 @@ def write_config(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def round_sections(folder: Path, **rollout: Any) -> dict[str, Any]:
+    """Changes of `write_config` for two rounds of two updates of two prompts with three responses each."""
+    prompts = [{"prompt": f"{number}+{number % 3}=", "bonus": number / 7} for number in range(7)]
+    sections = {
+        "path": str(write_lines(folder / "prompts.jsonl", prompts)),
+        "rounds": 2,
+        "prompts_per_round": 4,
+        "k": 3,
+        "max_new_tokens": 6,
+        "updates_per_round": 2,
+        "reward": "tiny_jobs:digits",
+    }
+    return {
+        "run": {"steps": None},
+        "data": {"path": None, "groups_per_step": None},
+        "rollout": {**sections, **rollout},
+        "optimizer": {"lr": 1e-3},
+    }
+
+
+def digits(prompt: str, response: str, record: dict[str, Any]) -> float:
+    """A reward that ragged random text earns unequally; a record may ask rank 1 to be signalled while it is given."""
+    if record.get("signal") and os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return sum(character.isdigit() for character in response) - len(response) / 8 + record["bonus"]
+
+
 def train(config: Path, *overrides: str) -> int:
     """The exit code of `python -m megalign train`, in this process."""
     return main(["train", str(config), *overrides])
@@ -151,7 +179,7 @@ def on_two_ranks(folder: Path, jobs: Sequence[tuple[list[str], int]]) -> str:
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
