@@ -174,8 +174,9 @@ def _load_optimizer(part: Any, state: dict[str, Any]) -> None:
 
 
 def _sharded_state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
-    model_state = engine.stage.sharded_state_dict(metadata=METADATA)
+    metadata = dict(METADATA)  # Megatron puts this job's groups into what it is given
+    model_state = engine.stage.sharded_state_dict(metadata=metadata)
     state: dict[str, Any] = {"model": model_state}
     if engine.optimizer is not None and with_optimizer:
-        state["optimizer"] = engine.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=METADATA)
+        state["optimizer"] = engine.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
     return state
