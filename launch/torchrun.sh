@@ -25,7 +25,9 @@ rm -f "$run_dir/status.json" # an earlier run's says nothing of this one
 "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" --max-restarts 0 \
     -m megalign train "$@" &
 job=$!
-trap 'signalled=yes; kill -TERM "$job" 2>/dev/null || true' TERM INT
+# To the ranks, not to torchrun, which would kill them 30 s later, maybe in the middle of saving.
+ranks_of='import psutil, sys; [p.terminate() for p in psutil.Process(int(sys.argv[1])).children()]'
+trap 'signalled=yes; "$python" -c "$ranks_of" "$job" 2>/dev/null || kill -TERM "$job" 2>/dev/null || true' TERM INT
 signalled=yes
 while [[ -n $signalled ]]; do # a trapped signal ends `wait` early, with a code that is not the job's
     signalled=

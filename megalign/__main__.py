@@ -21,7 +21,7 @@ from megalign.config import JobConfig, load_config
 from megalign.config_file import hinted_run_dir
 from megalign.runtime.distributed import World, launched, process_group
 from megalign.runtime.quiet import quiet_libraries
-from megalign.runtime.status import BAD_INPUT, explain, guarded, refuse, write_status
+from megalign.runtime.status import BAD_INPUT, DONE, explain, guarded, refuse, write_status
 from megalign.schema import UserError
 
 TIMEOUT_S = 600.0  # of the ranks' meeting where no configuration says another
@@ -97,8 +97,11 @@ def _on_rank(work: Callable[[World], int], world: World, run_dir: str | None) ->
             refuse(error, run_dir)
         dist.barrier()  # a launcher ends all ranks once one has ended; rank 0 has told by then
         return BAD_INPUT
-    except UserError:
-        raise
+    except UserError as error:
+        if world.size == 1:
+            raise
+        # Not heard of by the others, who may wait for this rank: as with a failure, only its end frees them.
+        _end(refuse(UserError(f"rank {world.rank} of {world.size}: {error}"), run_dir))
     except Exception as error:
         traceback.print_exc()
         told, step = explain(error)
@@ -106,12 +109,17 @@ def _on_rank(work: Callable[[World], int], world: World, run_dir: str | None) ->
         print(f"megalign: failed: {reason}", file=sys.stderr, flush=True)
         if run_dir is not None and Path(run_dir).is_dir():
             write_status(run_dir, 1, reason, step)
-        # Helper processes of a checkpoint writer would outlive this one and keep its pipes open.
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-        # Without leaving the process group: destroying it would wait for ranks that wait for this one.
-        sys.stdout.flush()
-        os._exit(1)
+        _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    """End this process at once, so that the launcher ends the others."""
+    # Helper processes of a checkpoint writer would outlive this one and keep its pipes open.
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    # Without leaving the process group: destroying it would wait for ranks that wait for this one.
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _rollout(cfg: JobConfig, world: World) -> int:
@@ -126,13 +134,16 @@ def _rollout(cfg: JobConfig, world: World) -> int:
         return check(cfg, world.size)
 
     inputs = on_every_rank(read)
+    Path(cfg.run.dir, "status.json").unlink(missing_ok=True)  # an earlier run's
     sampler = load_sampler(inputs.hf_dir, dtype=cfg.run.dtype, device=world.device)
     on_every_rank(
         lambda: write_rollouts(
             cfg, sampler, inputs.tokenizer, inputs.prompts, rank=world.rank, num_ranks=world.size, gather=gather
         )
     )
-    return 0
+    if world.is_main:
+        write_status(cfg.run.dir, DONE, "done", None)
+    return DONE
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import redirect_stdout
 
 from megalign.config import load_config
 from megalign.config_file import hinted_run_dir
 from megalign.runtime.status import guarded
-from megalign.train.check import check
+from megalign.train.check import check, check_outputs
 
 
 def main() -> int:
@@ -25,7 +26,8 @@ def main() -> int:
 
     def run() -> int:
         cfg = load_config(args.config, args.overrides)
-        check(cfg, args.ranks)
+        with redirect_stdout(sys.stderr):  # a reward's module may print, and stdout is the launcher's
+            check_outputs(cfg, check(cfg, args.ranks))
         print(cfg.run.dir)
         return 0
 

@@ -43,7 +43,7 @@ def only(default: Any) -> AfterValidator:
 
 def is_checkpoint_dir(path: str) -> bool:
     """Whether `path` looks like a Hugging Face checkpoint on this machine."""
-    return (Path(path) / "config.json").is_file()
+    return (Path(path).expanduser() / "config.json").is_file()
 
 
 class RunConfig(Strict):
@@ -84,9 +84,13 @@ class ReferenceConfig(Strict):
     @field_validator("source")
     @classmethod
     def _known(cls, source: str | None) -> str | None:
-        if source in (None, "initial", "none", "round_start") or is_checkpoint_dir(source):
+        if source is None or source in ("initial", "none", "round_start") or source.startswith("hf://"):
             return source
-        raise ValueError("must be initial, none, round_start or an existing Hugging Face directory with a config.json")
+        if is_checkpoint_dir(source):
+            return source
+        raise ValueError(
+            "must be initial, none, round_start, hf://org/name or an existing Hugging Face directory with a config.json"
+        )
 
 
 class TeacherConfig(Strict):
@@ -186,6 +190,23 @@ MEGATRON_OWNED: dict[str, str] = {
     "deterministic_mode": "set it with run.deterministic",
     "moe_aux_loss_coeff": "set it with model.aux_loss_coefficient",
 }  # fmt: skip
+
+
+# What may pass through: settings of speed and memory, which leave the model's function and its layout alone.
+MEGATRON_SETTINGS = (
+    "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion",
+    "persist_layer_norm", "memory_efficient_layer_norm", "fp8*", "fp4*", "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "tp_comm_*", "tp_only_amax_red", "cpu_offloading*",
+    "overlap_p2p_comm*", "batch_p2p_*", "deallocate_pipeline_outputs", "defer_embedding_wgrad_compute",
+    "wgrad_deferral_limit", "recompute_method", "recompute_num_layers", "recompute_modules",
+    "distribute_saved_activations", "attention_softmax_in_fp32", "attention_backend", "cuda_graph_*",
+    "use_te_rng_tracker", "delay_wgrad_compute", "barrier_with_L1_time", "fine_grained_activation_offloading",
+    "offload_modules", "min_offloaded_tensor_size",
+    # of the data-parallel wrapper
+    "grad_reduce_in_fp32", "overlap_grad_reduce", "overlap_param_gather", "align_param_gather",
+    "check_for_nan_in_grad", "check_for_large_grads", "bucket_size", "pad_buckets_for_high_nccl_busbw",
+    "reduce_scatter_with_fp32_accumulation", "fp8_param_gather", "nccl_ub", "disable_symmetric_registration",
+)  # fmt: skip
 
 
 class EngineConfig(Strict):

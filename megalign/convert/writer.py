@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from megalign.convert.reader import INDEX, SINGLE, TOKENIZER_FILES, audit
 from megalign.schema import UserError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+WRITTEN = {"written_by": "megalign"}  # in every weight file's metadata: only what bears it is ever replaced
 
 
 class HFWriter:
@@ -25,8 +27,7 @@ class HFWriter:
 
     Everything goes to a hidden directory beside `folder`, which takes its name in `close`, after the result passed the
     audit that reading makes; an exception inside `with` leaves nothing. At most one shard is held in memory.
-    An existing `folder` must be empty or, with `overwrite`, hold a checkpoint (config.json and weights) other than
-    `source`.
+    An existing `folder` must be empty or, with `overwrite`, an earlier export other than `source`.
     `dtype` None writes tensors as they come.
     """
 
@@ -103,7 +104,7 @@ class HFWriter:
     def _flush(self) -> None:
         if self.shard:
             path = self.partial / f"{len(self.shards)}.safetensors"
-            save_file(self.shard, path, metadata={"format": "pt"})
+            save_file(self.shard, path, metadata={"format": "pt", **WRITTEN})
             _sync(path)
             self.shards.append(list(self.shard))
             self.shard, self.shard_bytes = {}, 0
@@ -164,7 +165,7 @@ def companions(source: Path) -> list[Path]:
 
 
 def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
-    """UserError unless `folder` may be written to: new, empty, or with `overwrite` a checkpoint already."""
+    """UserError unless `folder` may be written to: new, empty, or with `overwrite` an earlier export."""
     if not folder.exists() and not folder.is_symlink():
         return
     if not folder.is_dir() or folder.is_symlink():
@@ -173,10 +174,26 @@ def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
         raise UserError(f"{folder} is the model the export starts from; needed: another directory")
     if not any(folder.iterdir()):
         return
-    is_checkpoint = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-    if not (overwrite and is_checkpoint):
-        allowed = "a new or empty directory" + (", or one that holds a checkpoint" if overwrite else "")
+    if not (overwrite and _is_ours(folder)):
+        allowed = "a new or empty directory" + (", or an earlier export" if overwrite else "")
         raise UserError(f"{folder} exists and is not empty; needed: {allowed}")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the directory is an earlier export and holds nothing else that a replacement would lose."""
+    weights = list(folder.glob("*.safetensors"))
+    named = {"config.json", INDEX, *(path.name for path in weights)}
+    named |= {path.relative_to(folder).parts[0] for path in companions(folder)}
+    if not weights or any(path.name not in named for path in folder.iterdir()):
+        return False
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("written_by") != WRITTEN["written_by"]:
+                    return False
+        except (SafetensorError, OSError):
+            return False
+    return True
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

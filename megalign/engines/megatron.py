@@ -233,10 +233,17 @@ class MegatronEngine:
 
     def full_tensors(self, kind: str = "weight") -> Iterator[tuple[str, Tensor]]:
         """Whole tensors in pipeline order, the same on every rank, one at a time; kind "grad" gives fp32 gradients."""
+        self._gather_updates()
         return megatron_state.full_tensors(self, kind)
+
+    def _gather_updates(self) -> None:
+        """With overlap, ranks gather each other's updates in the next forward pass; here weights are read before it."""
+        if self.optimizer is not None and self._wrapped.ddp_config.overlap_param_gather:
+            self._wrapped.start_param_sync(force_sync=True)
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
         """Write a `torch_dist` checkpoint of weights, optimizer and `extra` (plain values) into an empty folder."""
+        self._gather_updates()
         megatron_state.save(self, folder, extra)
 
     def load(self, folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
     from megalign.engines.megatron import MegatronEngine
 
 HF_FILES = "hf"
+_METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
+INDEX_CLASSES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *((_METADATA, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex")),
+    *((_METADATA, name) for name in ("StorageMeta", "TensorProperties", "TensorStorageMetadata")),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    *((_PLANNER, name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
+}
 # TransformerEngine fuses a norm into the linear layer behind it; the tables know it as a module of its own.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -129,19 +140,49 @@ def save(engine: MegatronEngine, folder: Path, extra: dict[str, Any]) -> None:
             shutil.copyfile(path, copy)
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads a checkpoint's index of tensors, and refuses a pickle that names anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in INDEX_CLASSES or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse a checkpoint whose index, a pickle by torch's format, could run code; torch itself loads it unchecked."""
+    try:
+        with open(folder / ".metadata", "rb") as file:
+            _PlainUnpickler(file).load()
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{folder}/.metadata: {reason}; needed: the index of a checkpoint that megalign wrote"
+        ) from None
+
+
 def about(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: the dtype of its weights, and whether an optimizer is inside."""
+    _check_index(folder)
     found = dist_checkpointing.load_common_state_dict(str(folder)).get("about")
     if found is None:
         raise UserError(f"{folder} was not written by megalign; needed: a checkpoint of a run or of hf_to_megatron.py")
     return dict(found)
 
 
+def holds_optimizer(folder: Path) -> bool:
+    """Whether a checkpoint is a run's; a converted one holds weights alone."""
+    return bool(about(folder)["optimizer"])
+
+
 def load(engine: MegatronEngine, folder: Path) -> dict[str, Any]:
     """Load a checkpoint of ours into weights and, where both have one, optimizer; the plain values saved with it."""
+    _check_index(folder)
     if engine.adamw is not None and engine.optimizer is None:
         engine._after_load()
-    with_optimizer = engine.optimizer is not None and about(folder)["optimizer"]
+    with_optimizer = engine.optimizer is not None and holds_optimizer(folder)
     if with_optimizer:
         # A fresh torch optimizer has no state to be loaded into; every value of it is replaced below.
         engine.optimizer.chained_optimizers[0]._init_optimizer_states_with_dummy_values()

@@ -373,7 +373,8 @@ def _result(
         value, metrics = float(out.loss), {name: float(metric) for name, metric in out.metrics.items()}
     gap = None
     if mode != "single_pass":
-        gap = engine.max_over_job(max((payload.gap for payload in payloads), default=0.0))
+        # torch's maximum keeps a NaN, Python's may drop it.
+        gap = engine.max_over_job(float(torch.tensor([0.0, *(payload.gap for payload in payloads)]).max()))
     return StepResult(value, metrics, total_S, coefficient_S, mode, gap, cut.padding_fraction)
 
 

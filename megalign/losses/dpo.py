@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from megalign.data.group import Pairing
 from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
-from megalign.losses.groups import group_sum, implicit_reward_fit
+from megalign.losses.groups import group_sum, implicit_reward_fit, reward_mean
 
 
 class DpoConfig(LossConfig):
@@ -46,6 +46,7 @@ def dpo(scores: Scores, cfg: DpoConfig) -> LossOut:
         "implicit_reward_chosen": implicit_S[chosen_S].mean(),
         "implicit_reward_rejected": implicit_S[rejected_S].mean(),
         "implicit_reward_margin": margin_G.mean(),
+        **reward_mean(scores.reward_S),
         **implicit_reward_fit(implicit_S, scores.reward_S, scores.group_S, scores.num_groups),
     }
     return LossOut(loss_G.sum() / scores.num_groups, metrics)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalign.data.group import Pairing
 from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
-from megalign.losses.groups import group_logsumexp, group_sum, implicit_reward_fit
+from megalign.losses.groups import group_logsumexp, group_sum, implicit_reward_fit, reward_mean
 
 
 class EpaConfig(LossConfig):
@@ -53,5 +53,6 @@ def _metrics(scores: Scores, implicit_S: Tensor) -> dict[str, Tensor]:
     if scores.reward_S is not None:
         # A weak negative's reward, where it has one, is for another prompt.
         reward_S = scores.reward_S.masked_fill(weak_S, torch.nan)
+        metrics |= reward_mean(reward_S)
         metrics |= implicit_reward_fit(implicit_S, reward_S, scores.group_S, scores.num_groups)
     return metrics

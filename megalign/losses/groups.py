@@ -39,6 +39,12 @@ def group_logsumexp(value_S: Tensor, group_S: Tensor, num_groups: int) -> Tensor
     return group_sum((value_S - top_S).exp(), group_S, num_groups).log() + top_S
 
 
+def reward_mean(reward_S: Tensor | None) -> dict[str, Tensor]:
+    """Metric: mean of the rewards that are known, left out where none is."""
+    known_S = None if reward_S is None else reward_S[~reward_S.isnan()]
+    return {} if known_S is None or known_S.numel() == 0 else {"reward_mean": known_S.mean()}
+
+
 def implicit_reward_fit(
     implicit_S: Tensor, reward_S: Tensor | None, group_S: Tensor, num_groups: int
 ) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from megalign.config import JobConfig, check_layout
 from megalign.convert.hf_config import read_model_config
 from megalign.convert.model_config import ModelConfig
 from megalign.convert.reader import TOKENIZER_FILES, audit, resolve_model
+from megalign.convert.writer import check_target
 from megalign.data.dataset import GroupDataset, load_dataset
 from megalign.data.group import Sequence as FlatSequence
 from megalign.data.tokenize import retokenize
 from megalign.rollout.prompts import Prompt, load_prompts
 from megalign.rollout.rewards import choose_reward
 from megalign.schema import UserError
+from megalign.sections import MEGATRON_SETTINGS
+from megalign.train.checkpoint import find_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class Inputs:
     tokenizer: Any | None  # None where the checkpoint has none; records then bring token ids
     records: Records | None
     prompts: Sequence[Prompt]
+    reference: tuple[Path, ModelConfig] | None = None  # where it is a checkpoint of its own
     held_out_records: Records | None = None
     held_out_prompts: Sequence[Prompt] = ()
 
@@ -56,11 +61,12 @@ class Inputs:
 def check(cfg: JobConfig, world_size: int) -> Inputs:
     """Refuse what would stop the job later: models, layout, tokenizer, all records."""
     hf_dir, model = check_model(cfg, cfg.model.path, field="model.path", world_size=world_size)
+    reference = None
     if cfg.reference.source not in ("initial", "round_start", "none", None):
-        _, reference = check_model(cfg, cfg.reference.source, field="reference.source", world_size=world_size)
-        if reference.vocab_size != model.vocab_size:
+        reference = check_model(cfg, cfg.reference.source, field="reference.source", world_size=world_size)
+        if reference[1].vocab_size != model.vocab_size:
             raise UserError(
-                f"reference.source is {cfg.reference.source!r}: its vocabulary has {reference.vocab_size} tokens; "
+                f"reference.source is {cfg.reference.source!r}: its vocabulary has {reference[1].vocab_size} tokens; "
                 f"must be that of model.path, {model.vocab_size}"
             )
     for place, teacher in enumerate(cfg.teachers):
@@ -76,10 +82,24 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
     if cfg.rollout is not None:
         prompts = read_prompts(cfg, cfg.rollout.path, tokenizer, model)
         held_out = () if eval_path is None else read_prompts(cfg, eval_path, tokenizer, model)
-        return Inputs(hf_dir, model, tokenizer, None, prompts, held_out_prompts=held_out)
+        return Inputs(hf_dir, model, tokenizer, None, prompts, reference, held_out_prompts=held_out)
     records = read_records(cfg, tokenizer, model)
     held_out_records = None if eval_path is None else read_records(cfg, tokenizer, model, path=eval_path)
-    return Inputs(hf_dir, model, tokenizer, records, (), held_out_records)
+    return Inputs(hf_dir, model, tokenizer, records, (), reference, held_out_records)
+
+
+def check_outputs(cfg: JobConfig, inputs: Inputs) -> Path | None:
+    """The checkpoint that training goes on from, if any, when that and the export's directory can be used."""
+    found = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume, inputs.model)
+    if cfg.export.hf_dir is not None:
+        target = Path(cfg.export.hf_dir)
+        check_target(target, inputs.hf_dir, overwrite=True)
+        read = {f"teachers.{place}.path": teacher.path for place, teacher in enumerate(cfg.teachers)}
+        read["reference.source"] = cfg.reference.source or ""
+        for field, path in read.items():
+            if Path(path).expanduser().resolve() == target.resolve():
+                raise UserError(f"export.hf_dir is {cfg.export.hf_dir!r}: it is {field}; must be another directory")
+    return found
 
 
 def check_model(cfg: JobConfig, path: str, *, field: str, world_size: int) -> tuple[Path, ModelConfig]:
@@ -107,6 +127,11 @@ def check_passed_through(keys: Iterable[str]) -> None:
             raise UserError(
                 f"engine.megatron.{key} is not a known key; must be a field of Megatron-Core's TransformerConfig or "
                 f"DistributedDataParallelConfig; near it: {nearest}"
+            )
+        if not any(fnmatch.fnmatch(key, pattern) for pattern in MEGATRON_SETTINGS):
+            raise UserError(
+                f"engine.megatron.{key} is not a setting of speed or memory alone; must be one of "
+                f"{', '.join(MEGATRON_SETTINGS)}"
             )
 
 

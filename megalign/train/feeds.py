@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from megalign.config import JobConfig
-from megalign.convert import resolve_model
 from megalign.data.dataset import GroupDataset
 from megalign.data.group import Sequence as FlatSequence
 from megalign.engines.engine import Engine
@@ -91,48 +90,50 @@ class DatasetFeed:
     def restore(self, state: dict[str, Any]) -> None:
         pass
 
-    def score_before(self, engine: Engine, initial: Any, num_steps: int, report: Reporter, *, held_out: bool) -> None:
-        """Score reference and old policy for every sequence of the run; `initial` is the directory of `model.path`."""
-        traits, source = self.cfg.loss.traits(), self.cfg.reference.source
-        by_token = traits.level == "token"
-        same = source in ("initial", "round_start")
-        if traits.old or (traits.reference and same):
-            store = ScoreStore(by_token=by_token)
-            if not held_out:
-                self._score_first(engine, store)
-            self._fill(engine, store, num_steps, report, "scoring initial policy", held_out=held_out)
-            self.old = store if traits.old else None
-            self.reference = store if traits.reference and same else None
-        if traits.reference and not same and source not in (None, "none"):
-            store = ScoreStore(by_token=by_token)
-            engine.load_weights(resolve_model(source))
-            self._fill(engine, store, num_steps, report, "scoring reference", held_out=held_out)
-            engine.load_weights(initial)
-            self.reference = store
-        if self.first is not None:
-            current, sequences = self.first.current, self.first.sequences
-            batch = self._assemble(list(sequences), self.first.num_groups)
-            self.first = StepBatch(batch.sequences, batch.num_groups, batch.reference, batch.old, current)
+    def score_reference(self, engine: Engine, num_steps: int, report: Reporter, *, held_out: bool) -> None:
+        """Score every sequence of the run with a reference's own engine."""
+        self.reference = ScoreStore(by_token=self.cfg.loss.traits().level == "token")
+        self._fill(engine, self.reference, num_steps, report, "scoring reference", held_out=held_out)
 
-    def _score_first(self, engine: Engine, store: ScoreStore) -> None:
-        """Step 0's scores are known to its own step too: the weights have not changed by then."""
-        sequences, num_groups = self.sequences(0)
+    def score_policy(self, engine: Engine, num_steps: int, report: Reporter, *, held_out: bool) -> None:
+        """Score what the loss wants of the initial policy: as reference every sequence, as old what brings no score."""
         traits = self.cfg.loss.traits()
-        scored = score(engine, sequences, coupled=traits.coupled, cutting=cutting_of(self.cfg), by_token=True)
-        store.add(sequences, scored)
-        self.first = StepBatch(sequences, num_groups, current=scored)
+        is_reference = traits.reference and self.cfg.reference.source in ("initial", "round_start")
+        if not is_reference and not traits.old:
+            return
+        store = ScoreStore(by_token=traits.level == "token")
+        self.old = store if traits.old else None
+        self.reference = store if is_reference else self.reference
+        wanted: Callable[[FlatSequence], bool] = lambda one: is_reference or behaviour(one) is None  # noqa: E731
+        sequences, num_groups = self.sequences(0)
+        current = None
+        if not held_out and any(map(wanted, sequences)):
+            # Step 0's scores are known to its own step too: the weights have not changed by then.
+            current = score(engine, sequences, coupled=traits.coupled, cutting=cutting_of(self.cfg), by_token=True)
+            store.add(sequences, current)
+        self._fill(engine, store, num_steps, report, "scoring initial policy", held_out=held_out, wanted=wanted)
+        if current is not None:
+            self.first = replace(self._assemble(sequences, num_groups), current=current)
 
     def _fill(
-        self, engine: Engine, store: ScoreStore, num_steps: int, report: Reporter, name: str, *, held_out: bool
+        self,
+        engine: Engine,
+        store: ScoreStore,
+        num_steps: int,
+        report: Reporter,
+        name: str,
+        *,
+        held_out: bool,
+        wanted: Callable[[FlatSequence], bool] = lambda sequence: True,
     ) -> None:
         coupled = self.cfg.loss.traits().coupled
 
         def batches() -> Iterator[list[FlatSequence]]:
             if held_out:
-                yield list(self.whole_sequences())
+                yield list(filter(wanted, self.whole_sequences()))
                 return
             for step in range(num_steps):
-                yield self.sequences(step)[0]
+                yield list(filter(wanted, self.sequences(step)[0]))
 
         total = 1 if held_out else num_steps
         show: Callable[[int], None] = lambda done: report.phase(name, done, total)  # noqa: E731
@@ -152,7 +153,7 @@ def with_teachers(
     dataset = records.dataset
     scores = [dict(group.teacher_scores) for group in dataset.groups]
     for texts in records.teachers:
-        engine = build_engine(cfg, texts.model, groups, world, trainable=False, own_text=False)
+        engine = build_engine(cfg, texts.model, groups, world, trainable=False)
         engine.load_weights(texts.hf_dir)
         report.say(f"scoring {len(texts.places)} responses with teacher {texts.name}")
         size = 4 * (cfg.data.groups_per_step or 64)

@@ -18,17 +18,20 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megalign.config import JobConfig, dump_config, total_steps
-from megalign.convert import check_target
+from megalign.convert import ModelConfig
 from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups, make_groups
+from megalign.engines.megatron import MegatronEngine
+from megalign.engines.megatron_state import holds_optimizer
 from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
 from megalign.runtime.distributed import World
 from megalign.runtime.status import DONE, STOPPED, during, write_status
 from megalign.schema import UserError
-from megalign.train.check import Inputs, Records, check
-from megalign.train.checkpoint import find_checkpoint, save_checkpoint
+from megalign.train.check import Inputs, Records, check, check_outputs
+from megalign.train.checkpoint import save_checkpoint
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
 from megalign.train.report import Reporter, keep_metrics_up_to, start_log
 from megalign.train.rounds import RoundFeed, evaluate_reward, fixed_reference, live_sampler
@@ -68,19 +71,18 @@ def train(cfg: JobConfig, world: World) -> int:
         torch.use_deterministic_algorithms(True)
     run_dir, started = Path(cfg.run.dir), time.perf_counter()
     inputs = on_every_rank(lambda: check(cfg, world.size))
-    resumed = on_every_rank(lambda: find_checkpoint(run_dir, cfg.checkpoint.resume, inputs.model))
-    if cfg.export.hf_dir is not None:
-        on_every_rank(lambda: check_target(Path(str(cfg.export.hf_dir)), inputs.hf_dir, overwrite=True))
+    resumed = on_every_rank(lambda: check_outputs(cfg, inputs))
     on_every_rank(lambda: _open_run_dir(cfg, world))
     start_log(run_dir, main=world.is_main)
     groups = make_groups(tensor=cfg.parallel.tensor, pipeline=cfg.parallel.pipeline, timeout_s=cfg.watchdog.timeout_s)
     # The total is set once the data are known; teachers are scored before that.
     with Reporter(run_dir, 0, main=world.is_main, trackers=cfg.trackers) as report:
         with during("before the first step", None):
-            job = _prepare(cfg, inputs, world, groups, report, started)
+            weights = None if resumed is None or holds_optimizer(resumed) else resumed
+            job = _prepare(cfg, inputs, world, groups, report, started, weights)
         with _signals(job):
             with during(f"loading {resumed}", None):
-                _resume(job, resumed)
+                _resume(job, resumed if weights is None else None)
             return _run(job)
 
 
@@ -99,7 +101,16 @@ def _open_run_dir(cfg: JobConfig, world: World) -> None:
         ) from None
 
 
-def _prepare(cfg: JobConfig, inputs: Inputs, world: World, groups: Groups, report: Reporter, started: float) -> Job:
+def _prepare(
+    cfg: JobConfig,
+    inputs: Inputs,
+    world: World,
+    groups: Groups,
+    report: Reporter,
+    started: float,
+    weights: Path | None,
+) -> Job:
+    """Everything up to the first step; `weights` is a converted checkpoint whose weights stand for model.path's."""
     report.say(
         f"{world.size} ranks: tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size}; "
         f"{layers_of(cfg, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
@@ -109,23 +120,38 @@ def _prepare(cfg: JobConfig, inputs: Inputs, world: World, groups: Groups, repor
         report.say(records.dataset.report.line())
         return DatasetFeed(cfg, with_teachers(cfg, records, groups, world, report, held_out=held_out))
 
-    # Teachers come first: their engines are gone before the policy's is built.
+    def scorer(model: ModelConfig) -> MegatronEngine:
+        return build_engine(cfg, model, groups, world, trainable=False)
+
+    def load_initial(engine: MegatronEngine) -> None:
+        engine.load_weights(inputs.hf_dir)
+        if weights is not None:
+            engine.load(weights)
+
+    # Teachers and a reference of its own come first: their engines are gone before the policy's is built.
     dataset_feed = None if inputs.records is None else feed_of(inputs.records, held_out=False)
     held_out = None if inputs.held_out_records is None else feed_of(inputs.held_out_records, held_out=True)
+    num_steps = total_steps(cfg, 0 if dataset_feed is None else dataset_feed.dataset.epoch_size)
+    feeds = [(one, held) for one, held in ((dataset_feed, False), (held_out, True)) if one is not None]
+    if feeds and inputs.reference is not None and cfg.loss.traits().reference:
+        reference = scorer(inputs.reference[1])
+        reference.load_weights(inputs.reference[0])
+        for one, held in feeds:
+            one.score_reference(reference, num_steps, report, held_out=held)
+        del reference
     engine = build_engine(cfg, inputs.model, groups, world, trainable=True)
-    engine.load_weights(inputs.hf_dir)
+    load_initial(engine)
     feed: Feed
     if dataset_feed is None:
-        fixed = fixed_reference(cfg, inputs, lambda: build_engine(cfg, inputs.model, groups, world, trainable=False))
+        fixed = fixed_reference(cfg, inputs, scorer, load_initial)
         feed = RoundFeed(cfg, inputs, engine, live_sampler(cfg, inputs, world.device), fixed)
-        num_steps = total_steps(cfg, 0)
     else:
         feed = dataset_feed
-        num_steps = total_steps(cfg, dataset_feed.dataset.epoch_size)
-        dataset_feed.score_before(engine, inputs.hf_dir, num_steps, report, held_out=False)
-        if held_out is not None:
-            held_out.score_before(engine, inputs.hf_dir, 1, report, held_out=True)
+        for one, held in feeds:
+            one.score_policy(engine, num_steps, report, held_out=held)
     report.total = num_steps
+    if weights is not None:
+        report.say(f"initial weights from {weights}")
     return Job(cfg, inputs, world, engine, feed, num_steps, report, held_out, started)
 
 
@@ -133,9 +159,8 @@ def _resume(job: Job, checkpoint: Path | None) -> None:
     """Go on from a checkpoint, or begin; metrics of steps to be taken (again) are dropped."""
     if checkpoint is not None:
         extra = job.engine.load(checkpoint)
-        if extra:  # a converted checkpoint holds weights alone
-            job.step, job.bad_steps = extra["step"], extra["bad_steps"]
-            job.feed.restore(extra["feed"])
+        job.step, job.bad_steps = extra["step"], extra["bad_steps"]
+        job.feed.restore(extra["feed"])
         job.report.say(f"resumed from {checkpoint} after step {job.step}")
     if job.world.is_main:
         keep_metrics_up_to(job.run_dir, job.step)
@@ -301,4 +326,5 @@ def _finish(job: Job, code: int, reason: str) -> int:
     if job.world.is_main:
         write_status(job.run_dir, code, reason, job.step)
     job.report.say(f"{reason} after step {job.step}")
+    dist.barrier()  # a launcher ends all ranks once one has ended with a code; rank 0 has told by then
     return code

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megalign.config import JobConfig
-from megalign.convert import hf_state, resolve_model
+from megalign.convert import ModelConfig, hf_state
 from megalign.data.dataset import GroupDataset, from_records
 from megalign.data.group import Sequence as FlatSequence
 from megalign.engines.engine import Engine
+from megalign.engines.megatron import MegatronEngine
 from megalign.engines.step import Scored, StepBatch, score
 from megalign.rollout.prompts import Prompt, round_prompts
 from megalign.rollout.rewards import choose_reward
 from megalign.rollout.rounds import Round, rollout_round
 from megalign.train.check import Inputs
 from megalign.train.feeds import old_scores
-from megalign.train.scores import ScoreStore
-from megalign.train.session import cutting_of, dtype_of, on_every_rank
+from megalign.train.scores import ScoreStore, fill
+from megalign.train.session import SharedError, cutting_of, dtype_of, on_every_rank
+
+ATTEMPTS = 8  # samplings of one round before it counts as hopeless
 
 
 def live_sampler(cfg: JobConfig, inputs: Inputs, device: torch.device) -> Any:
@@ -88,6 +90,7 @@ class RoundFeed:
         return self._dataset.sequences([divmod(place, len(self._dataset)) for place in places])
 
     def _sample(self, number: int) -> None:
+        """Sample the round's groups; where chance left none that the loss can use, sample again with other draws."""
         rollout = self.cfg.rollout
         assert rollout is not None
         refresh(self.sampler, self.engine, self.inputs)
@@ -97,10 +100,17 @@ class RoundFeed:
             round_number=number,
             prompts_per_round=rollout.prompts_per_round,
         )
-        done = _rollout(self, prompts, k=rollout.k, temperature=rollout.temperature, round_number=number)
-        self.records, self.round_number = done.records, number
-        self._stats = {f"rollout_{name.removeprefix('rollout_')}": value for name, value in done.stats.items()}
-        self._read()
+        for attempt in range(ATTEMPTS):
+            draws = number + attempt * rollout.rounds
+            done = _rollout(self, prompts, k=rollout.k, temperature=rollout.temperature, round_number=draws)
+            self.records, self.round_number = done.records, number
+            self._stats = {f"rollout_{name.removeprefix('rollout_')}": value for name, value in done.stats.items()}
+            try:
+                self._read()
+                return
+            except SharedError as error:
+                problem = str(error)
+        raise RuntimeError(f"no sampled group of round {number + 1} is of use in {ATTEMPTS} samplings: {problem}")
 
     def _read(self) -> None:
         """Sampled groups that a loss cannot use, such as all-equal rewards for DPO, are left out and counted."""
@@ -123,30 +133,20 @@ class RoundFeed:
         traits, source = self.cfg.loss.traits(), self.cfg.reference.source
         assert self.cfg.rollout is not None
         by_token = traits.level == "token"
-        own = traits.old or (traits.reference and source == "round_start")
-        self._old = self._reference = self._current = None
+        coupled, cutting = traits.coupled, cutting_of(self.cfg)
+        self._reference = self._current = None
+        # The sampler brings behaviour log-probs, so there is no old policy left to score.
+        self._old = ScoreStore(by_token=by_token) if traits.old else None
         updates = [self._sequences(update)[0] for update in range(self.cfg.rollout.updates_per_round)]
-        if own:
-            store = ScoreStore(by_token=by_token)
-            self._current = self._scores(self.engine, updates[0], by_token=True)
-            store.add(updates[0], self._current)
-            self._fill(store, self.engine, updates[1:])
-            self._old = store if traits.old else None
-            self._reference = store if traits.reference and source == "round_start" else None
-        if traits.reference and source != "round_start":
-            assert self.fixed is not None
-            self._reference = ScoreStore(by_token=by_token)
-            self._fill(self._reference, self.fixed, updates)
-
-    def _scores(self, engine: Engine, sequences: list[FlatSequence], *, by_token: bool) -> list[Scored]:
-        coupled = self.cfg.loss.traits().coupled
-        return score(engine, sequences, coupled=coupled, cutting=cutting_of(self.cfg), by_token=by_token)
-
-    def _fill(self, store: ScoreStore, engine: Engine, updates: list[list[FlatSequence]]) -> None:
-        for sequences in updates:
-            missing = store.missing(sequences)
-            if missing:
-                store.add(missing, self._scores(engine, missing, by_token=store.by_token))
+        if not traits.reference:
+            return
+        self._reference = ScoreStore(by_token=by_token)
+        if source == "round_start":
+            self._current = score(self.engine, updates[0], coupled=coupled, cutting=cutting, by_token=True)
+            self._reference.add(updates[0], self._current)
+        scorer = self.engine if source == "round_start" else self.fixed
+        assert scorer is not None
+        fill(self._reference, scorer, updates, coupled=coupled, cutting=cutting)
 
     def stats(self, step: int) -> Mapping[str, float]:
         return self._stats
@@ -158,8 +158,6 @@ class RoundFeed:
             "records": self.records,
             "stats": self._stats,
             "reference": None if self._reference is None else self._reference.plain(),
-            "old": None if self._old is None or self._old is self._reference else self._old.plain(),
-            "old_is_reference": self._old is not None and self._old is self._reference,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -168,14 +166,12 @@ class RoundFeed:
         self.round_number, self.records = state["round_number"], state["records"]
         self._read()
         self._stats = state["stats"]
-        by_token = self.cfg.loss.traits().level == "token"
-        self._reference = _revive(state["reference"], by_token=by_token)
-        self._old = self._reference if state["old_is_reference"] else _revive(state["old"], by_token=by_token)
+        traits = self.cfg.loss.traits()
+        by_token = traits.level == "token"
+        self._old = ScoreStore(by_token=by_token) if traits.old else None
+        entries = state["reference"]
+        self._reference = None if entries is None else ScoreStore.from_plain(entries, by_token=by_token)
         self._current = None
-
-
-def _revive(entries: Any, *, by_token: bool) -> ScoreStore | None:
-    return None if entries is None else ScoreStore.from_plain(entries, by_token=by_token)
 
 
 def evaluate_reward(feed: RoundFeed, prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -208,12 +204,20 @@ def _rollout(feed: RoundFeed, prompts: Sequence[Prompt], *, k: int, temperature:
     )
 
 
-def fixed_reference(cfg: JobConfig, inputs: Inputs, build: Any) -> Engine | None:
+def fixed_reference(
+    cfg: JobConfig,
+    inputs: Inputs,
+    build: Callable[[ModelConfig], MegatronEngine],
+    load_initial: Callable[[MegatronEngine], None],
+) -> Engine | None:
     """The engine that scores a reference which is not the round's policy; it holds weights only."""
-    source = cfg.reference.source
-    if not cfg.loss.traits().reference or source in (None, "none", "round_start"):
+    if not cfg.loss.traits().reference or cfg.reference.source == "round_start":
         return None
-    folder: Path = inputs.hf_dir if source == "initial" else resolve_model(source)
-    engine: Engine = build()
-    engine.load_weights(folder)
+    if inputs.reference is None:
+        engine = build(inputs.model)
+        load_initial(engine)
+    else:
+        folder, model = inputs.reference
+        engine = build(model)
+        engine.load_weights(folder)
     return engine

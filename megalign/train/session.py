@@ -55,9 +55,9 @@ def layers_of(cfg: JobConfig, world: World) -> str:
 
 
 def build_engine(
-    cfg: JobConfig, model: ModelConfig, groups: Groups, world: World, *, trainable: bool, own_text: bool = True
+    cfg: JobConfig, model: ModelConfig, groups: Groups, world: World, *, trainable: bool
 ) -> MegatronEngine:
-    """A Megatron engine without weights yet; own_text=False is for teachers, which no temperature concerns."""
+    """A Megatron engine without weights yet; `trainable` adds the optimizer."""
     passed = dict(cfg.engine.megatron)
     if cfg.run.deterministic:
         passed["deterministic_mode"] = True
@@ -67,7 +67,7 @@ def build_engine(
         layers=layers_of(cfg, world),
         sequence_parallel=cfg.parallel.sequence,
         recompute=cfg.engine.recompute if trainable else "none",
-        temperature=cfg.rollout.temperature if cfg.rollout is not None and own_text else 1.0,
+        temperature=cfg.rollout.temperature if cfg.rollout is not None else 1.0,
         chunk_tokens=None if cfg.engine.chunk_tokens == "auto" else cfg.engine.chunk_tokens,
         megatron=passed,
     )
@@ -79,12 +79,11 @@ def build_engine(
 def export(engine: Engine, model: ModelConfig, source: Path, folder: Path) -> None:
     """Write the live weights as a Hugging Face directory, tensor by tensor; called on every rank, written by rank 0."""
     main = dist.get_rank() == 0
-    tensors = hf_state(model, ((name, tensor.cpu()) for name, tensor in engine.full_tensors()))
     if not main:
-        for _ in tensors:
+        for _ in engine.full_tensors():
             pass
     else:
         with HFWriter(folder, source=source, dtype=None, overwrite=True) as writer:
-            for name, tensor in tensors:
+            for name, tensor in hf_state(model, engine.full_tensors()):
                 writer.add(name, tensor)
     dist.barrier()

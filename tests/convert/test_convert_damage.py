@@ -155,14 +155,17 @@ def test_target_that_is_taken(sharded, folder, tmp_path):
     copy_all(sharded, target)  # an empty directory is as good as none
     with pytest.raises(UserError, match="exists and is not empty; needed: a new or empty directory"):
         copy_all(sharded, target)
-    (target / "model.safetensors").write_bytes(b"old")
     copy_all(sharded, target, overwrite=True)
     assert audit(target, read_model_config(target)).keys() == audit(sharded, read_model_config(sharded)).keys()
     with pytest.raises(UserError, match="is the model the export starts from"):
         copy_all(folder, folder, overwrite=True)
-    (target / "config.json").unlink()
-    with pytest.raises(UserError, match="not empty; needed: a new or empty directory, or one that holds a checkpoint"):
+    refused = "not empty; needed: a new or empty directory, or an earlier export"
+    with pytest.raises(UserError, match=refused):  # somebody else's checkpoint
+        copy_all(sharded, folder, overwrite=True)
+    (target / "notes.txt").write_text("kept")
+    with pytest.raises(UserError, match=refused):
         copy_all(sharded, target, overwrite=True)
+    assert (target / "notes.txt").read_text() == "kept"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file exists and is not a directory"):
         copy_all(sharded, tmp_path / "file")

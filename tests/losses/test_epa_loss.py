@@ -31,6 +31,7 @@ def test_known_shares():
     assert {name: value.item() for name, value in out.metrics.items()} == pytest.approx(
         {
             "p_positive": 1 / 2,
+            "reward_mean": 2,  # of 3 and 1
             "accuracy_strong": 1,
             "accuracy_weak": 1,
             "implicit_reward_positive": math.log(6),
