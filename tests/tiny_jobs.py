@@ -179,7 +179,12 @@ def on_two_ranks(folder: Path, jobs: Sequence[tuple[list[str], int]]) -> str:
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+        },
     )
     assert done.returncode == 0, done.stderr
     return done.stderr

@@ -73,7 +73,8 @@ def test_two_ranks_give_the_numbers_of_one(name, layout, folder):
     assert len(one) == len(two) == (3 if name == "gvpo" else 4)
     for line, other in zip(one, two, strict=True):
         assert line.keys() == other.keys()
-        for key in line.keys() - {"padding_fraction", "pass_mode", "pass_gap"}:
+        # What is clipped hangs on the sign of advantages, some of which are zero but for rounding.
+        for key in line.keys() - {"padding_fraction", "pass_mode", "pass_gap", "clip_fraction"}:
             # What is measured on s - s' alone loses the digits that the two share.
             digits = {"loss": 1e-5, "grad_norm": 1e-4, "reward_mean": 1e-12}.get(key, 1e-3)
             assert other[key] == pytest.approx(line[key], rel=digits, abs=2e-6), key
@@ -103,17 +104,17 @@ def test_only_rank_0_tells(folder):
 
 
 def launch(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    """A job of two ranks that goes on for hours, once its third step is done."""
+    """A job of two ranks that goes on for hours, once its first checkpoint is there and a step follows."""
     job = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "megalign", "train", str(config), "run.steps=1000000", *overrides],
+         "-m", "megalign", "train", str(config), "run.steps=1000000", "checkpoint.every=100", *overrides],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
     lines = config.parent / "run" / "metrics.jsonl"
     until = time.monotonic() + 120
-    while not (lines.is_file() and lines.read_text().count("\n") >= 3):
+    while not (lines.is_file() and lines.read_text().count("\n") > 100):
         assert job.poll() is None and time.monotonic() < until
         time.sleep(0.05)
     return job
@@ -152,13 +153,12 @@ def endless(folder, tmp_path):
 
 
 def test_killed_rank_ends_the_job(endless, tmp_path):
-    told = end(launch(endless, "checkpoint.every=3", "loss.name=sft", f"data.path={_singles(tmp_path)}"),
-               signal.SIGKILL, within=60)  # fmt: skip
+    told = end(launch(endless, "loss.name=sft", f"data.path={_singles(tmp_path)}"), signal.SIGKILL, within=60)
     assert len(failures(told)) == 1, told
     line = failures(told)[0]
     assert line.startswith("megalign: failed: rank 0 of 2: ") and "step " in line
     kept = status(tmp_path / "run")
-    assert kept["code"] == 1 and line == f"megalign: failed: {kept['reason']}" and kept["step"] >= 3
+    assert kept["code"] == 1 and line == f"megalign: failed: {kept['reason']}" and kept["step"] >= 100
     assert kept["step"] in (len(metrics(tmp_path / "run")), len(metrics(tmp_path / "run")) - 1)
 
 
