@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import queue
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,8 @@ def save(engine: MegatronEngine, folder: Path, extra: dict[str, Any]) -> None:
 
     The files of the Hugging Face checkpoint that are not weights lie beside it, so that it can become one again.
     """
+    # Megatron would start a server process for the results of writers elsewhere; it outlives a rank that is killed.
+    filesystem_async._results_queue = queue.Queue()
     about = {"dtype": str(engine.options.dtype), "optimizer": engine.optimizer is not None}
     dist_checkpointing.save(_sharded_state(engine, loading=False) | {"extra": extra, "about": about}, str(folder))
     if dist.get_rank() == 0 and engine.source is not None:
