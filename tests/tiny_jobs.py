@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -151,16 +152,19 @@ def digits(prompt: str, response: str, record: dict[str, Any]) -> float:
 
 def train(config: Path, *overrides: str) -> int:
     """The exit code of `python -m megalign train`, in this process."""
+    gc.freeze()  # every save collects garbage, and all that pytest has imported is not
     return main(["train", str(config), *overrides])
 
 
 # Jobs one after another in the same two processes: starting one takes ten times as long as a job. Their meetings need
 # names of their own, as those of torchrun's attempts have.
 TWO_RANKS = """
-import json, os, sys
+import gc, json, os, sys
 from megalign.__main__ import main
+import megalign.train.loop
 
 if __name__ == "__main__":
+    gc.freeze()
     for number, (arguments, code) in enumerate(json.loads(sys.argv[1])):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
         found = main(arguments)
