@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from megalign.convert.reader import INDEX, SINGLE, TOKENIZER_FILES, audit
 from megalign.schema import UserError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-WRITTEN = {"written_by": "megalign"}  # in every weight file's metadata: only what bears it is ever replaced
+MARK = ".megalign_export"  # an empty file: only a directory that bears it is ever replaced
 
 
 class HFWriter:
@@ -104,7 +103,7 @@ class HFWriter:
     def _flush(self) -> None:
         if self.shard:
             path = self.partial / f"{len(self.shards)}.safetensors"
-            save_file(self.shard, path, metadata={"format": "pt", **WRITTEN})
+            save_file(self.shard, path, metadata={"format": "pt"})
             _sync(path)
             self.shards.append(list(self.shard))
             self.shard, self.shard_bytes = {}, 0
@@ -123,6 +122,7 @@ class HFWriter:
             _write_bytes(self.partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
     def _copy_companions(self) -> None:
+        (self.partial / MARK).touch()
         for path in companions(self.source):
             copy = self.partial / path.relative_to(self.source)
             copy.parent.mkdir(exist_ok=True)
@@ -181,19 +181,9 @@ def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether the directory is an earlier export and holds nothing else that a replacement would lose."""
-    weights = list(folder.glob("*.safetensors"))
-    named = {"config.json", INDEX, *(path.name for path in weights)}
+    named = {MARK, "config.json", INDEX, *(path.name for path in folder.glob("*.safetensors"))}
     named |= {path.relative_to(folder).parts[0] for path in companions(folder)}
-    if not weights or any(path.name not in named for path in folder.iterdir()):
-        return False
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("written_by") != WRITTEN["written_by"]:
-                    return False
-        except (SafetensorError, OSError):
-            return False
-    return True
+    return (folder / MARK).is_file() and all(path.name in named for path in folder.iterdir())
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
