@@ -38,8 +38,8 @@ def make_groups(*, tensor: int, pipeline: int, timeout_s: float) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
-        # Minutes, rounded up: Megatron takes nothing finer.
-        distributed_timeout_minutes=max(1, -(-int(timeout_s) // 60)),
+        # Declared a whole number, used in a timedelta, which takes any.
+        distributed_timeout_minutes=timeout_s / 60,
         create_gloo_process_groups=dist.get_backend() != "gloo",
     )
     return Groups(

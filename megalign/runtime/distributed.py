@@ -58,6 +58,12 @@ def process_group(*, timeout_s: float) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def make_deterministic() -> None:
+    """Have torch choose deterministic kernels for the rest of the process, and raise where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    torch.use_deterministic_algorithms(True)
+
+
 def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     """The rendezvous store; each attempt has names of its own, because a dead one's keys stay in the agent's store."""
     if size == 1 and "MASTER_ADDR" not in os.environ:

@@ -27,7 +27,7 @@ from megalign.engines.groups import Groups, make_groups
 from megalign.engines.megatron import MegatronEngine
 from megalign.engines.megatron_state import holds_optimizer
 from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
-from megalign.runtime.distributed import World
+from megalign.runtime.distributed import World, make_deterministic
 from megalign.runtime.status import DONE, STOPPED, during, write_status
 from megalign.schema import UserError
 from megalign.train.check import Inputs, Records, check, check_outputs
@@ -68,7 +68,7 @@ class Job:
 def train(cfg: JobConfig, world: World) -> int:
     """Run the job to its end; exit code 0, or 75 when it stopped early after saving. Called on every rank."""
     if cfg.run.deterministic:
-        torch.use_deterministic_algorithms(True)
+        make_deterministic()
     run_dir, started = Path(cfg.run.dir), time.perf_counter()
     inputs = on_every_rank(lambda: check(cfg, world.size))
     resumed = on_every_rank(lambda: check_outputs(cfg, inputs))
@@ -112,7 +112,7 @@ def _prepare(
 ) -> Job:
     """Everything up to the first step; `weights` is a converted checkpoint whose weights stand for model.path's."""
     report.say(
-        f"{world.size} ranks: tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size}; "
+        f"ranks {world.size}: tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size}; "
         f"{layers_of(cfg, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
     )
 
