@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -103,6 +104,7 @@ def _on_rank(work: Callable[[World], int], world: World, run_dir: str | None) ->
         # Not heard of by the others, who may wait for this rank: as with a failure, only its end frees them.
         _end(refuse(UserError(f"rank {world.rank} of {world.size}: {error}"), run_dir))
     except Exception as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, when another rank has failed too: tell first
         traceback.print_exc()
         told, step = explain(error)
         reason = f"rank {world.rank} of {world.size}: {told}"

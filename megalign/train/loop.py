@@ -294,6 +294,11 @@ def _signals(job: Job) -> Iterator[None]:
     before = [signal.signal(number, note) for number in numbers]
     try:
         yield
+    except BaseException:
+        if job.world.size > 1:
+            # The launcher signals every rank once one has failed; this one's own message must come out first.
+            before = [signal.SIG_IGN for _ in numbers]
+        raise
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
