@@ -43,6 +43,7 @@ from megalign.engines.step import Cutting, Scored, StepBatch, accumulate
 from megalign.losses.gvpo import GvpoConfig
 from megalign.losses.sft import SftConfig
 from megalign.runtime.distributed import process_group
+from megalign.runtime.quiet import quiet_libraries
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/gsm8k/train.jsonl"
 VOCABULARY = 32000
@@ -183,6 +184,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, help="rounds that count (default 3, quick 2)")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
+    quiet_libraries()
     tokens = options.tokens or (2048 if options.quick else 4096)
     torch.set_num_threads(1)
     console = Console()
