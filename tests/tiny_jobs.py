@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -152,8 +153,18 @@ def digits(prompt: str, response: str, record: dict[str, Any]) -> float:
 
 def train(config: Path, *overrides: str) -> int:
     """The exit code of `python -m megalign train`, in this process."""
-    gc.freeze()  # every save collects garbage, and all that pytest has imported is not
-    return main(["train", str(config), *overrides])
+    _keep_imports()
+    try:
+        return main(["train", str(config), *overrides])
+    finally:
+        gc.collect()  # a job's process groups go with it, and the threads that serve them
+
+
+@functools.cache
+def _keep_imports() -> None:
+    """Every save collects garbage, and all that pytest has imported is not; once, or it would keep garbage too."""
+    gc.collect()
+    gc.freeze()
 
 
 # Jobs one after another in the same two processes: starting one takes ten times as long as a job. Their meetings need

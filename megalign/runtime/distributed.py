@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,9 @@ def process_group(*, timeout_s: float) -> Iterator[World]:
     try:
         yield World(rank, size, local_rank, device)
     finally:
+        megatron_groups = sys.modules.get("megatron.core.parallel_state")
+        if megatron_groups is not None:  # its globals would keep every group's threads alive
+            megatron_groups.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
 
