@@ -168,7 +168,7 @@ def _singles(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_rank_that_hangs_is_not_waited_for_for_ever(endless, tmp_path):
-    """Megatron's groups take whole minutes, so ten seconds become one; torchrun gives a stopped rank another half."""
+    """Ten seconds of waiting, and torchrun gives a stopped rank another half minute."""
     job = launch(endless, "watchdog.timeout_s=10", "loss.name=sft", f"data.path={_singles(tmp_path)}")
     line = failures(end(job, signal.SIGSTOP, within=150))[0]
     assert line.startswith("megalign: failed: rank 0 of 2: step ") and "imed out waiting" in line
