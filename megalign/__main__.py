@@ -127,8 +127,7 @@ def _end(code: int) -> NoReturn:
 def _rollout(cfg: JobConfig, world: World) -> int:
     from megalign.rollout.command import load_sampler, write_rollouts
     from megalign.train.check import Inputs, check
-    from megalign.train.rounds import gather
-    from megalign.train.session import on_every_rank
+    from megalign.train.session import gather, on_every_rank
 
     def read() -> Inputs:
         if cfg.rollout is None:

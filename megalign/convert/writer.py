@@ -104,7 +104,7 @@ class HFWriter:
         if self.shard:
             path = self.partial / f"{len(self.shards)}.safetensors"
             save_file(self.shard, path, metadata={"format": "pt"})
-            _sync(path)
+            sync(path)
             self.shards.append(list(self.shard))
             self.shard, self.shard_bytes = {}, 0
 
@@ -142,7 +142,7 @@ class HFWriter:
 
     def _publish(self) -> None:
         check_target(self.folder, self.source, overwrite=self.overwrite)  # it may have come up since
-        _sync(self.partial)
+        sync(self.partial)
         replaced = self.folder.with_name(f".{self.folder.name}.replaced-{os.getpid()}")
         replaces = self.folder.exists()
         if replaces:
@@ -153,7 +153,7 @@ class HFWriter:
             if replaces:
                 replaced.rename(self.folder)
             raise
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
         if replaces:
             shutil.rmtree(replaced)
 
@@ -188,10 +188,10 @@ def _is_ours(folder: Path) -> bool:
 
 def _write_bytes(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """What is renamed into place must be on the disk before its name is."""
     handle = os.open(path, os.O_RDONLY)
     try:

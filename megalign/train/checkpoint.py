@@ -16,11 +16,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megalign.convert import ModelConfig, read_model_config
+from megalign.convert.writer import sync
 from megalign.engines.engine import Engine
+from megalign.engines.megatron_state import HF_FILES
 from megalign.schema import UserError
 
 NAME = re.compile(r"step_(\d{8})")
-MARK, HF_FILES = "metadata.json", "hf"  # what every checkpoint of ours has
+MARK = "metadata.json"  # with HF_FILES, what every checkpoint of ours has
 FILES = "files.json"  # the name and size of every other file, so that a copy cut short is seen
 
 
@@ -124,7 +126,7 @@ def _write_latest(folder: Path, name: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / "latest")
-    _sync(folder)
+    sync(folder)
 
 
 def _drop_old(folder: Path, step: int, *, keep: int, keep_every: int) -> None:
@@ -137,12 +139,4 @@ def _drop_old(folder: Path, step: int, *, keep: int, keep_every: int) -> None:
 
 def _sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

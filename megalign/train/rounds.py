@@ -22,7 +22,7 @@ from megalign.rollout.rounds import Round, rollout_round
 from megalign.train.check import Inputs
 from megalign.train.feeds import old_scores
 from megalign.train.scores import ScoreStore, fill
-from megalign.train.session import SharedError, cutting_of, dtype_of, on_every_rank
+from megalign.train.session import SharedError, cutting_of, dtype_of, gather, on_every_rank
 
 ATTEMPTS = 8  # samplings of one round before it counts as hopeless
 
@@ -44,13 +44,6 @@ def refresh(sampler: Any, engine: Engine, inputs: Inputs) -> None:
     with torch.no_grad():
         for name, tensor in hf_state(inputs.model, engine.full_tensors()):
             own[name].copy_(tensor)
-
-
-def gather(value: Any) -> list[Any]:
-    """One object of every rank, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 @dataclass

@@ -26,6 +26,13 @@ class SharedError(UserError):
     """Bad input that every rank has heard of; rank 0 alone tells it."""
 
 
+def gather(value: Any) -> list[Any]:
+    """One object of every rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def on_every_rank(read: Callable[[], Result]) -> Result:
     """`read`'s result, unless any rank's call refused its input: then all ranks raise the first such refusal."""
     result, problem = None, None
@@ -33,9 +40,7 @@ def on_every_rank(read: Callable[[], Result]) -> Result:
         result = read()
     except UserError as error:
         problem = str(error)
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in problems:
+    for found in gather(problem):
         if found is not None:
             raise SharedError(found)
     return result  # type: ignore[return-value]
