@@ -1,262 +1,346 @@
 """Log-probs of target tokens from hidden states and a vocabulary-parallel head, without ever holding all logits.
 
-Axes: T tokens, H hidden, V this rank's rows of the vocabulary, C tokens of a chunk. A chunk at a time: logits in fp32,
-their log-sum-exp and the target's logit where it is owned. After the last chunk one all-gather of `[2, T]` a rank is
-merged pairwise in rank order. Backward recomputes a chunk's logits from the saved `lse_T`, so it needs no statistics
-collective; its one reduction is that of dH over the ranks.
+Axes: N scored tokens, L of them on this rank (N without sequence parallelism), H hidden, V this rank's rows of the
+vocabulary, R rows of a tile, C tokens of a chunk. For each chunk and tile: logits in fp32, their statistics. After the
+last chunk one all-gather of `[2, N]` (more rows only for entropy or accuracy), merged as a binary tree. Nothing of
+size N x V is kept: backward recomputes a block's logits from `lse_N`, or the gradient is formed while they exist.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megalign.ops import statistics
+from megalign.ops.head_blocks import HeadBlocks, HeadConfig
+from megalign.ops.hidden_rows import HiddenGrad, TokenShard, chunks
+from megalign.ops.statistics import Statistics, TreeSum, Wanted
 from megalign.ops.vocab import VocabShard
+from megalign.ops.weight_grad import WeightGrad
 
-CHUNK_BYTES = 64 << 20
+PLAIN = HeadConfig()
+# (tile, its place) -> (gradient of the block's products, weight operand)
+_Blocks = Callable[[slice, int], tuple[Tensor, Tensor]]
+
+
+class TokenLogp(NamedTuple):
+    """Of each scored token, fp32, the same on all ranks of the shard's group."""
+
+    logp_N: Tensor
+    lse_N: Tensor
+    entropy_N: Tensor | None = None  # of the distribution, in nats
+    correct_N: Tensor | None = None  # whether no token is likelier than the target
 
 
 def linear_logp(
-    hidden_TH: Tensor,
+    hidden_LH: Tensor,
     weight_VH: Tensor,
-    target_T: Tensor,
+    target_N: Tensor,
     shard: VocabShard,
     *,
-    temperature: float = 1.0,
-    chunk_tokens: int | None = None,
-    reduce_hidden_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and the log-sum-exp of its logits, fp32 `[T]`, equal on all ranks of the shard's group.
+    bias_V: Tensor | None = None,
+    tokens: TokenShard | None = None,
+    cfg: HeadConfig = PLAIN,
+    entropy: bool = False,
+    accuracy: bool = False,
+) -> TokenLogp:
+    """Log-prob of each target with the log-sum-exp of its logits; differentiable in log-probs and entropy.
 
-    One statistics collective forward, none backward; differentiable in hidden states and weight through the log-probs
-    (not through lse). reduce_hidden_grad=False leaves dH partial for a caller that reduces it itself (sequence
-    parallelism). Four matrix products for forward and backward.
+    One statistics collective forward, none backward, four matrix products together. With `tokens` each rank brings the
+    hidden states of its own run of tokens and gets their gradient; `target_N` is of all tokens.
     """
-    return _Recompute.apply(  # type: ignore[no-any-return]
-        hidden_TH, weight_VH, target_T, shard, temperature, _chunk(chunk_tokens, weight_VH), reduce_hidden_grad
+    wanted = Wanted(entropy=entropy, largest=accuracy)
+    logp_N, lse_N, entropy_N, correct_N = _Recompute.apply(
+        hidden_LH, weight_VH, bias_V, target_N, shard, tokens, cfg, wanted
     )
+    return TokenLogp(logp_N, lse_N, entropy_N, correct_N)
 
 
 def weighted_logp(
-    hidden_TH: Tensor,
+    hidden_LH: Tensor,
     weight_VH: Tensor,
-    target_T: Tensor,
-    coefficient_T: Tensor,
+    target_N: Tensor,
+    coefficient_N: Tensor,
     shard: VocabShard,
     *,
-    lse_T: Tensor | None = None,
-    temperature: float = 1.0,
-    chunk_tokens: int | None = None,
-    reduce_hidden_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """(sum of coefficient x log-prob, log-probs `[T]` fp32): the gradient is formed while each chunk's logits exist.
+    lse_N: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    tokens: TokenShard | None = None,
+    cfg: HeadConfig = PLAIN,
+    accuracy: bool = False,
+) -> tuple[Tensor, TokenLogp]:
+    """(sum of coefficient x log-prob, log-probs): the gradient is formed while each block's logits exist.
 
-    Three matrix products. With `lse_T` given, no statistics collective at all; the log-probs then are, on each rank,
+    Three matrix products. With `lse_N` given, no statistics collective at all; the log-probs then are, on each rank,
     right where the target is owned and -lse elsewhere. Without it, one small all-gather a chunk (none on one rank).
-    Only the sum is differentiable, and its upstream gradient must be a scalar the same on all ranks.
+    Only the sum is differentiable. Its upstream gradient must be a scalar the same on all ranks, and 1 where dW goes
+    into `main_grad`, which it reaches in this call; otherwise backward raises RuntimeError.
     """
-    weighted, logp_T = _Weighted.apply(
-        hidden_TH,
-        weight_VH,
-        target_T,
-        coefficient_T,
-        shard,
-        lse_T,
-        temperature,
-        _chunk(chunk_tokens, weight_VH),
-        reduce_hidden_grad,
+    trains = torch.is_grad_enabled()
+    value, logp_N, lse_N, correct_N = _Weighted.apply(
+        hidden_LH, weight_VH, bias_V, target_N, coefficient_N, lse_N, shard, tokens, cfg, accuracy, trains
     )
-    return weighted, logp_T
+    return value, TokenLogp(logp_N, lse_N, None, correct_N)
 
 
-def _chunk(chunk_tokens: int | None, weight_VH: Tensor) -> int:
-    """Tokens a chunk: as asked for, else what keeps one fp32 buffer of logits within the budget."""
-    return chunk_tokens or max(16, min(1024, CHUNK_BYTES // (4 * weight_VH.shape[0])))
+def _targets(target_N: Tensor, part: slice, tile: slice, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """(row in the tile or 0, whether it lies there) of a chunk's targets."""
+    row_C = target_N[part] - (shard.start + tile.start)
+    owned_C = (row_C >= 0) & (row_C < tile.stop - tile.start)
+    return row_C.where(owned_C, 0), owned_C
 
 
-def _buffer(hidden_TH: Tensor, shard: VocabShard, chunk: int) -> Tensor:
-    """Room for the logits of one chunk, used by all: on a CPU fresh memory costs more than the exponentials in it."""
-    rows = min(chunk, len(hidden_TH)) if hidden_TH.dtype == _wide(hidden_TH) else 0
-    return hidden_TH.new_empty(rows, shard.num_real, dtype=_wide(hidden_TH))
+def _block_statistics(
+    blocks: HeadBlocks, logits_CR: Tensor, target: tuple[Tensor, Tensor], wanted: Wanted
+) -> Statistics:
+    scratch = partial(blocks.room.take, "scratch", logits_CR.shape, blocks.wide)
+    return statistics.of_block(logits_CR, *target, wanted, scratch)
 
 
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, shard: VocabShard, temperature: float, buffer_CV: Tensor) -> Tensor:
-    """fp32 (float64 for float64 inputs) logits of a chunk over this rank's real rows, in the buffer where torch can."""
-    weight = weight_VH[: shard.num_real]
-    if hidden_CH.dtype == buffer_CV.dtype:
-        logits = torch.mm(hidden_CH, weight.t(), out=buffer_CV[: len(hidden_CH)])
-    elif hidden_CH.is_cuda:
-        logits = torch.mm(hidden_CH, weight.t(), out_dtype=torch.float32)
-    else:
-        logits = hidden_CH.float() @ weight.float().t()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _score(blocks: HeadBlocks, rows: Iterator[tuple[slice, Tensor]], target_N: Tensor, wanted: Wanted) -> Statistics:
+    """Statistics of all tokens over the whole vocabulary; one collective."""
+    like_N = blocks.weight_VH.new_zeros(len(target_N), dtype=blocks.wide)
+    tiles = [statistics.of_nothing(like_N, wanted) for _ in range(max(1, len(blocks.tiles)))]
+    for part, hidden_CH in rows:
+        operand_CH = blocks.operand(hidden_CH)
+        for whole, tile in zip(tiles, blocks.tiles, strict=False):
+            logits_CR, _ = blocks.logits(operand_CH, blocks.weight(tile), tile)
+            block = _block_statistics(blocks, logits_CR, _targets(target_N, part, tile, blocks.shard), wanted)
+            for row_N, row_C in zip(whole.rows(), block.rows(), strict=True):
+                row_N[part] = row_C
+    # Only now, over all tokens at once: vectorised kernels round the last few elements otherwise than the rest.
+    return statistics.over_ranks(statistics.tree(tiles, statistics.merge), wanted, blocks.shard.group)
 
 
-def _target_logit(logits_CV: Tensor, target_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """(target's logit or 0, owned, row) for a chunk."""
-    owned_C, row_C = shard.localize(target_C)
-    if logits_CV.shape[1] == 0:
-        return logits_CV.new_zeros(len(target_C)), owned_C, row_C
-    return logits_CV.gather(1, row_C[:, None]).squeeze(1).where(owned_C, 0.0), owned_C, row_C
+class _Gradient:
+    """One call's gradient, block by block; the logits' gradient is coefficient x (onehot - p), and entropy's."""
 
+    def __init__(self, blocks: HeadBlocks, grad: HiddenGrad | None, sink: WeightGrad) -> None:
+        self.blocks, self.grad, self.sink = blocks, grad, sink
 
-def _exponentials(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """(largest logit, log-sum-exp) of a chunk, whose logits become exp(logit - largest)."""
-    if logits_CV.shape[1] == 0:
-        nothing = logits_CV.new_full(logits_CV.shape[:1], -torch.inf)
-        return nothing, nothing
-    largest_C = logits_CV.amax(dim=1)
-    total_C = logits_CV.sub_(largest_C[:, None]).exp_().sum(dim=1)
-    return largest_C, total_C.log_().add_(largest_C)
-
-
-def _merge(lse_T: Tensor, target_logit_T: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """The whole vocabulary's (lse, target logit): one all-gather of the ranks' parts, merged pairwise in rank order."""
-    if shard.group is None or dist.get_world_size(shard.group) == 1:
-        return lse_T, target_logit_T
-    mine = torch.stack((lse_T, target_logit_T))
-    gathered = mine.new_empty((dist.get_world_size(shard.group), *mine.shape))
-    dist.all_gather_into_tensor(gathered.view(-1), mine.view(-1), group=shard.group)
-    parts = list(gathered[:, 0])
-    while len(parts) > 1:
-        pairs = [torch.logaddexp(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
-        parts = pairs + parts[2 * len(pairs) :]
-    return parts[0], gathered[:, 1].sum(dim=0)
+    def chunk(self, part: slice, hidden_CH: Tensor, blocks_of_chunk: _Blocks) -> None:
+        """Add a chunk's dH and dW."""
+        blocks, grad = self.blocks, self.grad
+        partial_CH = None if grad is None else grad.zeros(part)
+        tree = TreeSum() if grad is not None and grad.invariant else None
+        wide_CH = hidden_CH if blocks.narrow_grad else blocks.operand(hidden_CH)
+        for place, tile in enumerate(blocks.tiles):
+            grad_CR, weight_RH = blocks_of_chunk(tile, place)
+            if self.sink.bias_V is not None:
+                self.sink.bias_V[tile] += grad_CR.sum(dim=0)
+            grad_CR = blocks.narrowed(grad_CR, hidden_CH.dtype)
+            if blocks.narrow_grad:
+                weight_RH = blocks.weight_VH[tile]
+            if partial_CH is not None:
+                room_CH = partial_CH if tree is None else torch.zeros_like(partial_CH)
+                blocks.hidden_grad(grad_CR, weight_RH, room_CH)
+                if tree is not None:
+                    tree.add(room_CH)
+            if self.sink.sum_VH is not None:
+                blocks.weight_grad(grad_CR, wide_CH, self.sink.sum_VH[tile])
+        if grad is not None and partial_CH is not None:
+            total_CH = tree.total() if tree is not None else None
+            grad.put(part, partial_CH if total_CH is None else total_CH)
 
 
 def _logits_grad(
-    exponential_CV: Tensor, scale_C: Tensor | float, grad_C: Tensor, owned_C: Tensor, row_C: Tensor
+    exponential_CR: Tensor, scale_C: Tensor | None, coefficient_C: Tensor, target: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """d(sum grad x logp)/d logits = grad x (onehot - p), written over exponentials that `scale_C` turns into p."""
-    grad_CV = exponential_CV.mul_((grad_C * scale_C).neg_()[:, None])
-    if grad_CV.shape[1]:
-        grad_CV.scatter_add_(1, row_C[:, None], (grad_C * owned_C)[:, None])
-    return grad_CV
+    """coefficient x (onehot - p), written over exponentials that `scale_C` turns into p."""
+    row_C, owned_C = target
+    factor_C = coefficient_C.neg() if scale_C is None else (coefficient_C * scale_C).neg_()
+    grad_CR = exponential_CR.mul_(factor_C[:, None])
+    return grad_CR.scatter_add_(1, row_C[:, None], (coefficient_C * owned_C)[:, None])
 
 
-def _accumulate(
-    grad_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, grad_hidden_CH: Tensor, grad_weight_VH: Tensor | None
-) -> None:
-    """Add a chunk's dW into `grad_weight_VH` (fp32 or better) and put its dH into `grad_hidden_CH`."""
-    weight_VH = weight_VH[: grad_CV.shape[1]]
-    if hidden_CH.is_cuda:
-        grad_CV = grad_CV.to(hidden_CH.dtype)  # the fast products take their operands narrow and add up in fp32
-    else:
-        hidden_CH, weight_VH = hidden_CH.to(grad_CV.dtype), weight_VH.to(grad_CV.dtype)
-    if grad_CV.dtype == grad_hidden_CH.dtype:
-        torch.mm(grad_CV, weight_VH, out=grad_hidden_CH)
-    else:
-        grad_hidden_CH.copy_(grad_CV @ weight_VH)
-    if grad_weight_VH is None:
-        return
-    if grad_CV.dtype == grad_weight_VH.dtype:
-        grad_weight_VH[: len(weight_VH)].addmm_(grad_CV.t(), hidden_CH)
-    else:
-        grad_weight_VH[: len(weight_VH)] += grad_CV.t() @ hidden_CH
+class _GivenLse:
+    """Blocks of the logits' gradient where log-sum-exps, coefficients and those of the entropy are known."""
+
+    def __init__(
+        self,
+        blocks: HeadBlocks,
+        target_N: Tensor,
+        lse_N: Tensor,
+        coefficient_N: Tensor,
+        entropy: tuple[Tensor, Tensor] | None = None,  # (coefficient of the entropy, the entropy)
+        logit_N: Tensor | None = None,  # filled with the targets' logits
+    ) -> None:
+        self.blocks, self.target_N, self.lse_N = blocks, target_N, lse_N
+        self.coefficient_N, self.entropy, self.logit_N = coefficient_N, entropy, logit_N
+
+    def block(self, part: slice, operand_CH: Tensor, tile: slice, place: int) -> tuple[Tensor, Tensor]:
+        """(gradient of the products of a block, weight operand)."""
+        blocks = self.blocks
+        weight_RH = blocks.weight(tile)
+        logits_CR, slope_CR = blocks.logits(operand_CH, weight_RH, tile)
+        target = row_C, owned_C = _targets(self.target_N, part, tile, blocks.shard)
+        if self.logit_N is not None:
+            self.logit_N[part] += logits_CR.gather(1, row_C[:, None]).squeeze(1).where(owned_C, 0.0)
+        below_CR = logits_CR.sub_(self.lse_N[part, None])
+        coefficient_C = self.coefficient_N[part] * blocks.cfg.factor
+        if self.entropy is None:
+            grad_CR = _logits_grad(below_CR.exp_(), None, coefficient_C, target)
+        else:
+            # d entropy / d logit = -p (log p + entropy)
+            pull_C, entropy_C = self.entropy[0][part] * blocks.cfg.factor, self.entropy[1][part]
+            push_CR = blocks.room.take("scratch", below_CR.shape, blocks.wide).copy_(below_CR)
+            push_CR.mul_(pull_C[:, None]).add_((pull_C * entropy_C + coefficient_C)[:, None])
+            grad_CR = below_CR.exp_().mul_(push_CR).neg_()
+            grad_CR.scatter_add_(1, row_C[:, None], (coefficient_C * owned_C)[:, None])
+        return (grad_CR if slope_CR is None else grad_CR.mul_(slope_CR)), weight_RH
+
+    def add_to(self, gradient: _Gradient, rows: Iterator[tuple[slice, Tensor]]) -> None:
+        """The gradient of all chunks."""
+        for part, hidden_CH in rows:
+            operand_CH = self.blocks.operand(hidden_CH)
+            gradient.chunk(part, hidden_CH, partial(self.block, part, operand_CH))
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+class _OwnLse:
+    """The same where log-sum-exps are still to come: a chunk's logits are kept until its statistics are merged."""
+
+    def __init__(self, blocks: HeadBlocks, target_N: Tensor, coefficient_N: Tensor, wanted: Wanted) -> None:
+        self.blocks, self.target_N, self.coefficient_N, self.wanted = blocks, target_N, coefficient_N, wanted
+        rows = coefficient_N.new_empty(wanted.num_rows, len(target_N))
+        self.found = statistics.from_rows(list(rows), wanted)
+
+    def add_to(self, gradient: _Gradient, rows: Iterator[tuple[slice, Tensor]]) -> None:
+        """Statistics and gradient of all chunks; one small collective each."""
+        given = _GivenLse(self.blocks, self.target_N, self.found.lse_N, self.coefficient_N)
+        for part, hidden_CH in rows:
+            operand_CH = self.blocks.operand(hidden_CH)
+            largest = self._score(part, operand_CH)
+            if self.blocks.cfg.softcap is None:
+                gradient.chunk(part, hidden_CH, partial(self._kept_block, part, largest))
+            else:  # the cap's slope is not in the exponentials
+                gradient.chunk(part, hidden_CH, partial(given.block, part, operand_CH))
+
+    def _score(self, part: slice, operand_CH: Tensor) -> list[Tensor]:
+        """Merge a chunk's statistics; the largest logit of each token in each tile."""
+        blocks = self.blocks
+        tiles: list[Statistics] = []
+        for place, tile in enumerate(blocks.tiles):
+            logits_CR, _ = blocks.logits(operand_CH, blocks.weight(tile), tile, name=self._name(place))
+            target = _targets(self.target_N, part, tile, blocks.shard)
+            tiles.append(_block_statistics(blocks, logits_CR, target, Wanted(largest=True)))
+        nothing = statistics.of_nothing(self.found.lse_N[part], self.wanted)
+        mine = [one if self.wanted.largest else replace(one, largest_N=None) for one in tiles] or [nothing]
+        merged = statistics.over_ranks(statistics.tree(mine, statistics.merge), self.wanted, blocks.shard.group)
+        for row_N, row_C in zip(self.found.rows(), merged.rows(), strict=True):
+            row_N[part] = row_C
+        return [_need(one.largest_N) for one in tiles]
+
+    def _name(self, place: int) -> object:
+        return ("logits", place) if self.blocks.cfg.softcap is None else "logits"
+
+    def _kept_block(self, part: slice, largest: list[Tensor], tile: slice, place: int) -> tuple[Tensor, Tensor]:
+        blocks = self.blocks
+        kept_CR = blocks.room.take(self._name(place), (part.stop - part.start, tile.stop - tile.start), blocks.wide)
+        scale_C = (largest[place] - self.found.lse_N[part]).exp_()
+        target = _targets(self.target_N, part, tile, blocks.shard)
+        grad_CR = _logits_grad(kept_CR, scale_C, self.coefficient_N[part] * blocks.cfg.factor, target)
+        return grad_CR, blocks.weight_VH[tile] if blocks.narrow_grad else blocks.weight(tile)
 
 
-def _reduced(grad_TH: Tensor, shard: VocabShard, reduce: bool) -> Tensor:
-    if reduce and shard.group is not None and dist.get_world_size(shard.group) > 1:
-        dist.all_reduce(grad_TH, group=shard.group)
-    return grad_TH
+def _need(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
 
 
 class _Recompute(torch.autograd.Function):
-    """One all-gather forward; backward recomputes logits chunk by chunk and reduces dH once."""
+    """One all-gather forward; backward recomputes logits block by block and reduces dH."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_TH: Tensor,
+        hidden_LH: Tensor,
         weight_VH: Tensor,
-        target_T: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
         shard: VocabShard,
-        temperature: float,
-        chunk: int,
-        reduce: bool,
-    ) -> tuple[Tensor, Tensor]:
-        lse_T = hidden_TH.new_empty(len(target_T), dtype=_wide(hidden_TH))
-        target_logit_T = torch.empty_like(lse_T)
-        buffer_CV = _buffer(hidden_TH, shard, chunk)
-        for start in range(0, len(target_T), chunk):
-            part = slice(start, start + chunk)
-            logits_CV = _logits(hidden_TH[part], weight_VH, shard, temperature, buffer_CV)
-            target_logit_T[part] = _target_logit(logits_CV, target_T[part], shard)[0]
-            lse_T[part] = _exponentials(logits_CV)[1]
-        lse_T, target_logit_T = _merge(lse_T, target_logit_T, shard)
-        ctx.save_for_backward(hidden_TH, weight_VH, target_T, lse_T)
-        ctx.shard, ctx.temperature, ctx.chunk, ctx.reduce = shard, temperature, chunk, reduce
-        ctx.mark_non_differentiable(lse_T)
-        return target_logit_T - lse_T, lse_T
+        tokens: TokenShard | None,
+        cfg: HeadConfig,
+        wanted: Wanted,
+    ) -> tuple[Tensor | None, ...]:
+        blocks = HeadBlocks(hidden_LH.dtype, weight_VH, bias_V, shard, cfg)
+        chunk = blocks.tokens_a_chunk()
+        found = _score(blocks, chunks(hidden_LH, tokens, shard.group, chunk), target_N, wanted)
+        correct_N = None if found.largest_N is None else found.target_N >= found.largest_N
+        ctx.save_for_backward(hidden_LH, target_N, found.lse_N, found.entropy_N)
+        ctx.weight, ctx.bias = weight_VH, bias_V  # parameters: their own attributes are wanted
+        ctx.shard, ctx.tokens, ctx.cfg, ctx.chunk = shard, tokens, cfg, chunk
+        ctx.mark_non_differentiable(*(one for one in (found.lse_N, correct_N) if one is not None))
+        ctx.set_materialize_grads(False)
+        return found.target_N - found.lse_N, found.lse_N, found.entropy_N, correct_N
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VH, target_T, lse_T = ctx.saved_tensors
-        grad_TH = torch.empty_like(hidden_TH)
-        grad_VH = torch.zeros_like(weight_VH, dtype=_wide(weight_VH)) if ctx.needs_input_grad[1] else None
-        buffer_CV = _buffer(hidden_TH, ctx.shard, ctx.chunk)
-        for start in range(0, len(target_T), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logits_CV = _logits(hidden_TH[part], weight_VH, ctx.shard, ctx.temperature, buffer_CV)
-            owned_C, row_C = ctx.shard.localize(target_T[part])
-            prob_CV = logits_CV.sub_(lse_T[part, None]).exp_()
-            grad_CV = _logits_grad(prob_CV, 1.0, grad_T[part] / ctx.temperature, owned_C, row_C)
-            _accumulate(grad_CV, hidden_TH[part], weight_VH, grad_TH[part], grad_VH)
-        grad_TH = _reduced(grad_TH, ctx.shard, ctx.reduce)
-        return grad_TH, None if grad_VH is None else grad_VH.to(weight_VH.dtype), None, None, None, None, None
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden_LH, target_N, lse_N, entropy_N = ctx.saved_tensors
+        grad_N, entropy_grad_N = upstream[0], upstream[2]
+        grad_N = torch.zeros_like(lse_N) if grad_N is None else grad_N
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        sink = WeightGrad(ctx.weight, ctx.bias, weight=wants_weight, bias=wants_bias, direct=ctx.cfg.into_main_grad)
+        blocks = HeadBlocks(hidden_LH.dtype, ctx.weight, ctx.bias, ctx.shard, ctx.cfg)
+        grad = None
+        if wants_hidden:
+            grad = HiddenGrad(hidden_LH, ctx.tokens, ctx.shard.group, invariant=ctx.cfg.tp_invariant)
+        entropy = None if entropy_grad_N is None else (entropy_grad_N, entropy_N)
+        given = _GivenLse(blocks, target_N, lse_N, grad_N, entropy)
+        given.add_to(_Gradient(blocks, grad, sink), chunks(hidden_LH, ctx.tokens, ctx.shard.group, ctx.chunk))
+        return (None if grad is None else grad.result(), *sink.for_autograd(), *[None] * 5)
 
 
 class _Weighted(torch.autograd.Function):
-    """Gradients formed forward; backward scales them and reduces dH once."""
+    """Gradients formed forward; backward scales them and reduces dH."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_TH: Tensor,
+        hidden_LH: Tensor,
         weight_VH: Tensor,
-        target_T: Tensor,
-        coefficient_T: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        coefficient_N: Tensor,
+        lse_N: Tensor | None,
         shard: VocabShard,
-        lse_T: Tensor | None,
-        temperature: float,
-        chunk: int,
-        reduce: bool,
-    ) -> tuple[Tensor, Tensor]:
-        grad_TH = torch.empty_like(hidden_TH)
-        grad_VH = torch.zeros_like(weight_VH, dtype=_wide(weight_VH)) if ctx.needs_input_grad[1] else None
-        logp_T = hidden_TH.new_empty(len(target_T), dtype=_wide(hidden_TH))
-        coefficient_T = coefficient_T.to(logp_T.dtype)
-        buffer_CV = _buffer(hidden_TH, shard, chunk)
-        for start in range(0, len(target_T), chunk):
-            part = slice(start, start + chunk)
-            logits_CV = _logits(hidden_TH[part], weight_VH, shard, temperature, buffer_CV)
-            target_logit_C, owned_C, row_C = _target_logit(logits_CV, target_T[part], shard)
-            if lse_T is None:
-                largest_C, lse_C = _exponentials(logits_CV)
-                lse_C, target_logit_C = _merge(lse_C, target_logit_C, shard)
-                scale_C: Tensor | float = (largest_C - lse_C).exp_()
-            else:
-                lse_C = lse_T[part]
-                logits_CV.sub_(lse_C[:, None]).exp_()
-                scale_C = 1.0
-            logp_T[part] = target_logit_C - lse_C
-            grad_CV = _logits_grad(logits_CV, scale_C, coefficient_T[part] / temperature, owned_C, row_C)
-            _accumulate(grad_CV, hidden_TH[part], weight_VH, grad_TH[part], grad_VH)
-        ctx.shard, ctx.reduce, ctx.weight_dtype = shard, reduce, weight_VH.dtype
-        ctx.save_for_backward(grad_TH, grad_VH)
-        ctx.mark_non_differentiable(logp_T)
-        return (coefficient_T * logp_T).sum(), logp_T
+        tokens: TokenShard | None,
+        cfg: HeadConfig,
+        accuracy: bool,
+        trains: bool,
+    ) -> tuple[Tensor | None, ...]:
+        wants_hidden, wants_weight, wants_bias = (trains and one for one in ctx.needs_input_grad[:3])
+        sink = WeightGrad(weight_VH, bias_V, weight=wants_weight, bias=wants_bias, direct=cfg.into_main_grad)
+        grad = HiddenGrad(hidden_LH, tokens, shard.group, invariant=cfg.tp_invariant) if wants_hidden else None
+        blocks = HeadBlocks(hidden_LH.dtype, weight_VH, bias_V, shard, cfg)
+        gradient = _Gradient(blocks, grad, sink)
+        coefficient_N = coefficient_N.to(blocks.wide)
+        correct_N = None
+        if lse_N is not None:
+            logit_N = torch.zeros_like(lse_N)
+            rows = chunks(hidden_LH, tokens, shard.group, blocks.tokens_a_chunk())
+            _GivenLse(blocks, target_N, lse_N, coefficient_N, logit_N=logit_N).add_to(gradient, rows)
+        else:
+            rows = chunks(hidden_LH, tokens, shard.group, blocks.tokens_a_chunk(keep_logits=True))
+            own = _OwnLse(blocks, target_N, coefficient_N, Wanted(largest=accuracy))
+            own.add_to(gradient, rows)
+            lse_N, logit_N = own.found.lse_N, own.found.target_N
+            correct_N = None if own.found.largest_N is None else logit_N >= own.found.largest_N
+        logp_N = logit_N - lse_N
+        ctx.grad, ctx.sink = grad, sink
+        ctx.mark_non_differentiable(*(one for one in (logp_N, lse_N, correct_N) if one is not None))
+        ctx.set_materialize_grads(False)
+        return (coefficient_N * logp_N).sum(), logp_N, lse_N, correct_N
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_TH, grad_VH = ctx.saved_tensors
-        grad_TH = _reduced(grad_TH * grad.to(grad_TH.dtype), ctx.shard, ctx.reduce)
-        dense = None if grad_VH is None else (grad_VH.mul_(grad)).to(ctx.weight_dtype)
-        return grad_TH, dense, None, None, None, None, None, None, None
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        scale = upstream[0]
+        assert scale is not None
+        if ctx.sink.direct:
+            torch._assert_async(scale == 1, "dW is in main_grad already: the upstream gradient must be 1")
+        grad_LH = None if ctx.grad is None else ctx.grad.result(scale)
+        return (grad_LH, *ctx.sink.for_autograd(scale), *[None] * 8)
