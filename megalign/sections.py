@@ -214,7 +214,7 @@ class EngineConfig(Strict):
     layers: Literal["auto", "torch", "transformer_engine"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
     chunk_tokens: PositiveInt | Literal["auto"] = "auto"
-    tp_invariant: Annotated[bool, only(False)] = False
+    tp_invariant: bool = False
     head_kernel: Annotated[str, only("torch")] = "torch"
     zero: ZeroConfig = ZeroConfig()
     megatron: dict[str, Any] = {}

@@ -242,7 +242,6 @@ BAD = [
     ("lora={rank: 8}", "lora is {'rank': 8}", "supports only null"),
     ("engine.name=deepspeed", "engine.name is 'deepspeed'", 'supports only "megatron"'),
     ("engine.name=fsdp", "engine.name is 'fsdp'", "must be 'megatron' or 'deepspeed'"),
-    ("engine.tp_invariant=true", "engine.tp_invariant is True", "supports only false"),
     ("engine.head_kernel=triton", "engine.head_kernel is 'triton'", 'supports only "torch"'),
     ("engine.zero.stage=3", "engine.zero", "stage=3", "only engine.name deepspeed reads it"),
     ("engine.deepspeed_config.a=1", "engine.deepspeed_config is {'a': 1}", "only engine.name deepspeed reads it"),

@@ -36,6 +36,8 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    logit_scale: float = 1.0  # the head's products are multiplied by it
+    logit_softcap: float | None = None  # then bounded smoothly by it
     sliding_window: int | None = None  # a token sees itself and the `sliding_window - 1` before it, in every layer
 
     @property
@@ -43,6 +45,6 @@ class ModelConfig:
         """Rows of the embedding and head as Megatron holds them: a multiple of 128, whatever the layout.
 
         Independence of the tensor-parallel size keeps checkpoints and numbers free of it; 128 admits every power of two
-        up to 128.
+        up to 128, and so the equal tiles of `ops.vocab.tile_rows`.
         """
         return -(-self.vocab_size // 128) * 128

@@ -1,6 +1,7 @@
 """What a step needs of an engine: a few verbs over packed micro-batches, whatever holds the weights.
 
-Axes: N scored tokens of a micro-batch, H hidden, V this rank's rows of the vocabulary.
+Axes: N scored tokens of a micro-batch, L of them whose hidden states this rank holds (fewer than N only under sequence
+parallelism), H hidden, V this rank's rows of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megalign.ops.linear_logp import linear_logp, weighted_logp
+from megalign.ops.head_blocks import HeadConfig
+from megalign.ops.hidden_rows import TokenShard
+from megalign.ops.linear_logp import TokenLogp, linear_logp, weighted_logp
 from megalign.ops.vocab import VocabShard
 
 
@@ -21,38 +24,40 @@ from megalign.ops.vocab import VocabShard
 class Head:
     """The scored hidden states of one micro-batch and the head's rows: all that an objective may use of a model."""
 
-    hidden_NH: Tensor
+    hidden_LH: Tensor
     weight_VH: Tensor
     target_N: Tensor
     shard: VocabShard
-    temperature: float
-    chunk_tokens: int | None
-    reduce_hidden_grad: bool
+    tokens: TokenShard | None
+    cfg: HeadConfig
 
-    def logp(self) -> tuple[Tensor, Tensor]:
-        """(log-probs, lse), fp32 [N]; differentiable (`megalign.ops.linear_logp`)."""
+    def logp(self, *, entropy: bool = False, accuracy: bool = False) -> TokenLogp:
+        """Log-probs and what else is asked for, fp32 [N]; differentiable (`ops.linear_logp`)."""
         return linear_logp(
-            self.hidden_NH,
+            self.hidden_LH,
             self.weight_VH,
             self.target_N,
             self.shard,
-            temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
-            reduce_hidden_grad=self.reduce_hidden_grad,
+            tokens=self.tokens,
+            cfg=self.cfg,
+            entropy=entropy,
+            accuracy=accuracy,
         )
 
-    def weighted(self, coefficient_N: Tensor, lse_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def weighted(
+        self, coefficient_N: Tensor, lse_N: Tensor | None = None, *, accuracy: bool = False
+    ) -> tuple[Tensor, TokenLogp]:
         """(sum of coefficient x log-prob, log-probs [N]) with the gradient formed at once (`ops.weighted_logp`)."""
         return weighted_logp(
-            self.hidden_NH,
+            self.hidden_LH,
             self.weight_VH,
             self.target_N,
             coefficient_N,
             self.shard,
-            lse_T=lse_N,
-            temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
-            reduce_hidden_grad=self.reduce_hidden_grad,
+            lse_N=lse_N,
+            tokens=self.tokens,
+            cfg=self.cfg,
+            accuracy=accuracy,
         )
 
 
@@ -75,8 +80,8 @@ class Engine(Protocol):
     cut: MicroBatchShape
     device: torch.device
 
-    def forward(self, batches: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-        """(log-probs, lse) of each micro-batch without gradient; empty where this rank has no head."""
+    def forward(self, batches: Sequence[Any], *, entropy: bool = False, accuracy: bool = False) -> list[TokenLogp]:
+        """Log-probs of each micro-batch without gradient; empty where this rank has no head."""
 
     def backward(self, batches: Sequence[Any], objective: Objective) -> list[Any]:
         """Accumulate the summed gradient of the objectives over the whole job; what they returned, or empty."""

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
@@ -22,7 +21,10 @@ from megalign.engines import megatron_state
 from megalign.engines.engine import Head, MicroBatchShape, Objective
 from megalign.engines.groups import Groups
 from megalign.models.gpt import build_stage, transformer_config
-from megalign.ops.vocab import VocabShard
+from megalign.ops.head_blocks import HeadConfig
+from megalign.ops.hidden_rows import TokenShard
+from megalign.ops.linear_logp import TokenLogp
+from megalign.ops.vocab import VocabShard, tile_rows
 from megalign.runtime import cpu_shims
 
 DDP_FIELDS = frozenset(DistributedDataParallelConfig.__dataclass_fields__)
@@ -48,6 +50,7 @@ class EngineOptions:
     recompute: str = "none"
     temperature: float = 1.0
     chunk_tokens: int | None = None
+    tp_invariant: bool = False
     megatron: dict[str, Any] = field(default_factory=dict)  # passed through to Megatron's configurations
 
 
@@ -82,6 +85,14 @@ class MegatronEngine:
         self.stage = build_stage(
             model, self.config, layers=options.layers, first=groups.first_stage, last=groups.last_stage
         ).to(options.device, options.dtype)
+        self.head_cfg = HeadConfig(
+            temperature=options.temperature,
+            scale=model.logit_scale,
+            softcap=model.logit_softcap,
+            chunk_tokens=options.chunk_tokens,
+            tp_invariant=options.tp_invariant,
+            into_main_grad=True,
+        )
         self.layer_numbers = [layer.layer_number - 1 for layer in self.stage.decoder.layers]
         self._wrapped: Any = self.stage
         self.optimizer: Any = None
@@ -133,12 +144,14 @@ class MegatronEngine:
         cpu_shims.install()
         self._wrapped.zero_grad_buffer()
 
-    def forward(self, batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
-        """(log-probs, lse), fp32 [N] on the device, of each micro-batch; empty off the last stage."""
+    def forward(
+        self, batches: Sequence[MicroBatch], *, entropy: bool = False, accuracy: bool = False
+    ) -> list[TokenLogp]:
+        """Log-probs and what else is asked for of each micro-batch, fp32 [N]; none off the last stage."""
 
         def score(place: int, head: Head) -> tuple[Tensor, Any]:
-            logp_N, lse_N = head.logp()
-            return logp_N.sum(), (logp_N, lse_N)
+            found = head.logp(entropy=entropy, accuracy=accuracy)
+            return found.logp_N.sum(), found
 
         self._wrapped.eval()
         with torch.no_grad():
@@ -178,20 +191,28 @@ class MegatronEngine:
         )
 
     def _head(self, batch: MicroBatch, hidden_T1H: Tensor) -> Head:
-        device, sequence_parallel = self.options.device, self.options.sequence_parallel
-        if sequence_parallel:
-            # Every rank's dH is partial; the reduce-scatter of this gather's backward is its one reduction.
-            hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=True)
+        device, tokens, scored_L = self.options.device, None, batch.scored_N
+        if self.options.sequence_parallel:
+            # Ranks hold equal runs of positions; scored ones fall on them unevenly.
+            positions, rank = len(hidden_T1H), self.groups.tensor_rank
+            borders = torch.searchsorted(batch.scored_N, torch.arange(self.groups.tensor_size + 1) * positions)
+            tokens = TokenShard(tuple(borders.diff().tolist()), rank)
+            scored_L = batch.scored_N[borders[rank] : borders[rank + 1]] - rank * positions
         weight = self.stage.head_weight
         rows = weight.shape[0]
         return Head(
-            hidden_NH=hidden_T1H.squeeze(1).index_select(0, batch.scored_N.to(device)),
+            hidden_LH=hidden_T1H.squeeze(1).index_select(0, scored_L.to(device)),
             weight_VH=weight,
             target_N=batch.target_N.to(device),
-            shard=VocabShard(self.groups.tensor_rank * rows, rows, self.model.vocab_size, self.groups.tensor),
-            temperature=self.options.temperature,
-            chunk_tokens=self.options.chunk_tokens,
-            reduce_hidden_grad=not sequence_parallel,
+            shard=VocabShard(
+                self.groups.tensor_rank * rows,
+                rows,
+                self.model.vocab_size,
+                self.groups.tensor,
+                tile_rows(self.model.padded_vocab_size),
+            ),
+            tokens=tokens,
+            cfg=self.head_cfg,
         )
 
     def update(self, lr: float, *, clip_norm: float | None) -> float:

@@ -21,7 +21,8 @@ from megalign.data.batch import MicroBatch, pack
 from megalign.data.group import Sequence as FlatSequence
 from megalign.data.plan import plan, units_for
 from megalign.engines.engine import Engine, Head
-from megalign.losses.base import LOSSES, LossConfig, Scores, prepared
+from megalign.losses.base import LOSSES, LossConfig, Scores, Traits, prepared
+from megalign.ops.linear_logp import TokenLogp
 from megalign.ops.segments import segment_sum
 
 PassMode = Literal["two_pass", "single_pass", "known_scores"]
@@ -34,6 +35,8 @@ class Scored:
     total: float
     logp_N: Tensor | None = None
     lse_N: Tensor | None = None
+    entropy: float | None = None  # sum over scored tokens, where asked for
+    num_correct: float | None = None  # likewise, tokens that no other is likelier than
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class _Payload:
     coefficient_S: Tensor
     share: tuple[float, ...]
     gap: float
+    seen: tuple[float, float]  # sums of entropy and of correct tokens, NaN where not asked for
 
 
 # (place, detached log-probs) -> (coefficient of each token, dL/ds of each member, shares of the loss and its metrics)
@@ -120,30 +124,44 @@ def cut_batch(engine: Engine, sequences: Sequence[FlatSequence], *, coupled: boo
 
 
 def score(
-    engine: Engine, sequences: Sequence[FlatSequence], *, coupled: bool, cutting: Cutting, by_token: bool
+    engine: Engine,
+    sequences: Sequence[FlatSequence],
+    *,
+    coupled: bool,
+    cutting: Cutting,
+    by_token: bool,
+    entropy: bool = False,
+    accuracy: bool = False,
 ) -> list[Scored]:
     """Every sequence's score under the engine's weights, on every rank; no gradient."""
     cut = cut_batch(engine, sequences, coupled=coupled, cutting=cutting)
-    outputs = engine.forward(cut.batches)
+    outputs = engine.forward(cut.batches, entropy=entropy, accuracy=accuracy)
     sizes = [sequence.num_scored for sequence in sequences]
     starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    total_S = torch.zeros(len(sequences), dtype=torch.float64)
+    sum_3S = torch.zeros((3, len(sequences)), dtype=torch.float64)  # log-prob, entropy, correct
     token_2T = torch.zeros((2, starts[-1]) if by_token else (2, 0))
-    for batch, (logp_N, lse_N) in zip(cut.batches, outputs, strict=False):
-        logp_N, lse_N = logp_N.cpu(), lse_N.cpu()
-        total_S[list(batch.members)] = segment_sum(logp_N, batch.seq_N, len(batch.members))
+    for batch, found in zip(cut.batches, outputs, strict=False):
+        logp_N, lse_N = found.logp_N.cpu(), found.lse_N.cpu()
+        for row_S, value_N in zip(sum_3S, (logp_N, found.entropy_N, found.correct_N), strict=True):
+            if value_N is not None:
+                row_S[list(batch.members)] = segment_sum(value_N.cpu(), batch.seq_N, len(batch.members))
         first = 0
         for place in batch.members if by_token else ():
             last = first + sizes[place]
             token_2T[:, starts[place] : starts[place + 1]] = torch.stack((logp_N[first:last], lse_N[first:last]))
             first = last
-    total_S = engine.sum_over_data(total_S)
-    if not by_token:
-        return [Scored(total) for total in total_S.tolist()]
-    token_2T = engine.sum_over_data(token_2T)
+    total_S, entropy_S, correct_S = engine.sum_over_data(sum_3S).tolist()
+    if by_token:
+        token_2T = engine.sum_over_data(token_2T)
     return [
-        Scored(total, token_2T[0, start:end], token_2T[1, start:end])
-        for total, start, end in zip(total_S.tolist(), starts[:-1], starts[1:], strict=True)
+        Scored(
+            total_S[place],
+            token_2T[0, start:end] if by_token else None,
+            token_2T[1, start:end] if by_token else None,
+            entropy_S[place] if entropy else None,
+            correct_S[place] if accuracy else None,
+        )
+        for place, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True))
     ]
 
 
@@ -158,33 +176,32 @@ def accumulate(
     cut = cut_batch(engine, batch.sequences, coupled=traits.coupled, cutting=cutting)
     mode = mode or _cheapest(batch, coupled=traits.coupled and not cut.whole_groups)
     scores = prepared(_scores(batch, loss), loss)
-    known = _known(engine, cut, batch, mode)
+    known = _known(engine, cut, batch, mode, traits)
     coefficients = _coefficient_function(engine, batch, cut, loss, scores, known)
-    linear = traits.linear
 
     def objective(place: int, head: Head) -> tuple[Tensor, _Payload]:
         micro = cut.batches[place]
-        if known is None and not linear:
-            logp_N, _ = head.logp()
-            coefficient_N, coefficient_S, share = coefficients(place, logp_N.detach())
-            value = (coefficient_N * logp_N).sum()
-            gap = 0.0
-        else:
-            given, lse_N = (None, None) if known is None else known[place]
-            guess = torch.zeros(len(micro.target_N), device=head.target_N.device) if given is None else given
-            coefficient_N, coefficient_S, share = coefficients(place, guess)
-            value, logp_N = head.weighted(coefficient_N, lse_N)
+        gap = 0.0
+        if known is not None:
+            found = known[place]
+            coefficient_N, coefficient_S, share = coefficients(place, found.logp_N)
+            value, again = head.weighted(coefficient_N, found.lse_N)
             owned_N, _ = head.shard.localize(head.target_N)
-            gap = (
-                0.0 if given is None else float((logp_N - given).abs().where(owned_N, 0.0).max()) if len(given) else 0.0
-            )
-            if given is not None:
-                logp_N = given
-            else:  # linear: the share at zero log-probs is not the loss
-                share = (float(value.detach()), *share[1:])
+            if len(found.logp_N):
+                gap = float((again.logp_N - found.logp_N).abs().where(owned_N, 0.0).max())
+        elif traits.linear:
+            guess_N = torch.zeros(len(micro.target_N), device=head.target_N.device)
+            coefficient_N, coefficient_S, share = coefficients(place, guess_N)
+            value, found = head.weighted(coefficient_N, accuracy=traits.accuracy)
+            share = (float(value.detach()), *share[1:])  # the share at zero log-probs is not the loss
+        else:
+            found = head.logp(entropy=traits.entropy, accuracy=traits.accuracy)
+            coefficient_N, coefficient_S, share = coefficients(place, found.logp_N.detach())
+            value = (coefficient_N * found.logp_N).sum()
+        logp_N = found.logp_N
         seq_N = micro.seq_N.to(logp_N.device)
         total_S = segment_sum(logp_N.detach(), seq_N, len(micro.members)).cpu()
-        return value, _Payload(total_S, coefficient_S, share, gap)
+        return value, _Payload(total_S, coefficient_S, share, gap, _sums(found))
 
     payloads = engine.backward(cut.batches, objective)
     return _result(engine, batch, cut, loss, scores, payloads, mode)
@@ -192,15 +209,24 @@ def accumulate(
 
 def evaluate(engine: Engine, batch: StepBatch, loss: LossConfig, *, cutting: Cutting) -> StepResult:
     """Loss and metrics of a global batch under the engine's weights; nothing is accumulated."""
-    coupled, token_level = loss.traits().coupled, loss.traits().level == "token"
-    current = score(engine, batch.sequences, coupled=coupled, cutting=cutting, by_token=token_level)
+    traits = loss.traits()
+    token_level = traits.level == "token"
+    current = score(
+        engine,
+        batch.sequences,
+        coupled=traits.coupled,
+        cutting=cutting,
+        by_token=token_level,
+        entropy=traits.entropy,
+        accuracy=traits.accuracy,
+    )
     scores = prepared(_scores(batch, loss), loss)
     total_S = torch.tensor([one.total for one in current], dtype=torch.float64)
     tokens = _cat(current) if token_level else None
     scores = _with_tokens(replace(scores, policy_S=total_S), batch, range(len(current)), tokens)
     out = LOSSES[loss.name].function(scores, loss)
-    metrics = {name: float(value) for name, value in out.metrics.items()}
-    padding = cut_batch(engine, batch.sequences, coupled=coupled, cutting=cutting).padding_fraction
+    metrics = {name: float(value) for name, value in out.metrics.items()} | _reported(_totals(current), scores, traits)
+    padding = cut_batch(engine, batch.sequences, coupled=traits.coupled, cutting=cutting).padding_fraction
     return StepResult(float(out.loss), metrics, total_S, torch.zeros_like(total_S), "two_pass", None, padding)
 
 
@@ -210,23 +236,48 @@ def _cheapest(batch: StepBatch, *, coupled: bool) -> PassMode:
     return "two_pass" if coupled else "single_pass"
 
 
-def _known(engine: Engine, cut: Cut, batch: StepBatch, mode: PassMode) -> list[tuple[Tensor, Tensor]] | None:
-    """(log-probs, lse) [N] of each of this rank's micro-batches where the mode has them before backward."""
+def _known(engine: Engine, cut: Cut, batch: StepBatch, mode: PassMode, traits: Traits) -> list[TokenLogp] | None:
+    """Log-probs and lse [N] of each of this rank's micro-batches where the mode has them before backward."""
     if mode == "single_pass":
         return None
     if mode == "two_pass":
-        return engine.forward(cut.batches)
+        return engine.forward(cut.batches, entropy=traits.entropy, accuracy=traits.accuracy)
     if batch.current is None:
         raise ValueError("known_scores needs scores under the present weights")
     current = batch.current
     empty = torch.zeros(0)
     return [
-        (
+        TokenLogp(
             torch.cat([empty, *(_need(current[place].logp_N) for place in micro.members)]).to(engine.device),
             torch.cat([empty, *(_need(current[place].lse_N) for place in micro.members)]).to(engine.device),
         )
         for micro in cut.batches
     ]
+
+
+def _sums(found: TokenLogp) -> tuple[float, float]:
+    """(entropy, correct tokens) of a micro-batch, NaN where not asked for."""
+    entropy, correct = (
+        float("nan") if value_N is None else float(value_N.detach().double().sum())
+        for value_N in (found.entropy_N, found.correct_N)
+    )
+    return entropy, correct
+
+
+def _totals(scored: Sequence[Scored]) -> tuple[float, float]:
+    """The same of whole sequences that were scored."""
+    nan = float("nan")
+    return (
+        sum(nan if one.entropy is None else one.entropy for one in scored),
+        sum(nan if one.num_correct is None else one.num_correct for one in scored),
+    )
+
+
+def _reported(sums: Sequence[float], scores: Scores, traits: Traits) -> dict[str, float]:
+    """What the loss reports of the distributions, means over the global batch's scored tokens."""
+    found = {"entropy": sums[0]} if traits.entropy else {}
+    found |= {"token_accuracy": sums[1]} if traits.accuracy else {}
+    return {name: value / scores.num_tokens for name, value in found.items() if value == value}
 
 
 def _scores(batch: StepBatch, loss: LossConfig) -> Scores:
@@ -305,7 +356,7 @@ def _coefficient_function(
     cut: Cut,
     loss: LossConfig,
     scores: Scores,
-    known: list[tuple[Tensor, Tensor]] | None,
+    known: list[TokenLogp] | None,
 ) -> _Coefficients:
     """How a micro-batch's log-probs become its tokens' coefficients."""
     if loss.traits().level == "token":
@@ -313,8 +364,8 @@ def _coefficient_function(
     if known is None:
         return lambda place, logp_N: _local_coefficients(cut.batches[place], loss, scores, logp_N)
     total_S = torch.zeros(len(batch.sequences), dtype=torch.float64)
-    for micro, (logp_N, _) in zip(cut.batches, known, strict=False):
-        total_S[list(micro.members)] = segment_sum(logp_N.cpu(), micro.seq_N, len(micro.members))
+    for micro, found in zip(cut.batches, known, strict=False):
+        total_S[list(micro.members)] = segment_sum(found.logp_N.cpu(), micro.seq_N, len(micro.members))
     total_S = engine.sum_over_data(total_S).requires_grad_()
     coefficient_S, _ = _differentiate(replace(scores, policy_S=total_S), loss, total_S)
 
@@ -356,21 +407,24 @@ def _result(
     """Put the micro-batches' parts together, alike on every rank."""
     count = len(batch.sequences)
     total_S, coefficient_S = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    token_level = loss.traits().level == "token"
-    names = _share_names(batch, loss, scores) if token_level else []
-    share = torch.zeros(1 + len(names), dtype=torch.float64)
+    traits = loss.traits()
+    names = _share_names(batch, loss, scores) if traits.level == "token" else []
+    share, seen = torch.zeros(1 + len(names), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for micro, payload in zip(cut.batches, payloads, strict=False):
         total_S[list(micro.members)] = payload.total_S
         coefficient_S[list(micro.members)] = payload.coefficient_S.double()
-        share += torch.tensor(payload.share, dtype=torch.float64) if token_level else 0
-    total_S, coefficient_S, share = engine.sum_over_data(torch.cat((total_S, coefficient_S, share))).split(
-        (count, count, len(share))
+        share += torch.tensor(payload.share, dtype=torch.float64) if traits.level == "token" else 0
+        seen += torch.tensor(payload.seen, dtype=torch.float64)
+    total_S, coefficient_S, share, seen = engine.sum_over_data(torch.cat((total_S, coefficient_S, share, seen))).split(
+        (count, count, len(share), 2)
     )
-    if token_level:
+    if traits.level == "token":
         value, metrics = float(share[0]), dict(zip(names, share[1:].tolist(), strict=True))
     else:
         out = LOSSES[loss.name].function(replace(scores, policy_S=total_S), loss)
         value, metrics = float(out.loss), {name: float(metric) for name, metric in out.metrics.items()}
+    sums = _totals(batch.current) if mode == "known_scores" and batch.current is not None else seen.tolist()
+    metrics |= _reported(sums, scores, traits)
     gap = None
     if mode != "single_pass":
         # torch's maximum keeps a NaN, Python's may drop it.

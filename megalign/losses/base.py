@@ -81,6 +81,8 @@ class Traits:
     reference: bool = False
     old: bool = False
     teachers: bool = False
+    entropy: bool = False  # reported: the distributions' entropy in nats, mean over scored tokens
+    accuracy: bool = False  # reported as token_accuracy: the share of scored tokens that no other is likelier than
 
 
 class LossConfig(Strict):

@@ -48,7 +48,7 @@ class GrpoConfig(LossConfig):
         return value
 
     def traits(self) -> Traits:
-        return Traits(Pairing("samples"), level="token", reference=self.beta != 0, old=True)
+        return Traits(Pairing("samples"), level="token", reference=self.beta != 0, old=True, entropy=True)
 
 
 def grpo_advantages(scores: Scores, cfg: GrpoConfig) -> Tensor:

@@ -16,7 +16,7 @@ class GvpoConfig(LossConfig):
     beta: PositiveFloat = 0.1
 
     def traits(self) -> Traits:
-        return Traits(Pairing("samples"), coupled=True, reference=True)
+        return Traits(Pairing("samples"), coupled=True, reference=True, entropy=True)
 
 
 @loss(GvpoConfig)

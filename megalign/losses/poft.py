@@ -17,7 +17,7 @@ class PoftConfig(LossConfig):
     gamma: float = 0.0  # margin by which the policy is to exceed the teachers
 
     def traits(self) -> Traits:
-        return Traits(Pairing("single"), teachers=True)
+        return Traits(Pairing("single"), teachers=True, accuracy=True)
 
 
 @loss(PoftConfig)

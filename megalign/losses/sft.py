@@ -12,7 +12,7 @@ class SftConfig(LossConfig):
     name: Literal["sft"] = "sft"
 
     def traits(self) -> Traits:
-        return Traits(Pairing("single"), level="token", linear=True)
+        return Traits(Pairing("single"), level="token", linear=True, accuracy=True)
 
 
 @loss(SftConfig)

@@ -72,7 +72,9 @@ def of_block(
 def of_nothing(like_N: Tensor, wanted: Wanted) -> Statistics:
     """Over no rows at all: what changes nothing when merged."""
     none_N, zero_N = torch.full_like(like_N, -torch.inf), torch.zeros_like(like_N)
-    return Statistics(none_N, zero_N, zero_N.clone() if wanted.entropy else None, none_N.clone() if wanted.largest else None)
+    return Statistics(
+        none_N, zero_N, zero_N.clone() if wanted.entropy else None, none_N.clone() if wanted.largest else None
+    )
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:

@@ -109,7 +109,15 @@ class DatasetFeed:
         current = None
         if not held_out and any(map(wanted, sequences)):
             # Step 0's scores are known to its own step too: the weights have not changed by then.
-            current = score(engine, sequences, coupled=traits.coupled, cutting=cutting_of(self.cfg), by_token=True)
+            current = score(
+                engine,
+                sequences,
+                coupled=traits.coupled,
+                cutting=cutting_of(self.cfg),
+                by_token=True,
+                entropy=traits.entropy,
+                accuracy=traits.accuracy,
+            )
             store.add(sequences, current)
         self._fill(engine, store, num_steps, report, "scoring initial policy", held_out=held_out, wanted=wanted)
         if current is not None:

@@ -135,7 +135,15 @@ class RoundFeed:
             return
         self._reference = ScoreStore(by_token=by_token)
         if source == "round_start":
-            self._current = score(self.engine, updates[0], coupled=coupled, cutting=cutting, by_token=True)
+            self._current = score(
+                self.engine,
+                updates[0],
+                coupled=coupled,
+                cutting=cutting,
+                by_token=True,
+                entropy=traits.entropy,
+                accuracy=traits.accuracy,
+            )
             self._reference.add(updates[0], self._current)
         scorer = self.engine if source == "round_start" else self.fixed
         assert scorer is not None

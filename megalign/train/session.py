@@ -74,6 +74,7 @@ def build_engine(
         recompute=cfg.engine.recompute if trainable else "none",
         temperature=cfg.rollout.temperature if cfg.rollout is not None else 1.0,
         chunk_tokens=None if cfg.engine.chunk_tokens == "auto" else cfg.engine.chunk_tokens,
+        tp_invariant=cfg.engine.tp_invariant,
         megatron=passed,
     )
     optimizer = cfg.optimizer

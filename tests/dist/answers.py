@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from cases import ADAM_STEPS, CLIP, DECAY, EPS, LOSSES, LR, step_sequences
-from oracle import SlowAdamW, load_float64, slow_loss, token_scores
+from oracle import SlowAdamW, capped, entropy_and_hits, load_float64, scored_rows, slow_loss, token_scores
 from torch import Tensor, nn
 
 
@@ -18,6 +18,7 @@ class Answers:
         self.folder = folder
         self.models: dict[str, nn.Module] = {}
         self.policies: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self.means: dict[str, tuple[float, float]] = {}
         self.steps: dict[str, dict[str, Any]] = {}
         self.known: dict[str, list[Tensor]] = {}
 
@@ -33,13 +34,15 @@ class Answers:
             model = load_float64(self.folder / name / checkpoint)
             for kind in kinds:
                 with torch.no_grad():
-                    scores = [token_scores(model, sequence)[0] for sequence in step_sequences(kind)]
+                    scores = [token_scores(scored_rows(model, sequence))[0] for sequence in step_sequences(kind)]
                 self.known[f"{name} {kind} {checkpoint}"] = scores
 
     def policy(self, name: str, kind: str) -> tuple[list[Tensor], list[Tensor]]:
         """(log-probs, lse) by sequence under the policy, with their graph."""
         if f"{name} {kind}" not in self.policies:
-            scored = [token_scores(self.model(name), sequence) for sequence in step_sequences(kind)]
+            rows = [scored_rows(self.model(name), sequence) for sequence in step_sequences(kind)]
+            scored = [token_scores(one) for one in rows]
+            self.means[f"{name} {kind}"] = entropy_and_hits([pair for one in rows for pair in one])
             self.policies[f"{name} {kind}"] = [logp for logp, _ in scored], [lse for _, lse in scored]
         return self.policies[f"{name} {kind}"]
 
@@ -61,9 +64,21 @@ class Answers:
                 "grad_norm": torch.cat([gradient.flatten() for gradient in by_name.values()]).norm().item(),
                 "gradients": by_name,
                 "coefficient_S": torch.stack([gradient.mean() for gradient in gradients[: len(policy)]]),
+                "means": self.means[f"{name} {LOSSES[loss][1]}"],
                 "policy_S": torch.stack([logp.detach().sum() for logp in policy]),
             }
         return self.steps[f"{name} {loss}"]
+
+    def capped_step(self, name: str, loss: str, **cap: float) -> dict[str, Any]:
+        """Loss and gradient of a model whose logits are scaled and softly bounded."""
+        parameters = dict(self.model(name).named_parameters())
+        policy = []
+        for sequence in step_sequences(LOSSES[loss][1]):
+            rows = [(token, capped(row, **cap)) for token, row in scored_rows(self.model(name), sequence)]
+            policy.append(token_scores(rows)[0])
+        value = self.loss(name, loss, policy)
+        gradient = torch.autograd.grad(value, list(parameters.values()))
+        return {"loss": float(value.detach()), "gradients": dict(zip(parameters, gradient, strict=True))}
 
     def trajectory(self, name: str, loss: str) -> dict[str, Any]:
         """AdamW steps on the same global batch, from the policy's weights."""
@@ -71,7 +86,7 @@ class Answers:
         parameters = dict(model.named_parameters())
         adamw, steps = SlowAdamW(parameters, eps=EPS, weight_decay=DECAY), []
         for _ in range(ADAM_STEPS):
-            policy = [token_scores(model, sequence)[0] for sequence in step_sequences(LOSSES[loss][1])]
+            policy = [token_scores(scored_rows(model, sequence))[0] for sequence in step_sequences(LOSSES[loss][1])]
             value = self.loss(name, loss, policy)
             gradient = dict(zip(parameters, torch.autograd.grad(value, list(parameters.values())), strict=True))
             steps.append((float(value.detach()), adamw.step(gradient, lr=LR, clip_norm=CLIP)))

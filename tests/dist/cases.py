@@ -191,6 +191,16 @@ def parity_cases(layout: str) -> list[Case]:
 
 # Every loss in each pass mode where two kinds of ranks hold the scores, some losses elsewhere.
 MODES = {"one": tuple(LOSSES), "tp2+sp": tuple(LOSSES), "pp2": ("sft", "dapo", "gvpo"), "dp2": ("sft", "dapo", "gvpo")}
+# Ways to compute a head: (model, options of the engine; `fields` change the model's description).
+HEADS = ("tp2", "tp2+sp", "pp2", "dp2")
+CAPPED = {"logit_scale": 0.7, "logit_softcap": 3.0}
+OVERLAP = {"megatron": {"overlap_grad_reduce": True}}
+HEAD_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "capped": ("llama", {"fields": CAPPED}),
+    "invariant, small chunks": ("llama", {"tp_invariant": True, "chunk_tokens": 5}),
+    "overlap": ("llama", OVERLAP),
+    "overlap, tied": ("llama-tied", OVERLAP),
+}
 ADAM_STEPS, LR, CLIP, EPS, DECAY = 3, 1e-3, 1.0, 1e-5, 0.1
 TRAJECTORIES = (("llama", "epa"), ("llama-tied", "gvpo"))
 

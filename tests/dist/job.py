@@ -15,6 +15,8 @@ from cases import (
     DECAY,
     EPS,
     EXTREMES,
+    HEAD_WAYS,
+    HEADS,
     LARGE,
     LOSSES,
     LR,
@@ -54,13 +56,23 @@ class Job:
             results["recompute"] = self.recompute()
         if self.name == "tp2":
             results["bf16"] = self.bf16()
+        if self.name in HEADS:
+            results["heads"] = self.heads()
         return results
 
-    def engine(self, model: str, *, checkpoint: str = "policy", trains: bool = True, **options: Any) -> MegatronEngine:
+    def engine(
+        self,
+        model: str,
+        *,
+        checkpoint: str = "policy",
+        trains: bool = True,
+        fields: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> MegatronEngine:
         path = self.folder / model / checkpoint
         options = {"dtype": torch.float32, "device": self.world.device, **options}
         engine = MegatronEngine(
-            read_model_config(path),
+            replace(read_model_config(path), **(fields or {})),
             self.groups,
             EngineOptions(sequence_parallel=self.layout.sequence, **options),
             adamw=AdamW(eps=EPS, weight_decay=DECAY) if trains else None,
@@ -140,7 +152,13 @@ class Job:
             for budget, packing in EXTREMES:
                 case = Case("llama", loss, budget, packing)
                 current = score(
-                    engine, sequences, coupled=coupled, cutting=Cutting(budget, packing=packing), by_token=True
+                    engine,
+                    sequences,
+                    coupled=coupled,
+                    cutting=Cutting(budget, packing=packing),
+                    by_token=True,
+                    entropy=True,
+                    accuracy=True,
                 )
                 runs = {"two_pass": {"mode": "two_pass"}, "known_scores": {"current": current}}
                 if not coupled or budget == LARGE:
@@ -171,6 +189,16 @@ class Job:
             engine = self.engine("llama", recompute=recompute)
             result = self.step(engine, Case("llama", "gvpo", SMALL, packing=True))
             results[recompute] = {"loss": result.loss, "gradients": self.tensors(engine, "grad")}
+        return results
+
+    def heads(self) -> dict[str, Any]:
+        """The same two-pass and single-pass steps with heads computed in each way there is."""
+        results = {}
+        for name, (model, engine_options) in HEAD_WAYS.items():
+            engine = self.engine(model, **engine_options)
+            for loss in ("sft", "gvpo"):
+                result = self.step(engine, Case(model, loss, SMALL, packing=True))
+                results[f"{name} {loss}"] = {"loss": result.loss, "gradients": self.tensors(engine, "grad")}
         return results
 
     def bf16(self) -> dict[str, Any]:

@@ -41,17 +41,35 @@ def _rotary_tables(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, 
     return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
 
 
-def token_scores(model: nn.Module, sequence: FlatSequence) -> tuple[Tensor, Tensor]:
-    """(log-probs, log-sum-exps of the logits) of the scored response tokens, float64, differentiable."""
+def scored_rows(model: nn.Module, sequence: FlatSequence) -> list[tuple[int, Tensor]]:
+    """(token, the logits that predict it) of the scored response tokens, float64, differentiable."""
     prompt, response = list(sequence.prompt_ids), list(sequence.response.ids)
     logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0]
     scored = sequence.response.scored or [True] * len(response)
+    return [(token, logits[len(prompt) + place - 1]) for place, token in enumerate(response) if scored[place]]
+
+
+def capped(row: Tensor, *, scale: float, cap: float) -> Tensor:
+    """Logits of a head that scales and softly bounds them."""
+    return cap * torch.tanh(scale * row / cap)
+
+
+def entropy_and_hits(rows: Sequence[tuple[int, Tensor]]) -> tuple[float, float]:
+    """Means over tokens: entropy in nats, and how often no token is likelier than the right one."""
+    entropy = hits = 0.0
+    for token, row in rows:
+        probability = [math.exp(value) for value in (row - torch.logsumexp(row, dim=0)).tolist()]
+        entropy -= sum(p * math.log(p) for p in probability if p)
+        hits += probability[token] == max(probability)
+    return entropy / len(rows), hits / len(rows)
+
+
+def token_scores(rows: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(log-probs, log-sum-exps of the logits) of the scored response tokens."""
     logp, lse = [], []
-    for place, token in enumerate(response):
-        if scored[place]:
-            row = logits[len(prompt) + place - 1]
-            lse.append(torch.logsumexp(row, dim=0))
-            logp.append(row[token] - lse[-1])
+    for token, row in rows:
+        lse.append(torch.logsumexp(row, dim=0))
+        logp.append(row[token] - lse[-1])
     return torch.stack(logp), torch.stack(lse)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import ALONE, COUPLED, KINDS, LARGE, LOSSES, MODELS, SMALL, step_sequences
-from oracle import token_scores
+from oracle import scored_rows, token_scores
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalign.losses import choose_loss
@@ -25,7 +25,7 @@ class NoFloat32(TorchDispatchMode):
 def test_nothing_drops_to_float32(answers, name):
     model, sequence = answers.model(name), step_sequences("samples")[3]
     with NoFloat32():
-        logp, lse = token_scores(model, sequence)
+        logp, lse = token_scores(scored_rows(model, sequence))
     assert logp.dtype == lse.dtype == torch.float64
     prompt, response = list(sequence.prompt_ids), list(sequence.response.ids)
     with torch.no_grad():

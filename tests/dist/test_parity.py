@@ -10,6 +10,10 @@ LAYOUT = pytest.mark.parametrize(
     "layout", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 )
 
+# What losses report of the distributions.
+REPORTED = {loss: {"entropy"} for loss in ("grpo", "dr_grpo", "dapo", "rloo", "gvpo")}
+REPORTED |= {loss: {"token_accuracy"} for loss in ("sft", "poft")}
+
 
 def relative(value, answer) -> float:
     """Distance over size, of numbers, vectors and tensors alike."""
@@ -29,6 +33,11 @@ def test_loss_and_gradient_norm(results, answers, layout, loss):
         assert relative(result["policy_S"], answer["policy_S"]) < 1e-6, case.key
         assert relative(result["coefficient_S"], answer["coefficient_S"]) < 1e-4, case.key
         assert result["same_on_all_ranks"], case.key
+        reported = [("entropy", 0), ("token_accuracy", 1)]
+        seen = {name: answer["means"][place] for name, place in reported if name in result["metrics"]}
+        assert seen.keys() == REPORTED.get(loss, set()), case.key
+        for name, right in seen.items():
+            assert result["metrics"][name] == pytest.approx(right, rel=1e-5, abs=1e-9), f"{case.key} {name}"
 
 
 @LAYOUT
