@@ -70,7 +70,8 @@ def test_scores_and_gradients_on_the_device(tmp_path: Path, layers: str, dtype: 
         engine = MegatronEngine(read_model_config(tmp_path), groups, options, adamw=AdamW())
         engine.load_weights(tmp_path)
         batch = pack(sequences, range(len(sequences)))
-        ((logp_N, lse_N),) = engine.forward([batch])
+        (found,) = engine.forward([batch])
+        logp_N, lse_N = found.logp_N, found.lse_N
         torch.testing.assert_close(logp_N, expected_logp(tmp_path, sequences, dtype), rtol=0, atol=tolerance)
 
         def two_forms(place: int, head: object) -> tuple[torch.Tensor, None]:
