@@ -2,93 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from slow_logp import Answer, Problem, make_problem, padded_rows, solve
+from head_calls import FORMS, assert_same, call, own_part, whole
+from slow_logp import make_problem, solve
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalign.ops.head_blocks import HeadConfig
+from megalign.ops.hidden_rows import TokenShard
 from megalign.ops.linear_logp import linear_logp, weighted_logp
-from megalign.ops.vocab import VocabShard
 
-FORMS = ("recompute", "weighted", "given lse")
-
-
-def run(
-    problem: Problem, form: str, *, dtype=torch.float64, padding: int = 3, lse_T=None, upstream: float = 1.0, **options
-):
-    """What one form makes of a problem, as an `Answer` (padding rows of dW included), lse where the form gives it."""
-    vocab = len(problem.weight_VH)
-    shard = VocabShard(0, vocab + padding, vocab)
-    hidden_TH = problem.hidden_TH.to(dtype, copy=True).requires_grad_()
-    weight_VH = padded_rows(problem.weight_VH, shard).to(dtype).requires_grad_()
-    if form == "recompute":
-        logp_T, lse_T = linear_logp(hidden_TH, weight_VH, problem.target_T, shard, **options)
-        (logp_T * problem.upstream_T.to(logp_T.dtype)).sum().backward()
-    else:
-        given = lse_T if form == "given lse" else None
-        value, logp_T = weighted_logp(
-            hidden_TH, weight_VH, problem.target_T, problem.upstream_T * upstream, shard, lse_T=given, **options
-        )
-        torch.testing.assert_close(value, (logp_T * (problem.upstream_T * upstream).to(logp_T.dtype)).sum())
-        (value / upstream).backward()
-    return Answer(logp_T.detach(), lse_T, hidden_TH.grad, weight_VH.grad)
-
-
-def solve_logp(problem: Problem, *, temperature: float) -> torch.Tensor:
-    """Log-probs by the weighted form itself, whose value its gradient must belong to."""
-    vocab = len(problem.weight_VH)
-    with torch.no_grad():
-        return weighted_logp(
-            problem.hidden_TH,
-            problem.weight_VH,
-            problem.target_T,
-            problem.upstream_T,
-            VocabShard(0, vocab, vocab),
-            temperature=temperature,
-        )[1]
-
-
-def assert_same(answer: Answer, dense: Answer, *, tolerance: float) -> None:
-    vocab = len(dense.grad_VH)
-    for mine, theirs in (
-        (answer.logp_T, dense.logp_T),
-        (answer.grad_TH, dense.grad_TH),
-        (answer.grad_VH[:vocab], dense.grad_VH),
-    ):
-        torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
-    assert not answer.grad_VH[vocab:].any(), "a padding row got a gradient"
+HEADS = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "scale": {"scale": 0.3},
+    "softcap": {"softcap": 2.0},
+    "everything": {"temperature": 0.7, "scale": 1.3, "softcap": 3.0},
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_equals_dense_logits(form, chunk, temperature):
-    problem = make_problem(11, 13, borders=(0, 12))
-    dense = solve(problem, temperature=temperature)
-    answer = run(problem, form, lse_T=dense.lse_T, chunk_tokens=chunk, temperature=temperature)
-    assert_same(answer, dense, tolerance=1e-12)
-    if form == "recompute":
-        torch.testing.assert_close(answer.lse_T, dense.lse_T, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_dense_logits(form, head, bias):
+    problem = make_problem(11, 13, borders=(0, 12, 4, 5), bias=bias)
+    entropy = form == "recompute"
+    dense = solve(problem, **head, entropy=entropy)
+    for tile in (None, 1, 5, 13, 100):
+        shard = whole(problem, tile=tile)
+        expected = own_part(dense, shard, None, form=form, target_N=problem.target_N)
+        for chunk in (1, 4, 11, 100, None):
+            cfg = HeadConfig(**head, chunk_tokens=chunk)
+            answer = call(problem, form, shard, cfg=cfg, lse_N=dense.lse_N, entropy=entropy, accuracy=True).answer()
+            assert (answer.entropy_N is None, answer.correct_N is None) == (not entropy, form == "given lse")
+            assert_same(answer, expected, tolerance=1e-12, note=f"tile {tile} chunk {chunk}")
 
 
-def test_gradcheck_of_every_log_prob():
-    problem = make_problem(5, 9)
-    shard = VocabShard(0, 9, 9)
-
-    def logp(hidden_TH, weight_VH):
-        return linear_logp(hidden_TH, weight_VH, problem.target_T, shard, temperature=0.8, chunk_tokens=2)[0]
-
-    assert torch.autograd.gradcheck(logp, (problem.hidden_TH.requires_grad_(), problem.weight_VH.requires_grad_()))
+@pytest.mark.parametrize("form", ["weighted", "given lse"])
+def test_value_is_the_weighted_sum(form):
+    problem = make_problem(11, 13)
+    dense = solve(problem)
+    done = call(problem, form, whole(problem), lse_N=dense.lse_N)
+    torch.testing.assert_close(done.value.detach(), (dense.logp_N * problem.upstream_N).sum(), rtol=1e-12, atol=0)
 
 
-def test_weighted_sum_by_finite_differences():
+@pytest.mark.parametrize("head", [{}, {"temperature": 0.8, "scale": 1.2, "softcap": 2.5}])
+def test_gradcheck_of_every_log_prob_and_entropy(head):
+    problem = make_problem(5, 9, bias=True)
+    cfg, shard = HeadConfig(**head, chunk_tokens=2), whole(problem, padding=0, tile=4)
+
+    def values(hidden_NH, weight_VH, bias_V):
+        done = linear_logp(hidden_NH, weight_VH, problem.target_N, shard, bias_V=bias_V, cfg=cfg, entropy=True)
+        return done.logp_N, done.entropy_N
+
+    inputs = tuple(one.requires_grad_() for one in (problem.hidden_NH, problem.weight_VH, problem.bias_V))
+    assert torch.autograd.gradcheck(values, inputs)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5])
+def test_weighted_sum_by_finite_differences(softcap):
     # not gradcheck, which runs backward many times: the formed gradient is scaled in place and serves once
-    problem = make_problem(3, 5)
-    answer = run(problem, "weighted", padding=0, temperature=0.8, chunk_tokens=2)
+    problem = make_problem(3, 5, bias=True)
+    cfg, shard = HeadConfig(temperature=0.8, softcap=softcap, chunk_tokens=2), whole(problem, padding=0, tile=2)
+    answer = call(problem, "weighted", shard, cfg=cfg).answer()
 
     def value() -> float:
-        return float((solve_logp(problem, temperature=0.8) * problem.upstream_T).sum())
+        return call(problem, "weighted", shard, cfg=cfg).value.item()
 
-    for name, gradient in (("hidden_TH", answer.grad_TH), ("weight_VH", answer.grad_VH)):
+    for name, gradient in (("hidden_NH", answer.grad_NH), ("weight_VH", answer.grad_VH), ("bias_V", answer.grad_V)):
         flat = getattr(problem, name).view(-1)
         for place in range(len(flat)):
             sides = []
@@ -102,75 +85,156 @@ def test_weighted_sum_by_finite_differences():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_no_token_and_one_token(form, num_tokens):
-    problem = make_problem(num_tokens, 6)
-    dense = solve(problem)
-    assert_same(run(problem, form, lse_T=dense.lse_T), dense, tolerance=1e-12)
+    problem = make_problem(num_tokens, 6, bias=True)
+    entropy = form == "recompute"
+    dense = solve(problem, entropy=entropy)
+    shard = whole(problem)
+    answer = call(problem, form, shard, lse_N=dense.lse_N, entropy=entropy, accuracy=True).answer()
+    assert_same(answer, own_part(dense, shard, None, form=form, target_N=problem.target_N), tolerance=1e-12)
+    assert len(answer.logp_N) == len(answer.grad_NH) == num_tokens
+
+
+def test_entropy_alone_has_a_gradient():
+    problem = make_problem(6, 10)
+    dense = solve(replace(problem, upstream_N=torch.zeros(6, dtype=torch.float64)), entropy=True)
+    hidden_NH = problem.hidden_NH.clone().requires_grad_()
+    done = linear_logp(hidden_NH, problem.weight_VH, problem.target_N, whole(problem, padding=0), entropy=True)
+    (done.entropy_N * problem.entropy_upstream_N).sum().backward()
+    torch.testing.assert_close(hidden_NH.grad, dense.grad_NH, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_huge_logits_stay_finite_and_exact(form):
-    # Logits of some hundreds: exp overflows float32 unless the largest is taken off first.
-    problem = make_problem(20, 50, scale=30)
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias"])
+def test_what_is_frozen_gets_no_gradient(form, trained):
+    problem = make_problem(8, 10, bias=True)
     dense = solve(problem)
-    assert dense.lse_T.max() > 100
-    # the lse of a float32 pass over these logits, as a two-pass step has it: their common rounding cancels
-    lse_T = run(problem, "recompute", dtype=torch.float32).lse_T
-    answer = run(problem, form, dtype=torch.float32, lse_T=lse_T, chunk_tokens=7)
-    single = solve(problem, dtype=torch.float32)
-    for name in ("logp_T", "grad_TH", "grad_VH"):
-        exact, plain, mine = (getattr(one, name).double() for one in (dense, single, answer))
-        error = (mine[: len(exact)] - exact).norm()
-        assert error <= 3 * (plain - exact).norm() + 2e-6 * exact.norm(), name
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_half_precision_inputs_lose_no_more_than_rounding_the_result(form):
-    problem = make_problem(40, 300, scale=2)
-    problem.hidden_TH, problem.weight_VH = problem.hidden_TH.bfloat16().double(), problem.weight_VH.bfloat16().double()
-    exact, single = solve(problem), solve(problem, dtype=torch.float32)
-    answer = run(problem, form, dtype=torch.bfloat16, lse_T=exact.lse_T.float(), chunk_tokens=16)
-    assert answer.logp_T.dtype == torch.float32
-    torch.testing.assert_close(answer.logp_T, exact.logp_T.float(), rtol=1e-5, atol=1e-5)
-    for name in ("grad_TH", "grad_VH"):
-        wanted = getattr(exact, name)
-        rounded, mine = getattr(single, name).bfloat16().double(), getattr(answer, name)[: len(wanted)]
-        assert mine.dtype == torch.bfloat16
-        assert (mine.double() - wanted).norm() <= 1.01 * (rounded - wanted).norm(), name
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_frozen_head_gets_no_gradient(form):
-    problem = make_problem(8, 10)
-    dense = solve(problem)
-    shard = VocabShard(0, 10, 10)
-    hidden_TH = problem.hidden_TH.requires_grad_()
+    leaves = {"hidden": problem.hidden_NH, "weight": problem.weight_VH, "bias": problem.bias_V}
+    leaves[trained].requires_grad_()
+    shared = {"bias_V": problem.bias_V, "cfg": HeadConfig(chunk_tokens=3)}
+    arguments = (problem.hidden_NH, problem.weight_VH, problem.target_N)
+    shard = whole(problem, padding=0)
     if form == "recompute":
-        logp_T, _ = linear_logp(hidden_TH, problem.weight_VH, problem.target_T, shard, chunk_tokens=3)
-        (logp_T * problem.upstream_T).sum().backward()
+        value = (linear_logp(*arguments, shard, **shared).logp_N * problem.upstream_N).sum()
     else:
-        lse_T = dense.lse_T if form == "given lse" else None
-        coefficient_T = problem.upstream_T
-        weighted_logp(
-            hidden_TH, problem.weight_VH, problem.target_T, coefficient_T, shard, lse_T=lse_T, chunk_tokens=3
-        )[0].backward()
-    torch.testing.assert_close(hidden_TH.grad, dense.grad_TH, rtol=1e-12, atol=1e-12)
-    assert problem.weight_VH.grad is None
+        lse_N = dense.lse_N if form == "given lse" else None
+        value, _ = weighted_logp(*arguments, problem.upstream_N, shard, lse_N=lse_N, **shared)
+    value.backward()
+    expected = {"hidden": dense.grad_NH, "weight": dense.grad_VH, "bias": dense.grad_V}[trained]
+    torch.testing.assert_close(leaves.pop(trained).grad, expected, rtol=1e-12, atol=1e-12)
+    assert all(leaf.grad is None for leaf in leaves.values())
 
 
 @pytest.mark.parametrize("form", ["weighted", "given lse"])
 def test_upstream_gradient_scales_what_was_formed_forward(form):
+    problem = make_problem(6, 10, bias=True)
+    dense = solve(problem)
+    scaled = solve(replace(problem, upstream_N=problem.upstream_N * 0.25))
+    done = call(problem, form, whole(problem), lse_N=dense.lse_N)
+    done.value = done.value * 0.25
+    expected = own_part(scaled, whole(problem), None, form=form, target_N=problem.target_N)
+    assert_same(done.answer(), expected, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_are_the_same_to_the_bit_in_every_form(softcap, dtype):
+    problem = make_problem(23, 30, scale=2, bias=True)
+    cfg, shard = HeadConfig(temperature=0.9, softcap=softcap, chunk_tokens=5), whole(problem, tile=8)
+    with torch.no_grad():
+        scored = call(problem, "recompute", shard, cfg=cfg, dtype=dtype).logp
+    for entropy in (False, True):
+        trained = call(problem, "recompute", shard, cfg=cfg, dtype=dtype, entropy=entropy, accuracy=entropy).logp
+        assert torch.equal(scored.lse_N, trained.lse_N) and torch.equal(scored.logp_N, trained.logp_N)
+    for form in ("weighted", "given lse"):
+        weighted = call(problem, form, shard, cfg=cfg, dtype=dtype, lse_N=scored.lse_N, accuracy=True).logp
+        assert torch.equal(scored.lse_N, weighted.lse_N), form
+        assert torch.equal(scored.logp_N, weighted.logp_N), f"{form}: a two-pass step would see a gap"
+
+
+@pytest.mark.parametrize("form", ["weighted", "given lse"])
+def test_weighted_without_gradients_gives_the_values(form):
     problem = make_problem(6, 10)
     dense = solve(problem)
-    assert_same(run(problem, form, lse_T=dense.lse_T, upstream=4.0), dense, tolerance=1e-12)
-
-
-def test_log_probs_are_the_same_with_and_without_gradient():
-    problem = make_problem(9, 12)
-    shard = VocabShard(0, 12, 12)
-    arguments = (problem.hidden_TH.float().requires_grad_(), problem.weight_VH.float(), problem.target_T, shard)
     with torch.no_grad():
-        scored = linear_logp(*arguments, chunk_tokens=4)
-    trained = linear_logp(*arguments, chunk_tokens=4)
-    weighted = weighted_logp(*arguments[:3], problem.upstream_T, shard, lse_T=scored[1], chunk_tokens=4)[1]
-    assert torch.equal(scored[0], trained[0]) and torch.equal(scored[1], trained[1])
-    assert torch.equal(scored[0], weighted), "a two-pass step would see a gap"
+        done = call(problem, form, whole(problem), lse_N=dense.lse_N)
+    assert not done.value.requires_grad
+    torch.testing.assert_close(done.logp.logp_N, dense.logp_N, rtol=1e-12, atol=1e-12)
+
+
+def test_only_what_has_a_gradient_asks_for_one():
+    problem = make_problem(6, 10)
+    done = call(problem, "recompute", whole(problem), entropy=True, accuracy=True).logp
+    assert done.logp_N.requires_grad and done.entropy_N.requires_grad
+    assert not done.lse_N.requires_grad and not done.correct_N.requires_grad
+    for form in ("weighted", "given lse"):
+        weighted = call(problem, form, whole(problem), lse_N=done.lse_N)
+        assert weighted.value.requires_grad
+        assert not weighted.logp.logp_N.requires_grad and not weighted.logp.lse_N.requires_grad
+
+
+@pytest.mark.parametrize("form", ["recompute", "weighted"])
+def test_a_tie_counts_as_correct(form):
+    # rows 1 and 4 are the same token's worth, in different tiles; row 2 is less likely than both
+    problem = make_problem(3, 6)
+    problem.hidden_NH[:] = 1.0
+    problem.weight_VH[:] = torch.tensor([0.0, 2.0, 1.0, 0.0, 2.0, 0.0], dtype=torch.float64)[:, None]
+    problem.target_N[:] = torch.tensor([1, 2, 4])
+    done = call(problem, form, whole(problem, tile=2), dtype=torch.float32, accuracy=True)
+    assert done.logp.correct_N.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_rank_that_holds_all_tokens_may_say_so(form):
+    problem = make_problem(7, 10)
+    dense = solve(problem)
+    answer = call(problem, form, whole(problem), lse_N=dense.lse_N, tokens=TokenShard((7,), 0)).answer()
+    assert_same(answer, own_part(dense, whole(problem), None, form=form, target_N=problem.target_N), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hidden_states_that_do_not_lie_in_rows(form):
+    problem = make_problem(7, 10)
+    dense = solve(problem)
+    shard = whole(problem, padding=0)
+    hidden_NH = problem.hidden_NH.t().contiguous().t().requires_grad_()
+    assert not hidden_NH.is_contiguous()
+    if form == "recompute":
+        value = (linear_logp(hidden_NH, problem.weight_VH, problem.target_N, shard).logp_N * problem.upstream_N).sum()
+    else:
+        lse_N = dense.lse_N if form == "given lse" else None
+        value, _ = weighted_logp(hidden_NH, problem.weight_VH, problem.target_N, problem.upstream_N, shard, lse_N=lse_N)
+    value.backward()
+    torch.testing.assert_close(hidden_NH.grad, dense.grad_NH, rtol=1e-12, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the size of the largest tensor that any operation gives back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for one in torch.utils._pytree.tree_leaves(result):
+            if isinstance(one, torch.Tensor):
+                self.numel = max(self.numel, one.numel())
+        return result
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_tensor_is_larger_than_a_block(form):
+    # 64 tokens, 3 hidden, 512 rows: blocks of 8 x 128, dW of 1536 numbers; all logits would be 32768
+    problem = make_problem(64, 512, hidden=3, bias=True)
+    lse_N = solve(problem).lse_N
+    with Largest() as largest:
+        done = call(
+            problem,
+            form,
+            whole(problem, padding=0, tile=128),
+            cfg=HeadConfig(chunk_tokens=8, softcap=4.0),
+            lse_N=lse_N,
+            entropy=True,
+        )
+        done.answer()
+    assert largest.numel == 512 * 3

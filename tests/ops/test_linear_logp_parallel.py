@@ -1,158 +1,240 @@
-"""Log-probs over a vocabulary cut into shards, on gloo: the same numbers on every rank, and few collectives."""
+"""Log-probs over a vocabulary cut into shards, on gloo: the same numbers on every rank, and few collectives.
+
+Axes: N tokens, L of them on this rank, V this rank's rows of the vocabulary, H hidden.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FunctionType
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
-from slow_logp import Answer, make_problem, padded_rows, solve
+from collectives import counted, same_on_all_ranks
+from head_calls import FORMS, assert_same, call, error, own_part, own_rows
+from slow_logp import HIDDEN, make_problem, padded, solve
 
-from megalign.ops.linear_logp import linear_logp, weighted_logp
+from megalign.ops.head_blocks import HeadConfig
+from megalign.ops.hidden_rows import TokenShard
+from megalign.ops.linear_logp import linear_logp
 from megalign.ops.vocab import VocabShard
-from megalign.runtime.distributed import process_group, spawn
+from megalign.runtime.distributed import World, process_group, spawn
 
-# (vocabulary, rows a rank): 61 divides by neither 2 nor 4; the rows for 10 ids leave ranks with padding only.
-VOCABULARIES = [(61, {1: 61, 2: 31, 4: 16}), (10, {1: 12, 2: 10, 4: 8})]
-COLLECTIVE_WORDS = ("all_", "reduce", "gather", "scatter", "broadcast", "send", "recv", "barrier")
-
-
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Count calls of torch.distributed's collectives while they do their work."""
-    calls: Counter[str] = Counter()
-    plain = {
-        name: function
-        for name, function in vars(dist).items()
-        if type(function) is FunctionType and any(word in name for word in COLLECTIVE_WORDS)
-    }
-
-    def counting(name):
-        @functools.wraps(plain[name])
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return plain[name](*args, **kwargs)
-
-        return call
-
-    for name in plain:
-        setattr(dist, name, counting(name))
-    try:
-        yield calls
-    finally:
-        for name, function in plain.items():
-            setattr(dist, name, function)
+# (vocabulary, rows of each rank by number of ranks)
+SHARDS = {
+    "no equal parts": (61, {1: (61,), 2: (31, 31), 4: (16, 16, 16, 16)}),
+    "ranks of padding only": (10, {1: (12,), 2: (10, 10), 4: (8, 8, 8, 8)}),
+    "uneven": (61, {1: (64,), 2: (20, 44), 4: (7, 30, 3, 24)}),
+}
+# Tokens of each rank, by number of ranks and of tokens; ranks without any, and runs that cross chunks.
+TOKENS = {
+    1: {0: [(0,)], 1: [(1,)], 13: [(13,)]},
+    2: {0: [(0, 0)], 1: [(0, 1)], 13: [(5, 8), (13, 0)]},
+    4: {0: [(0, 0, 0, 0)], 1: [(0, 0, 1, 0)], 13: [(4, 0, 6, 3), (0, 13, 0, 0)]},
+}
+PLAIN: dict[str, float] = {}
+EVERYTHING = {"temperature": 0.7, "scale": 1.3, "softcap": 3.0}
 
 
 def check_world() -> None:
     """Everything that needs this many ranks, in one job: start-up costs more than the checks."""
     with process_group(timeout_s=60) as world:
-        for vocab, rows in VOCABULARIES:
-            shard = VocabShard(world.rank * rows[world.size], rows[world.size], vocab, dist.group.WORLD)
+        for name in SHARDS:
+            shard = shard_of(name, world)
             for num_tokens, chunk in ((0, 4), (1, 4), (13, 1), (13, 4), (13, 100)):
-                for temperature in (1.0, 0.7):
-                    check_values(shard, num_tokens, chunk, temperature)
-            check_huge_logits(shard)
-            check_partial_hidden_gradient(shard)
-            check_collectives(shard)
+                check_values(shard, world, num_tokens, chunk)
+            check_huge_logits(shard, world)
+            check_ranks_agree(shard, world)
+        check_half_precision(shard_of("uneven", world), world)
+        check_statistics_are_gathered_once(world)
+        check_reductions(world)
+        check_frozen_parts_are_not_reduced(world)
 
 
-def borders(shard: VocabShard) -> tuple[int, ...]:
-    """First and last real id of every rank's rows."""
-    edges = {0, shard.vocab_size - 1}
-    for start in range(shard.size, shard.vocab_size, shard.size):
-        edges |= {start - 1, start}
+def shard_of(name: str, world: World) -> VocabShard:
+    """This rank's rows in a layout."""
+    vocab, rows = SHARDS[name]
+    sizes = rows[world.size]
+    return VocabShard(sum(sizes[: world.rank]), sizes[world.rank], vocab, dist.group.WORLD, tile=4)
+
+
+def token_shards(world: World, num_tokens: int) -> list[TokenShard | None]:
+    """Without sequence parallelism, and with it in some ways."""
+    return [None, *(TokenShard(counts, world.rank) for counts in TOKENS[world.size][num_tokens])]
+
+
+def borders(vocab: int, world: World) -> tuple[int, ...]:
+    """First and last real id of every rank's rows, in all layouts of a vocabulary."""
+    edges = {0, vocab - 1}
+    for known, rows in SHARDS.values():
+        if known == vocab:
+            starts = [sum(rows[world.size][:rank]) for rank in range(1, world.size)]
+            edges |= {edge for start in starts for edge in (start - 1, start) if edge < vocab}
     return tuple(sorted(edges))
 
 
-def call(problem, shard, form, lse_T, *, dtype=torch.float64, **options):
-    """(what backward starts from, answer without gradients, leaves) of one form."""
-    hidden_TH = problem.hidden_TH.detach().to(dtype).requires_grad_()
-    weight_VH = padded_rows(problem.weight_VH, shard).to(dtype).requires_grad_()
-    if form == "recompute":
-        logp_T, lse_T = linear_logp(hidden_TH, weight_VH, problem.target_T, shard, **options)
-        value = (logp_T * problem.upstream_T.to(dtype)).sum()
-    else:
-        given = lse_T if form == "given lse" else None
-        value, logp_T = weighted_logp(
-            hidden_TH, weight_VH, problem.target_T, problem.upstream_T, shard, lse_T=given, **options
+def check_values(shard: VocabShard, world: World, num_tokens: int, chunk: int) -> None:
+    for head, tokens in product((PLAIN, EVERYTHING), token_shards(world, num_tokens)):
+        problem = make_problem(num_tokens, shard.vocab_size, borders=borders(shard.vocab_size, world), bias=bool(head))
+        # with entropy in one head, without in the other
+        dense, dense_both = solve(problem, **head), solve(problem, **head, entropy=True)
+        for form, invariant in product(FORMS, (False, True) if chunk == 4 else (False,)):
+            entropy = bool(head) and form == "recompute"
+            cfg = HeadConfig(**head, chunk_tokens=chunk, tp_invariant=invariant)
+            done = call(
+                problem, form, shard, cfg=cfg, lse_N=dense.lse_N, tokens=tokens, entropy=entropy, accuracy=bool(head)
+            )
+            expected = own_part(dense_both if entropy else dense, shard, tokens, form=form, target_N=problem.target_N)
+            note = f"{form} {shard} {tokens} {cfg}"
+            assert_same(done.answer(), expected, tolerance=1e-11, note=note)
+
+
+def check_huge_logits(shard: VocabShard, world: World) -> None:
+    """fp32 logits of some hundreds, where exp overflows: as good as one rank, whose test bounds that."""
+    problem = make_problem(13, shard.vocab_size, scale=30, borders=borders(shard.vocab_size, world))
+    dense = solve(problem, entropy=True)
+    assert dense.lse_N.max() > 100, "exp would not overflow"
+    alone = VocabShard(0, shard.vocab_size, shard.vocab_size, tile=4)
+    for form, tokens in product(FORMS, token_shards(world, 13)):
+        options = {"cfg": HeadConfig(chunk_tokens=5), "dtype": torch.float32, "entropy": form == "recompute"}
+        # the lse of a float32 pass, as a two-pass step has it: the two passes' common rounding cancels
+        lse_N = call(problem, "recompute", shard, dtype=torch.float32, tokens=tokens).logp.lse_N
+        answer = call(problem, form, shard, lse_N=lse_N, tokens=tokens, **options).answer()
+        single = call(problem, form, alone, lse_N=lse_N, **options).answer()
+        expected = own_part(
+            dense if form == "recompute" else solve(problem), shard, tokens, form=form, target_N=problem.target_N
         )
-    return value, logp_T.detach(), lse_T, hidden_TH, weight_VH
+        single = own_part(single, shard, tokens, form=form, target_N=problem.target_N)
+        for name in ("lse_N", "logp_N", "grad_NH", "grad_VH", *(["entropy_N"] if form == "recompute" else [])):
+            wanted = getattr(expected, name)
+            allowed = 1.5 * error(getattr(single, name), wanted) + 1e-6 * float(wanted.norm())
+            assert error(getattr(answer, name), wanted) <= allowed, f"{form} {shard} {tokens} {name}"
 
 
-def check_answer(dense: Answer, shard: VocabShard, form: str, result, target_T, *, tolerance: float) -> None:
-    value, logp_T, lse_T, hidden_TH, weight_VH = result
-    value.backward()
-    expected_T = dense.logp_T
-    if form == "given lse":
-        owned_T, _ = shard.localize(target_T)
-        expected_T = dense.logp_T.where(owned_T, -dense.lse_T)
-    rows = padded_rows(dense.grad_VH, shard)
-    rows[shard.num_real :] = 0
-    for mine, theirs in (
-        (logp_T, expected_T),
-        (lse_T, dense.lse_T),
-        (hidden_TH.grad, dense.grad_TH),
-        (weight_VH.grad, rows),
-    ):
-        torch.testing.assert_close(
-            mine.double(), theirs, rtol=tolerance, atol=tolerance, msg=lambda text: f"{form} {shard.start}: {text}"
-        )
+def check_half_precision(shard: VocabShard, world: World) -> None:
+    """Gradients lose no more than a dense fp32 computation whose result is rounded; values are fp32."""
+    problem = make_problem(13, shard.vocab_size, borders=borders(shard.vocab_size, world), bias=True)
+    problem = problem.rounded(torch.bfloat16)
+    for form, tokens in product(FORMS, token_shards(world, 13)):
+        entropy = form == "recompute"
+        exact, single = solve(problem, entropy=entropy), solve(problem, entropy=entropy, dtype=torch.float32)
+        exact, single = (own_part(one, shard, tokens, form=form, target_N=problem.target_N) for one in (exact, single))
+        options = {"dtype": torch.bfloat16, "lse_N": exact.lse_N.float(), "tokens": tokens, "entropy": entropy}
+        answer = call(problem, form, shard, cfg=HeadConfig(chunk_tokens=5), **options).answer()
+        narrow = call(problem, form, shard, cfg=HeadConfig(chunk_tokens=5, narrow_grad=True), **options).answer()
+        torch.testing.assert_close(answer.logp_N, exact.logp_N.float(), rtol=4e-6, atol=4e-6)
+        for name in ("grad_NH", "grad_VH", "grad_V"):
+            mine, wanted = getattr(answer, name), getattr(exact, name)
+            assert mine.dtype == torch.bfloat16
+            allowed = 1.01 * error(getattr(single, name).bfloat16(), wanted)
+            assert error(mine, wanted) <= allowed, f"{form} {shard} {tokens} {name}"
+            # blocks of 5 x 4 rounded to 2 ** -9 each; one process's test has the exact bound
+            assert error(getattr(narrow, name), wanted) <= 2**-6 * float(wanted.norm()), name
 
 
-def check_values(shard: VocabShard, num_tokens: int, chunk: int, temperature: float) -> None:
-    problem = make_problem(num_tokens, shard.vocab_size, borders=borders(shard))
-    dense = solve(problem, temperature=temperature)
-    for form in ("recompute", "weighted", "given lse"):
-        result = call(problem, shard, form, dense.lse_T, chunk_tokens=chunk, temperature=temperature)
-        check_answer(dense, shard, form, result, problem.target_T, tolerance=1e-11)
+def check_ranks_agree(shard: VocabShard, world: World) -> None:
+    problem = make_problem(13, shard.vocab_size)
+    for tokens in token_shards(world, 13):
+        done = call(problem, "recompute", shard, dtype=torch.float32, tokens=tokens, entropy=True, accuracy=True)
+        weighted = call(problem, "weighted", shard, dtype=torch.float32, tokens=tokens, accuracy=True)
+        values = [done.value.detach(), done.logp.entropy_N.detach(), done.logp.lse_N, done.logp.correct_N.float()]
+        values += [weighted.value.detach(), weighted.logp.logp_N, weighted.logp.correct_N.float()]
+        assert all(same_on_all_ranks(value, dist.group.WORLD) for value in values)
 
 
-def check_huge_logits(shard: VocabShard) -> None:
-    problem = make_problem(13, shard.vocab_size, scale=30, borders=borders(shard))
-    dense = solve(problem)
-    assert dense.lse_T.max() > 100, "exp would not overflow"
-    # the lse of a float32 pass, as a two-pass step has it: the two passes' common rounding cancels
-    lse_T = call(problem, shard, "recompute", None, dtype=torch.float32)[2]
-    for form in ("recompute", "weighted", "given lse"):
-        result = call(problem, shard, form, lse_T, dtype=torch.float32, chunk_tokens=5)
-        check_answer(dense, shard, form, result, problem.target_T, tolerance=2e-3)
+def pieces(tokens: TokenShard | None, num_tokens: int, chunk: int) -> list[int]:
+    """Tokens of each rank in each chunk, where there are any: what sequence parallelism moves at a time."""
+    found, ends = [], [sum(tokens.counts[: rank + 1]) for rank in range(len(tokens.counts))] if tokens else [num_tokens]
+    owner = [next(rank for rank, end in enumerate(ends) if token < end) for token in range(num_tokens)]
+    for start in range(0, num_tokens, chunk):
+        found += Counter(owner[start : start + chunk]).values()
+    return found
 
 
-def check_partial_hidden_gradient(shard: VocabShard) -> None:
-    """Without the reduction each rank holds its share: together they are the whole."""
+def check_statistics_are_gathered_once(world: World) -> None:
+    """[2, N] numbers, more rows for entropy and accuracy only, in one collective forward and none backward."""
+    shard, group = shard_of("no equal parts", world), dist.group.WORLD
+    problem = make_problem(13, shard.vocab_size)
+    lse_N, alone = solve(problem).lse_N, world.size == 1
+    weight_VH = padded(problem.weight_VH, start=shard.start, size=shard.size)
+    for chunk in (1, 4, 13):
+        cfg = HeadConfig(chunk_tokens=chunk)
+        whole, rest = divmod(13, chunk)
+        for entropy, accuracy in product((False, True), (False, True)):
+            rows = 2 + entropy + accuracy
+            once = Counter({} if alone else {("gather", rows * 13): 1})
+            with counted(group) as scoring, torch.no_grad():
+                options = {"cfg": cfg, "entropy": entropy, "accuracy": accuracy}
+                linear_logp(problem.hidden_NH, weight_VH, problem.target_N, shard, **options)
+            with counted(group) as recompute:
+                call(problem, "recompute", shard, **options)
+            assert scoring == recompute == once
+            with counted(group) as given:
+                call(problem, "given lse", shard, cfg=cfg, lse_N=lse_N, accuracy=accuracy)
+            assert not given
+            with counted(group) as weighted:
+                call(problem, "weighted", shard, cfg=cfg, accuracy=accuracy)
+            each = Counter({("gather", (2 + accuracy) * chunk): whole})
+            each += Counter({("gather", (2 + accuracy) * rest): 1 if rest else 0})
+            assert weighted == (Counter() if alone else each)
+
+
+def check_reductions(world: World) -> None:
+    """dH: one all-reduce, or pieces to their owners, or a gather a chunk where it must not depend on the ranks."""
+    shard, group = shard_of("uneven", world), dist.group.WORLD
+    problem = make_problem(13, shard.vocab_size)
+    lse_N, alone = solve(problem).lse_N, world.size == 1
+    for tokens, chunk, invariant in product(token_shards(world, 13), (4, 13), (False, True)):
+        moved = pieces(tokens, 13, chunk)
+        fetched = Counter(("broadcast", rows * HIDDEN) for rows in moved if tokens is not None and not alone)
+        chunks = [min(chunk, 13 - start) for start in range(0, 13, chunk)]
+        if alone:
+            reduced = Counter()
+        elif invariant:
+            reduced = Counter(("gather", rows * HIDDEN) for rows in chunks)
+        elif tokens is None:
+            reduced = Counter({("all-reduce", 13 * HIDDEN): 1})
+        else:
+            reduced = Counter(("reduce", rows * HIDDEN) for rows in moved)
+        statistics = {
+            "recompute": Counter({("gather", 2 * 13): 1}),
+            "weighted": Counter(("gather", 2 * rows) for rows in chunks),
+            "given lse": Counter(),
+        }
+        for form in FORMS:
+            cfg = HeadConfig(chunk_tokens=chunk, tp_invariant=invariant)
+            with counted(group) as forward:
+                done = call(problem, form, shard, cfg=cfg, lse_N=lse_N, tokens=tokens)
+            with counted(group) as backward:
+                done.answer()
+            gathered = Counter() if alone else statistics[form]
+            note = f"{form} {tokens} chunk {chunk} invariant {invariant}: {forward} {backward}"
+            # the weighted forms' gradient is formed forward, and under way from there unless it is one all-reduce
+            late = form == "recompute" or (tokens is None and not invariant)
+            assert forward == fetched + gathered + (Counter() if late else reduced), note
+            assert backward == (fetched if form == "recompute" else Counter()) + (reduced if late else Counter()), note
+
+
+def check_frozen_parts_are_not_reduced(world: World) -> None:
+    """Where only the head trains, no dH moves; where only the hidden states do, no dW is made."""
+    shard, group = shard_of("uneven", world), dist.group.WORLD
     problem = make_problem(13, shard.vocab_size)
     dense = solve(problem)
-    for form in ("recompute", "weighted", "given lse"):
-        value, *_, hidden_TH, _ = call(problem, shard, form, dense.lse_T, reduce_hidden_grad=False)
-        value.backward()
-        shares = [torch.empty_like(hidden_TH.grad) for _ in range(dist.get_world_size())]
-        dist.all_gather(shares, hidden_TH.grad)
-        torch.testing.assert_close(torch.stack(shares).sum(dim=0), dense.grad_TH, rtol=1e-11, atol=1e-11)
-
-
-def check_collectives(shard: VocabShard) -> None:
-    """One gather in the recompute form, one a chunk without lse, none with it; backward reduces dH once."""
-    problem = make_problem(13, shard.vocab_size)
-    lse_T = solve(problem).lse_T
-    gathers = {"recompute": 1, "weighted": 4, "given lse": 0}  # 13 tokens in chunks of 4 are 4 chunks
-    for form, number in gathers.items():
-        for reduce in (True, False):
-            with counted() as forward:
-                value, *_ = call(problem, shard, form, lse_T, chunk_tokens=4, reduce_hidden_grad=reduce)
-            with counted() as backward:
-                value.backward()
-            alone = dist.get_world_size() == 1
-            assert forward == Counter({} if alone or not number else {"all_gather_into_tensor": number}), form
-            assert backward == Counter({} if alone or not reduce else {"all_reduce": 1}), form
-    with counted() as scoring, torch.no_grad():
-        linear_logp(problem.hidden_TH, padded_rows(problem.weight_VH, shard), problem.target_T, shard, chunk_tokens=4)
-    assert sum(scoring.values()) == (0 if dist.get_world_size() == 1 else 1)
+    for tokens in token_shards(world, 13):
+        expected = own_part(dense, shard, tokens, form="recompute", target_N=problem.target_N)
+        for trains_head in (True, False):
+            hidden_LH = own_rows(problem.hidden_NH, tokens).clone().requires_grad_(not trains_head)
+            weight_VH = padded(problem.weight_VH, start=shard.start, size=shard.size).requires_grad_(trains_head)
+            done = linear_logp(hidden_LH, weight_VH, problem.target_N, shard, tokens=tokens)
+            with counted(group) as backward:
+                (done.logp_N * problem.upstream_N).sum().backward()
+            reductions = sum(times for (name, _), times in backward.items() if "reduce" in name)
+            trained, frozen = (weight_VH, hidden_LH) if trains_head else (hidden_LH, weight_VH)
+            wanted = expected.grad_VH if trains_head else expected.grad_NH
+            torch.testing.assert_close(trained.grad, wanted, rtol=1e-11, atol=1e-11)
+            assert frozen.grad is None
+            assert (reductions > 0) == (world.size > 1 and not trains_head)
 
 
 def test_one_rank_takes_the_same_path_without_collectives():
