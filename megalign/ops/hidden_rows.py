@@ -49,7 +49,7 @@ def chunks(
     """(which tokens, their hidden states) of each chunk in order; valid until the next but one is asked for."""
     num_tokens = len(hidden_LH) if tokens is None else tokens.num_tokens
     parts = [slice(first, min(first + chunk, num_tokens)) for first in range(0, num_tokens, chunk)]
-    if tokens is None or group is None:
+    if tokens is None or group is None or dist.get_world_size(group) == 1:
         yield from ((part, hidden_LH[part]) for part in parts)
         return
     coming = _fetch(hidden_LH, tokens, group, parts[0]) if parts else None
@@ -87,7 +87,7 @@ class HiddenGrad:
     ) -> None:
         self.tokens, self.group = tokens, group
         self.size = 1 if group is None else dist.get_world_size(group)
-        self.invariant = invariant and self.size > 1
+        self.invariant = invariant  # at one rank too, whose order of adding is what the others keep to
         self.dtype = hidden_LH.dtype
         self.grad_LH = torch.zeros_like(hidden_LH, dtype=wide(hidden_LH.dtype))
         self._sent: list[tuple[int, slice, Tensor, dist.Work | None]] = []
@@ -119,6 +119,8 @@ class HiddenGrad:
             self._keep(part, partial_CH)
 
     def _tree(self, partial_CH: Tensor) -> Tensor:
+        if self.size == 1:
+            return partial_CH
         gathered = partial_CH.new_empty((self.size, *partial_CH.shape))
         dist.all_gather_into_tensor(gathered.view(-1), partial_CH.reshape(-1), group=self.group)
         return tree(list(gathered), torch.add)

@@ -79,8 +79,11 @@ def weighted_logp(
     Three matrix products. With `lse_N` given, no statistics collective at all; the log-probs then are, on each rank,
     right where the target is owned and -lse elsewhere. Without it, one small all-gather a chunk (none on one rank).
     Only the sum is differentiable. Its upstream gradient must be a scalar the same on all ranks, and 1 where dW goes
-    into `main_grad`, which it reaches in this call; otherwise backward raises RuntimeError.
+    into `main_grad`, which it reaches in this call; otherwise backward raises RuntimeError. Raises ValueError for
+    `accuracy` with `lse_N`.
     """
+    if accuracy and lse_N is not None:
+        raise ValueError("accuracy needs a pass without lse_N: with it no rank sees the others' logits")
     trains = torch.is_grad_enabled()
     value, logp_N, lse_N, correct_N = _Weighted.apply(
         hidden_LH, weight_VH, bias_V, target_N, coefficient_N, lse_N, shard, tokens, cfg, accuracy, trains

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import softplus
 
 Part = TypeVar("Part")
 
@@ -85,14 +86,15 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     lse_N = torch.logaddexp(a.lse_N, b.lse_N)
     entropy_N = largest_N = None
     if a.entropy_N is not None and b.entropy_N is not None:
-        entropy_N = _share(a.lse_N, a.entropy_N, lse_N) + _share(b.lse_N, b.entropy_N, lse_N)
+        entropy_N = _share(a.lse_N, a.entropy_N, b.lse_N) + _share(b.lse_N, b.entropy_N, a.lse_N)
     if a.largest_N is not None and b.largest_N is not None:
         largest_N = torch.maximum(a.largest_N, b.largest_N)
     return Statistics(lse_N, a.target_N + b.target_N, entropy_N, largest_N)
 
 
-def _share(lse_N: Tensor, entropy_N: Tensor, whole_N: Tensor) -> Tensor:
-    log_weight_N = lse_N - whole_N
+def _share(lse_N: Tensor, entropy_N: Tensor, other_N: Tensor) -> Tensor:
+    # From the two parts' difference: against the merged log-sum-exp, its rounding would swallow a small share.
+    log_weight_N = -softplus(other_N - lse_N)
     part_N = log_weight_N.exp() * (entropy_N - log_weight_N)
     return part_N.where(lse_N > -torch.inf, 0.0)
 

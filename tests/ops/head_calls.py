@@ -106,7 +106,7 @@ def call(
             bias_V=bias_V,
             tokens=tokens,
             cfg=cfg,
-            accuracy=accuracy,
+            accuracy=accuracy and given_N is None,
         )
     return Call(value, logp, hidden_LH, weight_VH, bias_V)
 

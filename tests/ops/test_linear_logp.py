@@ -238,3 +238,17 @@ def test_no_tensor_is_larger_than_a_block(form):
         )
         done.answer()
     assert largest.numel == 512 * 3
+
+
+def test_accuracy_with_a_given_lse_is_refused():
+    problem = make_problem(3, 5)
+    with pytest.raises(ValueError, match="accuracy needs a pass without lse_N"):
+        weighted_logp(
+            problem.hidden_NH,
+            problem.weight_VH,
+            problem.target_N,
+            problem.upstream_N,
+            whole(problem),
+            lse_N=torch.zeros(3, dtype=torch.float64),
+            accuracy=True,
+        )
