@@ -1,0 +1,96 @@
+"""Peak memory of one call on a CPU, seen from torch's allocator and from the operating system."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+Value = TypeVar("Value")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes above what was there before the call: without the results, and of the process with everything."""
+
+    extra: int
+    resident: int | None
+
+
+def watch(run: Callable[[], Value], results: Callable[[], Iterable[Tensor]]) -> tuple[Value, Peak]:
+    """Run once: what it returned, and its peak. `results` are tensors it made that do not count in `extra`."""
+    gc.collect()
+    before = _settle()
+    recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _no_chatter():
+        recorded.start()
+    value = run()
+    after = _status("VmHWM")  # before the profiler builds its tables
+    with _no_chatter():
+        recorded.stop()
+    resident = None if before is None or after is None else after - before
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    allocations = sorted((one for one in events if one.get("name") == "[memory]"), key=lambda one: one["ts"])
+    moves = [(one["args"]["Addr"], one["args"]["Bytes"]) for one in allocations]
+    extra = _peak(moves, {tensor.untyped_storage().data_ptr() for tensor in results()})
+    return value, Peak(extra, resident)
+
+
+@contextmanager
+def _no_chatter() -> Iterator[None]:
+    """The profiler's library writes a line to stderr whenever it starts or stops, at every log level."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def _peak(moves: list[tuple[int, int]], results: set[int]) -> int:
+    """Most bytes alive at once; frees of what is older than the run do not count, nor the last tenant of a result."""
+    made_last = {address: place for place, (address, size) in enumerate(moves) if size > 0 and address in results}
+    alive: dict[int, int] = {}
+    total = peak = 0
+    for place, (address, size) in enumerate(moves):
+        if size < 0:
+            total -= alive.pop(address, 0)
+        elif made_last.get(address) != place:
+            alive[address] = size
+            total += size
+            peak = max(peak, total)
+    return peak
+
+
+def _settle() -> int | None:
+    """Give free memory back, forget the peak so far, and return the resident size; None where that cannot be done."""
+    if not CLEAR.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR.write_text("5", encoding="ascii")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int | None:
+    if not STATUS.exists():
+        return None
+    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
