@@ -44,6 +44,7 @@ from torch import Tensor
 from megalign.engines.groups import Groups, make_groups
 from megalign.ops.linear_logp import linear_logp
 from megalign.ops.vocab import VocabShard
+from megalign.runtime import cpu_shims
 from megalign.runtime.distributed import process_group, spawn
 from megalign.runtime.quiet import quiet_libraries
 
@@ -152,6 +153,7 @@ def measure(case: Case, folder: str) -> None:
     quiet_libraries()
     torch._inductor.config.compile_threads = 1  # its workers would stand in the way of the timing
     torch.set_num_threads(1)
+    cpu_shims.install()
     with process_group(timeout_s=TIMEOUT_S) as world:
         inputs = make_inputs(case, make_groups(tensor=case.ranks, pipeline=1, timeout_s=TIMEOUT_S))
         contestants = ways(inputs)
@@ -265,6 +267,14 @@ def verdicts(measured: dict[str, tuple[Case, list[Row]]]) -> list[tuple[bool, st
     return found
 
 
+def new_table(title: str) -> Table:
+    table = Table(title=title)
+    columns = ("case", "", "seconds", "x products", "range", "extra MB", "of logits", "resident MB", "loss", "dH off")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place < 2 else "right")
+    return table
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = [case.name for case in CASES]
@@ -274,21 +284,17 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     chosen = options.only or (QUICK if options.quick else names)
-    table = Table(title=f"torch {torch.__version__}, {platform.machine()}; forward and backward, one thread a rank")
-    columns = ("case", "", "seconds", "x products", "range", "extra MB", "of logits", "resident MB", "loss", "dH off")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < 2 else "right")
     measured: dict[str, tuple[Case, list[Row]]] = {}
     for case in CASES:
         if case.name not in chosen:
             continue
         case = replace(case, rounds=options.rounds or case.rounds)
-        console.print(f"{case.name} ...")
         rows = run_case(case)
         check_losses(case, rows)
+        table = new_table(f"{case.name}; torch {torch.__version__}, {platform.machine()}, one thread a rank")
         add_rows(table, case, rows)
+        console.print(table)
         measured[case.name] = (case, rows)
-    console.print(table)
     for holds, line in verdicts(measured):
         console.print(f"{'holds ' if holds else 'MISSED'}  {line}", highlight=False)
     return 0

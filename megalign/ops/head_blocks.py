@@ -18,7 +18,7 @@ from torch import Tensor
 from megalign.ops.vocab import VocabShard
 
 # Memory for the logits of one block. On a CPU more gains nothing; a GPU wants larger products.
-BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 # Memory for the logits of one chunk over a whole vocabulary, where a form has to keep them.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
