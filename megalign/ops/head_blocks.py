@@ -22,6 +22,9 @@ BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 # Memory for the logits of one chunk over a whole vocabulary, where a form has to keep them.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
+# Tokens of such a chunk below which its three products take longer than four over larger chunks.
+FEWEST_KEPT = 512
+
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
@@ -94,6 +97,12 @@ class HeadBlocks:
         else:
             fitting = BLOCK_BYTES[device] // (4 * self.shard.rows_a_tile)
         return max(16, min(4096, fitting))
+
+    def keeps_logits(self, num_tokens: int) -> bool:
+        """Whether a chunk's logits over the whole vocabulary are kept until its statistics are known."""
+        if self.cfg.softcap is not None:
+            return False  # the cap's slope is not in the exponentials
+        return bool(self.cfg.chunk_tokens) or self.tokens_a_chunk(keep_logits=True) >= min(FEWEST_KEPT, num_tokens)
 
     def operand(self, hidden_CH: Tensor) -> Tensor:
         """A chunk's hidden states as the logits' products take them (a wide copy for narrow ones on a CPU)."""

@@ -77,7 +77,9 @@ def weighted_logp(
     """(sum of coefficient x log-prob, log-probs): the gradient is formed while each block's logits exist.
 
     Three matrix products. With `lse_N` given, no statistics collective at all; the log-probs then are, on each rank,
-    right where the target is owned and -lse elsewhere. Without it, one small all-gather a chunk (none on one rank).
+    right where the target is owned and -lse elsewhere. Without it, one small all-gather a chunk (none on one rank); but
+    where the logits of a chunk over the whole vocabulary are too much to keep, or are capped, the tokens are scored
+    first, as in the recompute form.
     Only the sum is differentiable. Its upstream gradient must be a scalar the same on all ranks, and 1 where dW goes
     into `main_grad`, which it reaches in this call; otherwise backward raises RuntimeError. Raises ValueError for
     `accuracy` with `lse_N`.
@@ -126,16 +128,18 @@ class _Gradient:
     def __init__(self, blocks: HeadBlocks, grad: HiddenGrad | None, sink: WeightGrad) -> None:
         self.blocks, self.grad, self.sink = blocks, grad, sink
 
-    def chunk(self, part: slice, hidden_CH: Tensor, blocks_of_chunk: _Blocks) -> None:
-        """Add a chunk's dH and dW."""
+    def chunk(self, part: slice, hidden_CH: Tensor, blocks_of_chunk: _Blocks, *, sign_C: Tensor | None = None) -> None:
+        """Add a chunk's dH and dW; `sign_C` of each token is still to be put on its row of the logits' gradient."""
         blocks, grad = self.blocks, self.grad
         partial_CH = None if grad is None else grad.zeros(part)
         tree = TreeSum() if grad is not None and grad.invariant else None
         wide_CH = hidden_CH if blocks.narrow_grad else blocks.operand(hidden_CH)
+        if sign_C is not None:
+            wide_CH = wide_CH * sign_C[:, None].to(wide_CH.dtype)
         for place, tile in enumerate(blocks.tiles):
             grad_CR, weight_RH = blocks_of_chunk(tile, place)
             if self.sink.bias_V is not None:
-                self.sink.bias_V[tile] += grad_CR.sum(dim=0)
+                self.sink.bias_V[tile] += grad_CR.sum(dim=0) if sign_C is None else torch.mv(grad_CR.t(), sign_C)
             grad_CR = blocks.narrowed(grad_CR, hidden_CH.dtype)
             if blocks.narrow_grad:
                 weight_RH = blocks.weight_VH[tile]
@@ -148,7 +152,8 @@ class _Gradient:
                 blocks.weight_grad(grad_CR, wide_CH, self.sink.sum_VH[tile])
         if grad is not None and partial_CH is not None:
             total_CH = tree.total() if tree is not None else None
-            grad.put(part, partial_CH if total_CH is None else total_CH)
+            total_CH = partial_CH if total_CH is None else total_CH
+            grad.put(part, total_CH if sign_C is None else total_CH.mul_(sign_C[:, None]))
 
 
 def _logits_grad(
@@ -175,6 +180,13 @@ class _GivenLse:
     ) -> None:
         self.blocks, self.target_N, self.lse_N = blocks, target_N, lse_N
         self.coefficient_N, self.entropy, self.logit_N = coefficient_N, entropy, logit_N
+        # Where the gradient is rounded anyway, a coefficient's size goes into the exponent and its sign on the rows of
+        # dH and hidden states, which is a pass over the block less.
+        self.sign_N: Tensor | None = None
+        self.shift_N = lse_N
+        if blocks.narrow_grad and entropy is None:
+            self.sign_N = -coefficient_N.sign()
+            self.shift_N = lse_N - (coefficient_N * blocks.cfg.factor).abs().log()
 
     def block(self, part: slice, operand_CH: Tensor, tile: slice, place: int) -> tuple[Tensor, Tensor]:
         """(gradient of the products of a block, weight operand)."""
@@ -184,9 +196,12 @@ class _GivenLse:
         target = row_C, owned_C = _targets(self.target_N, part, tile, blocks.shard)
         if self.logit_N is not None:
             self.logit_N[part] += logits_CR.gather(1, row_C[:, None]).squeeze(1).where(owned_C, 0.0)
-        below_CR = logits_CR.sub_(self.lse_N[part, None])
+        below_CR = logits_CR.sub_(self.shift_N[part, None])
         coefficient_C = self.coefficient_N[part] * blocks.cfg.factor
-        if self.entropy is None:
+        if self.sign_N is not None:
+            pull_C = coefficient_C.abs().mul_(owned_C).neg_()
+            grad_CR = below_CR.exp_().scatter_add_(1, row_C[:, None], pull_C[:, None])
+        elif self.entropy is None:
             grad_CR = _logits_grad(below_CR.exp_(), None, coefficient_C, target)
         else:
             # d entropy / d logit = -p (log p + entropy)
@@ -201,7 +216,12 @@ class _GivenLse:
         """The gradient of all chunks."""
         for part, hidden_CH in rows:
             operand_CH = self.blocks.operand(hidden_CH)
-            gradient.chunk(part, hidden_CH, partial(self.block, part, operand_CH))
+            self.add_chunk(gradient, part, hidden_CH, operand_CH)
+
+    def add_chunk(self, gradient: _Gradient, part: slice, hidden_CH: Tensor, operand_CH: Tensor) -> None:
+        """The gradient of one chunk."""
+        sign_C = None if self.sign_N is None else self.sign_N[part]
+        gradient.chunk(part, hidden_CH, partial(self.block, part, operand_CH), sign_C=sign_C)
 
 
 class _OwnLse:
@@ -214,21 +234,16 @@ class _OwnLse:
 
     def add_to(self, gradient: _Gradient, rows: Iterator[tuple[slice, Tensor]]) -> None:
         """Statistics and gradient of all chunks; one small collective each."""
-        given = _GivenLse(self.blocks, self.target_N, self.found.lse_N, self.coefficient_N)
         for part, hidden_CH in rows:
-            operand_CH = self.blocks.operand(hidden_CH)
-            largest = self._score(part, operand_CH)
-            if self.blocks.cfg.softcap is None:
-                gradient.chunk(part, hidden_CH, partial(self._kept_block, part, largest))
-            else:  # the cap's slope is not in the exponentials
-                gradient.chunk(part, hidden_CH, partial(given.block, part, operand_CH))
+            largest = self._score(part, self.blocks.operand(hidden_CH))
+            gradient.chunk(part, hidden_CH, partial(self._kept_block, part, largest))
 
     def _score(self, part: slice, operand_CH: Tensor) -> list[Tensor]:
         """Merge a chunk's statistics; the largest logit of each token in each tile."""
         blocks = self.blocks
         tiles: list[Statistics] = []
         for place, tile in enumerate(blocks.tiles):
-            logits_CR, _ = blocks.logits(operand_CH, blocks.weight(tile), tile, name=self._name(place))
+            logits_CR, _ = blocks.logits(operand_CH, blocks.weight(tile), tile, name=("logits", place))
             target = _targets(self.target_N, part, tile, blocks.shard)
             tiles.append(_block_statistics(blocks, logits_CR, target, Wanted(largest=True)))
         nothing = statistics.of_nothing(self.found.lse_N[part], self.wanted)
@@ -238,12 +253,9 @@ class _OwnLse:
             row_N[part] = row_C
         return [_need(one.largest_N) for one in tiles]
 
-    def _name(self, place: int) -> object:
-        return ("logits", place) if self.blocks.cfg.softcap is None else "logits"
-
     def _kept_block(self, part: slice, largest: list[Tensor], tile: slice, place: int) -> tuple[Tensor, Tensor]:
         blocks = self.blocks
-        kept_CR = blocks.room.take(self._name(place), (part.stop - part.start, tile.stop - tile.start), blocks.wide)
+        kept_CR = blocks.room.take(("logits", place), (part.stop - part.start, tile.stop - tile.start), blocks.wide)
         scale_C = (largest[place] - self.found.lse_N[part]).exp_()
         target = _targets(self.target_N, part, tile, blocks.shard)
         grad_CR = _logits_grad(kept_CR, scale_C, self.coefficient_N[part] * blocks.cfg.factor, target)
@@ -322,17 +334,25 @@ class _Weighted(torch.autograd.Function):
         blocks = HeadBlocks(hidden_LH.dtype, weight_VH, bias_V, shard, cfg)
         gradient = _Gradient(blocks, grad, sink)
         coefficient_N = coefficient_N.to(blocks.wide)
-        correct_N = None
-        if lse_N is not None:
-            logit_N = torch.zeros_like(lse_N)
-            rows = chunks(hidden_LH, tokens, shard.group, blocks.tokens_a_chunk())
-            _GivenLse(blocks, target_N, lse_N, coefficient_N, logit_N=logit_N).add_to(gradient, rows)
-        else:
-            rows = chunks(hidden_LH, tokens, shard.group, blocks.tokens_a_chunk(keep_logits=True))
+        found = None
+        walk = partial(chunks, hidden_LH, tokens, shard.group)
+        if lse_N is None and blocks.keeps_logits(len(target_N)):
             own = _OwnLse(blocks, target_N, coefficient_N, Wanted(largest=accuracy))
-            own.add_to(gradient, rows)
-            lse_N, logit_N = own.found.lse_N, own.found.target_N
-            correct_N = None if own.found.largest_N is None else logit_N >= own.found.largest_N
+            own.add_to(gradient, walk(blocks.tokens_a_chunk(keep_logits=True)))
+            found = own.found
+        elif lse_N is None:
+            found = _score(blocks, walk(blocks.tokens_a_chunk()), target_N, Wanted(largest=accuracy))
+            given = _GivenLse(blocks, target_N, found.lse_N, coefficient_N)
+            given.add_to(gradient, walk(blocks.tokens_a_chunk()))
+        else:
+            logit_N = torch.zeros_like(lse_N)
+            given = _GivenLse(blocks, target_N, lse_N, coefficient_N, logit_N=logit_N)
+            given.add_to(gradient, walk(blocks.tokens_a_chunk()))
+        correct_N = None
+        if found is not None:
+            lse_N, logit_N = found.lse_N, found.target_N
+            correct_N = None if found.largest_N is None else logit_N >= found.largest_N
+        assert lse_N is not None
         logp_N = logit_N - lse_N
         ctx.grad, ctx.sink = grad, sink
         ctx.mark_non_differentiable(*(one for one in (logp_N, lse_N, correct_N) if one is not None))

@@ -10,6 +10,7 @@ from head_calls import FORMS, assert_same, call, own_part, whole
 from slow_logp import make_problem, solve
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalign.ops import head_blocks
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.hidden_rows import TokenShard
 from megalign.ops.linear_logp import linear_logp, weighted_logp
@@ -252,3 +253,14 @@ def test_accuracy_with_a_given_lse_is_refused():
             lse_N=torch.zeros(3, dtype=torch.float64),
             accuracy=True,
         )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_known_coefficients_where_a_chunk_over_the_vocabulary_is_too_much_to_keep(monkeypatch, bias):
+    problem = make_problem(20, 13, borders=(0, 12), bias=bias)
+    dense, shard = solve(problem), whole(problem, tile=5)
+    expected = own_part(dense, shard, None, form="weighted", target_N=problem.target_N)
+    monkeypatch.setitem(head_blocks.CHUNK_BYTES, "cpu", 1)
+    blocks = head_blocks.HeadBlocks(torch.float64, problem.weight_VH, problem.bias_V, shard, HeadConfig())
+    assert not blocks.keeps_logits(20)
+    assert_same(call(problem, "weighted", shard, accuracy=True).answer(), expected, tolerance=1e-12)
