@@ -282,7 +282,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help=", ".join(QUICK))
     parser.add_argument("--rounds", type=int, help="rounds that count (default 1 to 5)")
     options = parser.parse_args(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     chosen = options.only or (QUICK if options.quick else names)
     measured: dict[str, tuple[Case, list[Row]]] = {}
     for case in CASES:
