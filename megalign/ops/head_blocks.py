@@ -22,6 +22,8 @@ BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 # Memory for the logits of one chunk over a whole vocabulary, where a form has to keep them.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
+# More tokens a chunk gain nothing.
+MOST_CHUNK_TOKENS = 2048
 # Tokens of such a chunk below which its three products take longer than four over larger chunks.
 FEWEST_KEPT = 512
 
@@ -96,7 +98,7 @@ class HeadBlocks:
             fitting = CHUNK_BYTES[device] // (4 * self.shard.vocab_size)
         else:
             fitting = BLOCK_BYTES[device] // (4 * self.shard.rows_a_tile)
-        return max(16, min(4096, fitting))
+        return max(16, min(MOST_CHUNK_TOKENS, fitting))
 
     def keeps_logits(self, num_tokens: int) -> bool:
         """Whether a chunk's logits over the whole vocabulary are kept until its statistics are known."""

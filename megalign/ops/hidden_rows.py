@@ -89,19 +89,21 @@ class HiddenGrad:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.invariant = invariant  # at one rank too, whose order of adding is what the others keep to
         self.dtype = hidden_LH.dtype
-        self.grad_LH = torch.zeros_like(hidden_LH, dtype=wide(hidden_LH.dtype))
+        self.wide = wide(hidden_LH.dtype)
+        # Sums run in fp32; only where ranks' parts of all tokens are still to be added are they kept in it.
+        self.grad_LH = torch.zeros_like(hidden_LH, dtype=self.wide if self._whole else self.dtype)
         self._sent: list[tuple[int, slice, Tensor, dist.Work | None]] = []
 
     @property
     def _whole(self) -> bool:
         """Whether chunks are rows of `grad_LH` itself, reduced together at the end."""
-        return self.tokens is None and not self.invariant
+        return self.tokens is None and not self.invariant and (self.size > 1 or self.dtype == self.wide)
 
     def zeros(self, part: slice) -> Tensor:
         """Room for this rank's part of a chunk's dH."""
         if self._whole:
             return self.grad_LH[part]
-        return self.grad_LH.new_zeros(part.stop - part.start, self.grad_LH.shape[1])
+        return self.grad_LH.new_zeros(part.stop - part.start, self.grad_LH.shape[1], dtype=self.wide)
 
     def put(self, part: slice, partial_CH: Tensor) -> None:
         """A chunk's part is complete: send it on its way."""
@@ -147,5 +149,5 @@ class HiddenGrad:
         self._collect()
         if self._whole and self.size > 1 and self.grad_LH.numel():
             dist.all_reduce(self.grad_LH, group=self.group)
-        grad_LH = self.grad_LH if scale is None else self.grad_LH.mul_(scale)
-        return grad_LH.to(self.dtype)
+        grad_LH, self.grad_LH = self.grad_LH, self.grad_LH.new_empty(0)  # autograd copies what others hold
+        return (grad_LH if scale is None else grad_LH.mul_(scale)).to(self.dtype)

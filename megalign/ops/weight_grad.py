@@ -36,8 +36,8 @@ class WeightGrad:
         if self.direct:
             self._announce()
             return None, bias_V
-        sum_VH = self.sum_VH if scale is None else self.sum_VH.mul_(scale)
-        return sum_VH.to(self._weight.dtype), bias_V
+        sum_VH, self.sum_VH = self.sum_VH, None  # autograd copies what others hold
+        return (sum_VH if scale is None else sum_VH.mul_(scale)).to(self._weight.dtype), bias_V
 
     def _announce(self) -> None:
         """Tell Megatron's hook, which wants to see a gradient: one number in the shape of the weight takes no memory.
