@@ -31,13 +31,12 @@ class Peak:
 
 def watch(run: Callable[[], Value], results: Callable[[], Iterable[Tensor]]) -> tuple[Value, Peak]:
     """Run once: what it returned, and its peak. `results` are tensors it made that do not count in `extra`."""
-    gc.collect()
-    before = _settle()
+    before = settle()
     recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _no_chatter():
         recorded.start()
     value = run()
-    after = _status("VmHWM")  # before the profiler builds its tables
+    after = resident_bytes("VmHWM")  # before the profiler builds its tables
     with _no_chatter():
         recorded.stop()
     resident = None if before is None or after is None else after - before
@@ -80,16 +79,18 @@ def _peak(moves: list[tuple[int, int]], results: set[int]) -> int:
     return peak
 
 
-def _settle() -> int | None:
+def settle() -> int | None:
     """Give free memory back, forget the peak so far, and return the resident size; None where that cannot be done."""
     if not CLEAR.exists():
         return None
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5", encoding="ascii")
-    return _status("VmRSS")
+    return resident_bytes("VmRSS")
 
 
-def _status(field: str) -> int | None:
+def resident_bytes(field: str) -> int | None:
+    """`VmRSS` (now) or `VmHWM` (the most since `settle`) of this process; None where the system does not say."""
     if not STATUS.exists():
         return None
     line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(f"{field}:"))

@@ -5,17 +5,15 @@
 The same engine, model and micro-batch each time; only the objective differs: this project's head, or all logits of the
 scored tokens at once with torch's log-softmax, as fp32 needs them, or the same for every token of the micro-batch as
 trainers do that drop unscored tokens only in the loss. The floor is a step that ends in the hidden states: what the
-other layers take, whatever the head. Each contestant runs in a fresh process. Its figure is the
-growth of resident memory during one step (forward and backward, no optimizer) over what weights and gradient buffers
-hold before it, from the kernel's own high-water mark, which is reset before the step; so it includes what
-libraries take for themselves. CPU, one thread, fp32.
+other layers take, whatever the head. Each contestant runs in a fresh process. Its figure is the growth of resident
+memory during one step (forward and backward, no optimizer) over what weights and gradient buffers hold before it, from
+the kernel's own high-water mark, which is reset before the step; so it includes what libraries take for themselves.
+CPU, one thread, fp32.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import os
 import platform
 import sys
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from logp_memory import resident_bytes, settle
 from rich.console import Console
 from rich.table import Table
 from step import DATA, LLAMA_58M, take_sequences
@@ -51,21 +50,6 @@ from megalign.runtime.quiet import quiet_libraries
 SAMPLES = 4  # responses of a GVPO group
 FLOOR, SFT, GVPO = "no head", "this head, SFT", "this head, GVPO in two passes"
 PLAIN, EVERY = "plain logits of scored tokens", "plain logits of all tokens"
-
-
-def resident_bytes(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (the most since the last reset) of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def reset_high_water_mark() -> None:
-    """Give what is free back to the system and start `VmHWM` again from the present."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def plain_objective(place: int, head: Head) -> tuple[Tensor, Any]:
@@ -119,11 +103,13 @@ def measure(way: str, folder: Path, sequences: Sequence[FlatSequence], tokens: i
         )
         engine.load_weights(folder)
         take_step(engine, sequences[:SAMPLES], tokens, way)  # libraries set themselves up, buffers are touched
-        reset_high_water_mark()
-        before = resident_bytes("VmRSS")
+        before = settle()
         start = time.thread_time()
         take_step(engine, sequences, tokens, way)
-        return resident_bytes("VmHWM") - before, time.thread_time() - start
+        took, peak = time.thread_time() - start, resident_bytes("VmHWM")
+        if before is None or peak is None:
+            raise RuntimeError("needs Linux: /proc/self/status and clear_refs")
+        return peak - before, took
 
 
 def main(arguments: Sequence[str]) -> int:

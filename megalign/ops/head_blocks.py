@@ -24,7 +24,8 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 # More tokens a chunk gain nothing.
 MOST_CHUNK_TOKENS = 2048
-# Tokens of such a chunk below which its three products take longer than four over larger chunks.
+# Tokens of such a chunk below which four products over larger chunks are taken. Three were faster at 524 tokens and
+# slower at 110 (benchmarks/logp.py, one CPU thread); where between they cross was not measured.
 FEWEST_KEPT = 512
 
 

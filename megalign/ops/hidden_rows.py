@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megalign.ops.head_blocks import wide
 from megalign.ops.statistics import tree
+from megalign.ops.vocab import group_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def chunks(
     """(which tokens, their hidden states) of each chunk in order; valid until the next but one is asked for."""
     num_tokens = len(hidden_LH) if tokens is None else tokens.num_tokens
     parts = [slice(first, min(first + chunk, num_tokens)) for first in range(0, num_tokens, chunk)]
-    if tokens is None or group is None or dist.get_world_size(group) == 1:
+    if tokens is None or group is None or group_size(group) == 1:
         yield from ((part, hidden_LH[part]) for part in parts)
         return
     coming = _fetch(hidden_LH, tokens, group, parts[0]) if parts else None
@@ -86,7 +87,7 @@ class HiddenGrad:
         self, hidden_LH: Tensor, tokens: TokenShard | None, group: dist.ProcessGroup | None, *, invariant: bool
     ) -> None:
         self.tokens, self.group = tokens, group
-        self.size = 1 if group is None else dist.get_world_size(group)
+        self.size = group_size(group)
         self.invariant = invariant  # at one rank too, whose order of adding is what the others keep to
         self.dtype = hidden_LH.dtype
         self.wide = wide(hidden_LH.dtype)

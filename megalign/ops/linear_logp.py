@@ -93,13 +93,6 @@ def weighted_logp(
     return value, TokenLogp(logp_N, lse_N, None, correct_N)
 
 
-def _targets(target_N: Tensor, part: slice, tile: slice, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """(row in the tile or 0, whether it lies there) of a chunk's targets."""
-    row_C = target_N[part] - (shard.start + tile.start)
-    owned_C = (row_C >= 0) & (row_C < tile.stop - tile.start)
-    return row_C.where(owned_C, 0), owned_C
-
-
 def _block_statistics(
     blocks: HeadBlocks, logits_CR: Tensor, target: tuple[Tensor, Tensor], wanted: Wanted
 ) -> Statistics:
@@ -115,7 +108,7 @@ def _score(blocks: HeadBlocks, rows: Iterator[tuple[slice, Tensor]], target_N: T
         operand_CH = blocks.operand(hidden_CH)
         for whole, tile in zip(tiles, blocks.tiles, strict=False):
             logits_CR, _ = blocks.logits(operand_CH, blocks.weight(tile), tile)
-            block = _block_statistics(blocks, logits_CR, _targets(target_N, part, tile, blocks.shard), wanted)
+            block = _block_statistics(blocks, logits_CR, blocks.shard.localize(target_N[part], tile), wanted)
             for row_N, row_C in zip(whole.rows(), block.rows(), strict=True):
                 row_N[part] = row_C
     # Only now, over all tokens at once: vectorised kernels round the last few elements otherwise than the rest.
@@ -128,14 +121,22 @@ class _Gradient:
     def __init__(self, blocks: HeadBlocks, grad: HiddenGrad | None, sink: WeightGrad) -> None:
         self.blocks, self.grad, self.sink = blocks, grad, sink
 
-    def chunk(self, part: slice, hidden_CH: Tensor, blocks_of_chunk: _Blocks, *, sign_C: Tensor | None = None) -> None:
+    def chunk(
+        self,
+        part: slice,
+        hidden_CH: Tensor,
+        operand_CH: Tensor,
+        blocks_of_chunk: _Blocks,
+        *,
+        sign_C: Tensor | None = None,
+    ) -> None:
         """Add a chunk's dH and dW; `sign_C` of each token is still to be put on its row of the logits' gradient."""
         blocks, grad = self.blocks, self.grad
         partial_CH = None if grad is None else grad.zeros(part)
         tree = TreeSum() if grad is not None and grad.invariant else None
-        wide_CH = hidden_CH if blocks.narrow_grad else blocks.operand(hidden_CH)
+        factor_CH = hidden_CH if blocks.narrow_grad else operand_CH
         if sign_C is not None:
-            wide_CH = wide_CH * sign_C[:, None].to(wide_CH.dtype)
+            factor_CH = factor_CH * sign_C[:, None].to(factor_CH.dtype)
         for place, tile in enumerate(blocks.tiles):
             grad_CR, weight_RH = blocks_of_chunk(tile, place)
             if self.sink.bias_V is not None:
@@ -149,7 +150,7 @@ class _Gradient:
                 if tree is not None:
                     tree.add(room_CH)
             if self.sink.sum_VH is not None:
-                blocks.weight_grad(grad_CR, wide_CH, self.sink.sum_VH[tile])
+                blocks.weight_grad(grad_CR, factor_CH, self.sink.sum_VH[tile])
         if grad is not None and partial_CH is not None:
             total_CH = tree.total() if tree is not None else None
             total_CH = partial_CH if total_CH is None else total_CH
@@ -160,7 +161,7 @@ def _logits_grad(
     exponential_CR: Tensor, scale_C: Tensor | None, coefficient_C: Tensor, target: tuple[Tensor, Tensor]
 ) -> Tensor:
     """coefficient x (onehot - p), written over exponentials that `scale_C` turns into p."""
-    row_C, owned_C = target
+    owned_C, row_C = target
     factor_C = coefficient_C.neg() if scale_C is None else (coefficient_C * scale_C).neg_()
     grad_CR = exponential_CR.mul_(factor_C[:, None])
     return grad_CR.scatter_add_(1, row_C[:, None], (coefficient_C * owned_C)[:, None])
@@ -193,7 +194,7 @@ class _GivenLse:
         blocks = self.blocks
         weight_RH = blocks.weight(tile)
         logits_CR, slope_CR = blocks.logits(operand_CH, weight_RH, tile)
-        target = row_C, owned_C = _targets(self.target_N, part, tile, blocks.shard)
+        target = owned_C, row_C = blocks.shard.localize(self.target_N[part], tile)
         if self.logit_N is not None:
             self.logit_N[part] += logits_CR.gather(1, row_C[:, None]).squeeze(1).where(owned_C, 0.0)
         below_CR = logits_CR.sub_(self.shift_N[part, None])
@@ -216,12 +217,8 @@ class _GivenLse:
         """The gradient of all chunks."""
         for part, hidden_CH in rows:
             operand_CH = self.blocks.operand(hidden_CH)
-            self.add_chunk(gradient, part, hidden_CH, operand_CH)
-
-    def add_chunk(self, gradient: _Gradient, part: slice, hidden_CH: Tensor, operand_CH: Tensor) -> None:
-        """The gradient of one chunk."""
-        sign_C = None if self.sign_N is None else self.sign_N[part]
-        gradient.chunk(part, hidden_CH, partial(self.block, part, operand_CH), sign_C=sign_C)
+            sign_C = None if self.sign_N is None else self.sign_N[part]
+            gradient.chunk(part, hidden_CH, operand_CH, partial(self.block, part, operand_CH), sign_C=sign_C)
 
 
 class _OwnLse:
@@ -235,8 +232,9 @@ class _OwnLse:
     def add_to(self, gradient: _Gradient, rows: Iterator[tuple[slice, Tensor]]) -> None:
         """Statistics and gradient of all chunks; one small collective each."""
         for part, hidden_CH in rows:
-            largest = self._score(part, self.blocks.operand(hidden_CH))
-            gradient.chunk(part, hidden_CH, partial(self._kept_block, part, largest))
+            operand_CH = self.blocks.operand(hidden_CH)
+            largest = self._score(part, operand_CH)
+            gradient.chunk(part, hidden_CH, operand_CH, partial(self._kept_block, part, largest))
 
     def _score(self, part: slice, operand_CH: Tensor) -> list[Tensor]:
         """Merge a chunk's statistics; the largest logit of each token in each tile."""
@@ -244,7 +242,7 @@ class _OwnLse:
         tiles: list[Statistics] = []
         for place, tile in enumerate(blocks.tiles):
             logits_CR, _ = blocks.logits(operand_CH, blocks.weight(tile), tile, name=("logits", place))
-            target = _targets(self.target_N, part, tile, blocks.shard)
+            target = blocks.shard.localize(self.target_N[part], tile)
             tiles.append(_block_statistics(blocks, logits_CR, target, Wanted(largest=True)))
         nothing = statistics.of_nothing(self.found.lse_N[part], self.wanted)
         mine = [one if self.wanted.largest else replace(one, largest_N=None) for one in tiles] or [nothing]
@@ -257,7 +255,7 @@ class _OwnLse:
         blocks = self.blocks
         kept_CR = blocks.room.take(("logits", place), (part.stop - part.start, tile.stop - tile.start), blocks.wide)
         scale_C = (largest[place] - self.found.lse_N[part]).exp_()
-        target = _targets(self.target_N, part, tile, blocks.shard)
+        target = blocks.shard.localize(self.target_N[part], tile)
         grad_CR = _logits_grad(kept_CR, scale_C, self.coefficient_N[part] * blocks.cfg.factor, target)
         return grad_CR, blocks.weight_VH[tile] if blocks.narrow_grad else blocks.weight(tile)
 

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from megalign.ops.vocab import group_size
+
 Part = TypeVar("Part")
 
 
@@ -55,10 +57,10 @@ def from_rows(rows: Sequence[Tensor], wanted: Wanted) -> Statistics:
 
 
 def of_block(
-    logits_CR: Tensor, target_C: Tensor, owned_C: Tensor, wanted: Wanted, scratch: Callable[[], Tensor]
+    logits_CR: Tensor, owned_C: Tensor, row_C: Tensor, wanted: Wanted, scratch: Callable[[], Tensor]
 ) -> Statistics:
-    """A tile's statistics; its logits become exp(logit - largest). `target_C` is the row, 0 where not `owned_C`."""
-    logit_C = logits_CR.gather(1, target_C[:, None]).squeeze(1).where(owned_C, 0.0)
+    """A tile's statistics; its logits become exp(logit - largest). `row_C` is the target's, 0 where not `owned_C`."""
+    logit_C = logits_CR.gather(1, row_C[:, None]).squeeze(1).where(owned_C, 0.0)
     largest_C = logits_CR.amax(dim=1)
     logits_CR.sub_(largest_C[:, None])
     below_CR = scratch().copy_(logits_CR) if wanted.entropy else None
@@ -110,7 +112,7 @@ def tree(parts: Sequence[Part], merge_two: Callable[[Part, Part], Part]) -> Part
 
 def over_ranks(mine: Statistics, wanted: Wanted, group: dist.ProcessGroup | None) -> Statistics:
     """The whole vocabulary's statistics from each rank's: one all-gather of [rows, N], then the tree over ranks."""
-    size = 1 if group is None else dist.get_world_size(group)
+    size = group_size(group)
     if size == 1 or not len(mine.lse_N):
         return mine
     packed = torch.stack(mine.rows())

@@ -24,6 +24,11 @@ def tile_rows(padded_vocab_size: int) -> int:
     return rows
 
 
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Ranks that share the vocabulary."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
 @dataclass(frozen=True)
 class VocabShard:
     """Vocabulary rows this rank owns; `group=None` means all of them.
@@ -37,11 +42,6 @@ class VocabShard:
     vocab_size: int
     group: dist.ProcessGroup | None = None
     tile: int | None = None
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks that share the vocabulary."""
-        return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
     def num_real(self) -> int:
@@ -59,7 +59,9 @@ class VocabShard:
         rows = self.rows_a_tile
         return [slice(first, min(first + rows, self.num_real)) for first in range(0, self.num_real, rows)]
 
-    def localize(self, target_T: Tensor) -> tuple[Tensor, Tensor]:
-        """(owned_T, row_T): whether this rank owns the id, and its row here (0 where another rank owns it)."""
-        owned_T = (target_T >= self.start) & (target_T < self.start + self.size)
-        return owned_T, (target_T - self.start).where(owned_T, 0)
+    def localize(self, target_T: Tensor, tile: slice | None = None) -> tuple[Tensor, Tensor]:
+        """(owned_T, row_T): whether the id lies on this rank, or in this tile of it, and its row there (else 0)."""
+        first, last = (0, self.size) if tile is None else (tile.start, tile.stop)
+        row_T = target_T - (self.start + first)
+        owned_T = (row_T >= 0) & (row_T < last - first)
+        return owned_T, row_T.where(owned_T, 0)
