@@ -1,7 +1,7 @@
 """Hugging Face checkpoints to Megatron shards and back, one table a family."""
 
 from megalign.convert.hf_config import read_model_config
-from megalign.convert.model_config import ModelConfig, RopeScaling
+from megalign.convert.model_config import ModelConfig, MoeConfig, RopeScaling
 from megalign.convert.naming import hf_state, megatron_names, to_hf, unshard
 from megalign.convert.reader import audit, load_shard, resolve_model
 from megalign.convert.writer import HFWriter, check_target, companions
@@ -9,6 +9,7 @@ from megalign.convert.writer import HFWriter, check_target, companions
 __all__ = [
     "HFWriter",
     "ModelConfig",
+    "MoeConfig",
     "RopeScaling",
     "audit",
     "check_target",

@@ -16,8 +16,21 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class MoeConfig:
+    """The experts that take the MLP's place: softmax router, `top_k` of them for each token, none dropped."""
+
+    num_experts: int
+    top_k: int
+    ffn_size: int  # of one expert
+    normalize: bool = True  # the chosen experts' probabilities are scaled to sum to one
+    shared_ffn_size: int = 0  # of the expert that every token passes; 0: there is none
+    shared_gate: bool = False  # a sigmoid of its own scales the shared expert's output
+    dense_layers: tuple[int, ...] = ()  # layers that keep an ordinary MLP
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The numbers that fix a dense decoder: SwiGLU, RMSNorm, rotary positions, grouped queries."""
+    """The numbers that fix a decoder: SwiGLU, RMSNorm, rotary positions, grouped queries, dense or with experts."""
 
     family: str
     num_layers: int
@@ -38,7 +51,12 @@ class ModelConfig:
     qk_norm: bool = False
     logit_scale: float = 1.0  # the head's products are multiplied by it
     logit_softcap: float | None = None  # then bounded smoothly by it
+    moe: MoeConfig | None = None
     sliding_window: int | None = None  # a token sees itself and the `sliding_window - 1` before it, in every layer
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer (from 0) routes tokens to experts."""
+        return self.moe is not None and layer not in self.moe.dense_layers
 
     @property
     def padded_vocab_size(self) -> int:
