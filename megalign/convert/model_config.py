@@ -66,3 +66,17 @@ class ModelConfig:
         up to 128, and so the equal tiles of `ops.vocab.tile_rows`.
         """
         return -(-self.vocab_size // 128) * 128
+
+    @property
+    def attention_cost(self) -> float:
+        """Cost of a pair of positions of causal attention, relative to all else that a position costs in the layers.
+
+        Counts multiplications of matrices (PaLM, arXiv 2204.02311, appendix B), half of the pairs being masked.
+        """
+        attention = 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
+        moe = self.moe
+        dense = sum(not self.has_experts(layer) for layer in range(self.num_layers)) * self.ffn_size
+        routed = 0 if moe is None else moe.top_k * moe.ffn_size + moe.shared_ffn_size
+        experts = sum(self.has_experts(layer) for layer in range(self.num_layers)) * routed
+        per_token = attention * self.num_layers + 3 * self.hidden_size * (dense + experts)
+        return self.num_layers * self.num_heads * self.head_dim / per_token

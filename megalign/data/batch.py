@@ -1,6 +1,6 @@
 """Sequences laid end to end as a model sees them; the only code that shifts targets.
 
-Axes: T token positions of a micro-batch, N its scored tokens, B its sequences.
+Axes: T token positions of a micro-batch, N its scored tokens; L and M those of them that one context rank computes.
 """
 
 from __future__ import annotations
@@ -29,33 +29,60 @@ class MicroBatch:
     scored_N: Tensor  # int64, position in T whose next token is scored
     target_N: Tensor  # int64, that next token
     seq_N: Tensor  # int64, the token's sequence, from 0 in `members`
+    real_T: Tensor  # bool, whether the position holds a token of a sequence
     members: tuple[int, ...]  # the sequences' places in the step's global batch; empty for a dummy
-    num_real: int  # token positions that hold a real token
 
     @property
     def num_positions(self) -> int:
         return self.token_T.numel()
 
 
-def pack(sequences: Seq[Sequence], members: Seq[int], *, pad_rows: bool = False, multiple_of: int = 1) -> MicroBatch:
+@dataclass(frozen=True, slots=True)
+class ContextPart:
+    """What one context rank computes of a micro-batch, in the row's order."""
+
+    token_L: Tensor  # int64
+    position_L: Tensor  # int64
+    real_L: Tensor  # bool
+    scored_M: Tensor  # int64, position in L
+    place_M: Tensor  # int64, the token's place among all N scored ones
+    target_M: Tensor  # int64
+
+
+def slot_sizes(lengths: Seq[int], *, pad_rows: bool, multiple_of: int, slot_multiple_of: int) -> list[int]:
+    """Token positions of each sequence's slot, and of a last one for what is left to the row's own multiple."""
+    longest = max(lengths, default=0) if pad_rows else 0
+    slots = [-(-max(longest, length) // slot_multiple_of) * slot_multiple_of for length in lengths]
+    tail = -sum(slots) % multiple_of if slots else multiple_of
+    return [*slots, tail] if tail else slots
+
+
+def pack(
+    sequences: Seq[Sequence],
+    members: Seq[int],
+    *,
+    pad_rows: bool = False,
+    multiple_of: int = 1,
+    slot_multiple_of: int = 1,
+) -> MicroBatch:
     """Lay `sequences[m] for m in members` end to end.
 
-    pad_rows: every slot is as long as the longest (packing off). multiple_of: the total is padded up to it
-    (sequence parallelism). No members gives a dummy that computes and scores nothing.
+    pad_rows: every slot is as long as the longest (packing off). multiple_of: the total is padded up to it (sequence
+    parallelism), a multiple of `slot_multiple_of`, up to which every slot is padded (context parallelism). No members
+    gives a dummy that computes and scores nothing.
     """
     chosen = [sequences[member] for member in members]
-    longest = max((len(one) for one in chosen), default=0) if pad_rows else 0
-    slots = [max(longest, len(one)) for one in chosen]
-    tail = -sum(slots) % multiple_of if slots else multiple_of
-    if tail:
-        slots.append(tail)
+    slots = slot_sizes(
+        [len(one) for one in chosen], pad_rows=pad_rows, multiple_of=multiple_of, slot_multiple_of=slot_multiple_of
+    )
     ends = np.cumsum([0, *slots])
-    tokens = np.zeros(ends[-1], dtype=np.int64)
+    tokens, real = np.zeros(ends[-1], dtype=np.int64), np.zeros(ends[-1], dtype=bool)
     scored, owners = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for place, one in enumerate(chosen):
         first = ends[place] + len(one.prompt_ids)
         tokens[ends[place] : first] = one.prompt_ids
         tokens[first : first + len(one.response.ids)] = one.response.ids
+        real[ends[place] : ends[place] + len(one)] = True
         mask = one.response.scored
         kept = np.arange(len(one.response.ids)) if mask is None else np.flatnonzero(mask)
         scored.append(first + kept)
@@ -69,6 +96,27 @@ def pack(sequences: Seq[Sequence], members: Seq[int], *, pad_rows: bool = False,
         scored_N=torch.from_numpy(target - 1),
         target_N=torch.from_numpy(tokens[target]),
         seq_N=torch.from_numpy(np.concatenate(owners)),
+        real_T=torch.from_numpy(real),
         members=tuple(members),
-        num_real=sum(len(one) for one in chosen),
+    )
+
+
+def context_part(batch: MicroBatch, rank: int, size: int) -> ContextPart:
+    """A context rank's part: of each slot, cut into 2 x size runs, the rank's own and its mirror image.
+
+    Causal attention then costs every rank the same (the zigzag of ring attention, arXiv 2311.09431).
+    """
+    if size == 1:
+        places = torch.arange(len(batch.scored_N))
+        return ContextPart(batch.token_T, batch.position_T, batch.real_T, batch.scored_N, places, batch.target_N)
+    run_T = batch.position_T // (batch.cu_seqlens.diff() // (2 * size)).repeat_interleave(batch.cu_seqlens.diff())
+    mine_T = (run_T == rank) | (run_T == 2 * size - 1 - rank)
+    place_M = mine_T[batch.scored_N].nonzero().squeeze(1)
+    return ContextPart(
+        token_L=batch.token_T[mine_T],
+        position_L=batch.position_T[mine_T],
+        real_L=batch.real_T[mine_T],
+        scored_M=(mine_T.cumsum(0) - 1)[batch.scored_N[place_M]],
+        place_M=place_M,
+        target_M=batch.target_N[place_M],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,12 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megalign.convert.model_config import ModelConfig
-from megalign.data.batch import MicroBatch
+from megalign.data.batch import ContextPart, MicroBatch, context_part
 from megalign.engines import megatron_state
-from megalign.engines.engine import Head, MicroBatchShape, Objective
+from megalign.engines.engine import ContextTokens, Head, MicroBatchShape, Objective
 from megalign.engines.groups import Groups
-from megalign.models.gpt import build_stage, transformer_config
+from megalign.models.experts import BalancedRouter
+from megalign.models.gpt import PolicyModel, build_chunks, transformer_config
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.hidden_rows import TokenShard
 from megalign.ops.linear_logp import TokenLogp
@@ -51,6 +53,7 @@ class EngineOptions:
     temperature: float = 1.0
     chunk_tokens: int | None = None
     tp_invariant: bool = False
+    aux_loss_coefficient: float = 0.0
     megatron: dict[str, Any] = field(default_factory=dict)  # passed through to Megatron's configurations
 
 
@@ -68,23 +71,25 @@ class MegatronEngine:
         self.model, self.groups, self.options, self.adamw = model, groups, options, adamw
         self.device = options.device
         self.source: Path | None = None  # the Hugging Face directory that the weights came from
-        self.cut = MicroBatchShape(
-            groups.data_rank, groups.data_size, groups.tensor_size if options.sequence_parallel else 1
-        )
+        self.cut = _batch_shape(model, groups, sequence_parallel=options.sequence_parallel)
         passed = {key: value for key, value in options.megatron.items() if key not in DDP_FIELDS}
         self.config = transformer_config(
             model,
             tensor=groups.tensor_size,
             pipeline=groups.pipeline_size,
+            virtual=groups.virtual_size,
+            context=groups.context_size,
+            expert=groups.expert_size,
             sequence_parallel=options.sequence_parallel,
             dtype=options.dtype,
             on_cuda=options.device.type == "cuda",
             recompute=options.recompute,
             extra=passed,
         )
-        self.stage = build_stage(
+        chunks = build_chunks(
             model, self.config, layers=options.layers, first=groups.first_stage, last=groups.last_stage
-        ).to(options.device, options.dtype)
+        )
+        self.chunks: list[PolicyModel] = [chunk.to(options.device, options.dtype) for chunk in chunks]
         self.head_cfg = HeadConfig(
             temperature=options.temperature,
             scale=model.logit_scale,
@@ -93,8 +98,9 @@ class MegatronEngine:
             tp_invariant=options.tp_invariant,
             into_main_grad=True,
         )
-        self.layer_numbers = [layer.layer_number - 1 for layer in self.stage.decoder.layers]
-        self._wrapped: Any = self.stage
+        self.balances_experts = model.moe is not None and options.aux_loss_coefficient > 0
+        self._aux_loss = 0.0
+        self._wrapped: list[Any] = list(self.chunks)
         self.optimizer: Any = None
 
     def load_weights(self, hf_dir: Path) -> None:
@@ -117,13 +123,19 @@ class MegatronEngine:
         ddp_config = DistributedDataParallelConfig(
             **({"grad_reduce_in_fp32": True, "use_distributed_optimizer": True} | passed)
         )
-        self._wrapped = DistributedDataParallel(self.config, ddp_config, self.stage)
+        self._wrapped = [
+            DistributedDataParallel(self.config, ddp_config, chunk, disable_bucketing=place > 0)
+            for place, chunk in enumerate(self.chunks)
+        ]
         self.config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(
             model, None, **kwargs
         )
-        self.config.no_sync_func = self._wrapped.no_sync
+        several = len(self._wrapped) > 1
+        no_sync = [chunk.no_sync for chunk in self._wrapped]
+        self.config.no_sync_func = no_sync if several else no_sync[0]
         if ddp_config.overlap_grad_reduce:
-            self.config.grad_sync_func = self._wrapped.start_grad_sync
+            start = [chunk.start_grad_sync for chunk in self._wrapped]
+            self.config.grad_sync_func = start if several else start[0]
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -138,11 +150,12 @@ class MegatronEngine:
                 overlap_param_gather=ddp_config.overlap_param_gather,
                 clip_grad=0.0,  # clipping happens in `update`, where the norm is looked at first
             ),
-            [self._wrapped],
+            self._wrapped,
             use_gloo_process_groups=self.options.device.type == "cuda",
         )
         cpu_shims.install()
-        self._wrapped.zero_grad_buffer()
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
 
     def forward(
         self, batches: Sequence[MicroBatch], *, entropy: bool = False, accuracy: bool = False
@@ -153,65 +166,120 @@ class MegatronEngine:
             found = head.logp(entropy=entropy, accuracy=accuracy)
             return found.logp_N.sum(), found
 
-        self._wrapped.eval()
+        for chunk in self._wrapped:
+            chunk.eval()
+        routers = self._routers
+        for router in routers:
+            router.counts_2E = torch.zeros(2, router.num_experts, dtype=torch.float64, device=self.device)
         with torch.no_grad():
-            return self._run(batches, score, forward_only=True)
+            found = self._run(batches, score, forward_only=True)
+        if self.balances_experts:
+            self._balance()
+        return found
+
+    @property
+    def _routers(self) -> list[BalancedRouter]:
+        """The routers of this rank's layers where they have a loss."""
+        return [router for chunk in self.chunks for router in chunk.routers] if self.balances_experts else []
+
+    def _balance(self) -> None:
+        """The auxiliary loss of the batches just scored, and its derivatives for a backward pass over them."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for router in self._routers:
+            counts_2E = router.counts_2E
+            assert counts_2E is not None
+            dist.all_reduce(counts_2E, group=self.groups.data_context)
+            if self.options.sequence_parallel:
+                dist.all_reduce(counts_2E, group=self.groups.tensor)
+            pairs_E, probability_E = counts_2E
+            num_tokens = pairs_E.sum() / router.topk
+            scale = self.options.aux_loss_coefficient * router.num_experts / num_tokens
+            pull_E = scale * pairs_E / pairs_E.sum()
+            total += (pull_E * probability_E).sum()
+            router.pull_E, router.counts_2E = pull_E.float(), None
+        dist.all_reduce(total, group=self.groups.pipeline)
+        self._aux_loss = float(total)
+
+    def aux_loss(self) -> float:
+        """The experts' auxiliary loss of the batches that `forward` took last, on every rank; 0 where there is none."""
+        return self._aux_loss
 
     def backward(self, batches: Sequence[MicroBatch], objective: Objective) -> list[Any]:
-        """Gradients of the summed objectives of all micro-batches and data ranks; payloads on the last stage."""
-        self._wrapped.train()
-        self._wrapped.zero_grad_buffer()
+        """Gradients of the summed objectives of all micro-batches and data ranks; payloads on the last stage.
+
+        With an auxiliary loss of experts these must be the batches that `forward` took last.
+        """
+        for chunk in self._wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(batches, objective, forward_only=False)
 
     def _run(self, batches: Sequence[MicroBatch], objective: Objective, *, forward_only: bool) -> list[Any]:
         place = iter(range(len(batches)))
+        groups, device = self.groups, self.options.device
+        parts = [context_part(batch, groups.context_rank, groups.context_size) for batch in batches]
 
-        def step(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
-            batch = next(iterator)
-            device = self.options.device
+        def step(iterator: Iterator[tuple[MicroBatch, ContextPart]], model: Any) -> tuple[Tensor, Any]:
+            batch, part = next(iterator)
+            chunk: PolicyModel = getattr(model, "module", model)
             hidden = model(
-                batch.token_T.to(device),
-                batch.position_T.to(device),
+                part.token_L.to(device),
+                (batch.position_T if chunk.uses_te else part.position_L).to(device),
                 batch.cu_seqlens.to(device),
-                int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max()),
+                int(batch.cu_seqlens.diff().max()),
+                self._padding(part) if self.balances_experts else None,
             )
-            if not self.groups.last_stage:
+            if not chunk.post_process:
                 return hidden, None
-            return hidden, lambda output: _with_count(*objective(next(place), self._head(batch, output)))
+            return hidden, lambda output: _with_count(*objective(next(place), self._head(batch, part, output)))
 
+        if groups.virtual_size > 1:
+            self.config.microbatch_group_size_per_vp_stage = _interleaved_group(len(batches), groups.pipeline_size)
+        iterators = [iter(list(zip(batches, parts, strict=True))) for _ in self.chunks]
         return get_forward_backward_func()(  # type: ignore[no-any-return]
             forward_step_func=step,
-            data_iterator=iter(batches),
-            model=[self._wrapped],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._wrapped,
             num_microbatches=len(batches),
             seq_length=max(batch.num_positions for batch in batches),
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
-    def _head(self, batch: MicroBatch, hidden_T1H: Tensor) -> Head:
-        device, tokens, scored_L = self.options.device, None, batch.scored_N
+    def _padding(self, part: ContextPart) -> Tensor:
+        """Which positions of this rank's hidden states hold no token."""
+        padding_L = ~part.real_L
+        if self.options.sequence_parallel:
+            padding_L = padding_L.chunk(self.groups.tensor_size)[self.groups.tensor_rank]
+        return padding_L.to(self.device)
+
+    def _head(self, batch: MicroBatch, part: ContextPart, hidden_T1H: Tensor) -> Head:
+        device, groups, tokens, scored_L = self.options.device, self.groups, None, part.scored_M
         if self.options.sequence_parallel:
             # Ranks hold equal runs of positions; scored ones fall on them unevenly.
-            positions, rank = len(hidden_T1H), self.groups.tensor_rank
-            borders = torch.searchsorted(batch.scored_N, torch.arange(self.groups.tensor_size + 1) * positions)
+            positions, rank = len(hidden_T1H), groups.tensor_rank
+            borders = torch.searchsorted(part.scored_M, torch.arange(groups.tensor_size + 1) * positions)
             tokens = TokenShard(tuple(borders.diff().tolist()), rank)
-            scored_L = batch.scored_N[borders[rank] : borders[rank + 1]] - rank * positions
-        weight = self.stage.head_weight
+            scored_L = part.scored_M[borders[rank] : borders[rank + 1]] - rank * positions
+        weight = self.chunks[-1].head_weight
         rows = weight.shape[0]
+        context = None
+        if groups.context_size > 1:
+            context = ContextTokens(part.place_M.to(device), len(batch.scored_N), groups.context)
         return Head(
             hidden_LH=hidden_T1H.squeeze(1).index_select(0, scored_L.to(device)),
             weight_VH=weight,
-            target_N=batch.target_N.to(device),
+            target_M=part.target_M.to(device),
             shard=VocabShard(
-                self.groups.tensor_rank * rows,
+                groups.tensor_rank * rows,
                 rows,
                 self.model.vocab_size,
-                self.groups.tensor,
+                groups.tensor,
                 tile_rows(self.model.padded_vocab_size),
             ),
             tokens=tokens,
+            context=context,
             cfg=self.head_cfg,
         )
 
@@ -237,7 +305,10 @@ class MegatronEngine:
         return norm
 
     def sum_over_data(self, value: Tensor) -> Tensor:
-        """Sum over data ranks of what last-stage ranks hold, brought to every stage; others' values are ignored."""
+        """Sum over data ranks of what last-stage ranks hold, brought to every stage; others' values are ignored.
+
+        Context ranks hold the same.
+        """
         total = value.to(self.options.device) if self.groups.last_stage else torch.zeros_like(value)
         total = total.to(self.options.device, copy=True)
         dist.all_reduce(total, group=self.groups.data)
@@ -259,8 +330,9 @@ class MegatronEngine:
 
     def _gather_updates(self) -> None:
         """With overlap, ranks gather each other's updates in the next forward pass; here weights are read before it."""
-        if self.optimizer is not None and self._wrapped.ddp_config.overlap_param_gather:
-            self._wrapped.start_param_sync(force_sync=True)
+        for chunk in self._wrapped if self.optimizer is not None else ():
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
         """Write a `torch_dist` checkpoint of weights, optimizer and `extra` (plain values) into an empty folder."""
@@ -275,3 +347,24 @@ class MegatronEngine:
 def _with_count(loss: Tensor, payload: Any) -> tuple[Tensor, Tensor, Any]:
     """Megatron's three-value form; the count is unused, because the divisor is already inside the loss."""
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), payload
+
+
+def _batch_shape(model: ModelConfig, groups: Groups, *, sequence_parallel: bool) -> MicroBatchShape:
+    """How micro-batches must be cut for every rank to hold as much of them as its neighbours."""
+    context = groups.context_size
+    slots = 2 * context if context > 1 else 1
+    return MicroBatchShape(
+        groups.data_rank,
+        groups.data_size,
+        multiple_of=math.lcm(slots, context * groups.tensor_size if sequence_parallel else 1),
+        slot_multiple_of=slots,
+        min_per_rank=groups.pipeline_size if groups.virtual_size > 1 else 1,
+        attention_cost=model.attention_cost,
+    )
+
+
+def _interleaved_group(num_batches: int, stages: int) -> int:
+    """Micro-batches that a chunk takes in a row: the fewest that the interleaved schedule accepts for this number."""
+    return next(
+        size for size in range(stages, num_batches + 1) if num_batches % size == 0 or num_batches % size >= stages
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import queue
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from megalign.schema import UserError
 
 if TYPE_CHECKING:
     from megalign.engines.megatron import MegatronEngine
+    from megalign.models.gpt import PolicyModel
 
 HF_FILES = "hf"
 _METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
@@ -38,24 +40,50 @@ FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+EXPERT = re.compile(r"(.*\.experts\.local_experts\.)(\d+)(\..*)")
+# Without a prefix, the optimizer's tensors are called the same however many optimizers share the parameters.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def named_parameters(engine: MegatronEngine) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters under names with global layer numbers."""
+def named_parameters(engine: MegatronEngine, chunks: Sequence[PolicyModel]) -> dict[str, torch.nn.Parameter]:
+    """Parameters of some of this rank's chunks under names with global numbers of layers and experts."""
     named = {}
-    for name, parameter in engine.stage.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, local, rest = name.split(".", 3)
-            name = f"decoder.layers.{engine.layer_numbers[int(local)]}.{FUSED_NORMS.get(rest, rest)}"
-        named[name] = parameter
+    for chunk in chunks:
+        layers = chunk.layer_numbers
+        for name, parameter in chunk.named_parameters():
+            if name.startswith("decoder.layers."):
+                _, _, local, rest = name.split(".", 3)
+                name = f"decoder.layers.{layers[int(local)]}.{FUSED_NORMS.get(rest, rest)}"
+            match = EXPERT.match(name)
+            if match is not None:
+                name = _expert_name(match, int(match[2]) + _first_expert(engine, engine.groups.expert_rank))
+            named[name] = parameter
     return named
+
+
+def _expert_name(match: re.Match[str], number: int) -> str:
+    return f"{match[1]}{number}{match[3]}"
+
+
+def _first_expert(engine: MegatronEngine, rank: int) -> int:
+    """The number of the first expert that a rank of the expert group holds."""
+    assert engine.model.moe is not None
+    return rank * (engine.model.moe.num_experts // engine.groups.expert_size)
 
 
 def load_hf(engine: MegatronEngine, hf_dir: Path) -> None:
     """Copy this rank's slices of a Hugging Face checkpoint into its parameters; fails unless every one is filled."""
-    groups, parameters = engine.groups, named_parameters(engine)
-    names = megatron_names(engine.model, layers=engine.layer_numbers, first=groups.first_stage, last=groups.last_stage)
+    groups, parameters = engine.groups, named_parameters(engine, engine.chunks)
+    experts = None
+    if engine.model.moe is not None:
+        experts = range(_first_expert(engine, groups.expert_rank), _first_expert(engine, groups.expert_rank + 1))
+    names = megatron_names(
+        engine.model,
+        layers=[layer for chunk in engine.chunks for layer in chunk.layer_numbers],
+        **({} if experts is None else {"experts": experts}),
+        first=groups.first_stage,
+        last=groups.last_stage,
+    )
     if set(names) != set(parameters):
         raise RuntimeError(f"tables and model disagree on tensor names: {sorted(set(names) ^ set(parameters))}")
     with torch.no_grad():
@@ -66,26 +94,42 @@ def load_hf(engine: MegatronEngine, hf_dir: Path) -> None:
 
 
 def full_tensors(engine: MegatronEngine, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) stage by stage: gathered over tensor ranks, then broadcast to the other stages."""
-    groups = engine.groups
-    mine: dict[str, Any] = named_parameters(engine)
-    listing: list[Any] = [None] * groups.pipeline_size
-    dist.all_gather_object(
-        listing, [(name, parameter.tensor_model_parallel) for name, parameter in mine.items()], group=groups.pipeline
-    )
-    for stage, entries in enumerate(listing):
-        for name, sharded in entries:
-            full: Any = None
-            if stage == groups.pipeline_rank:
-                full = unshard(name, _tensor_parts(engine, mine[name], kind, sharded=sharded), engine.model)
-            yield name, _from_stage(engine, stage, full)
+    """(name, whole tensor) chunk by chunk and stage by stage: gathered on their stage, then broadcast to the others."""
+    for chunk in engine.chunks:
+        mine: dict[str, Any] = named_parameters(engine, [chunk])
+        listing: list[Any] = [None] * engine.groups.pipeline_size
+        dist.all_gather_object(listing, list(mine), group=engine.groups.pipeline)
+        for stage, names in enumerate(listing):
+            for name in names:
+                here = stage == engine.groups.pipeline_rank
+                for whole_name, full in _whole_tensors(engine, name, mine[name] if here else None, kind):
+                    yield whole_name, _from_stage(engine, stage, full)
 
 
-def _tensor_parts(engine: MegatronEngine, parameter: torch.nn.Parameter, kind: str, *, sharded: bool) -> list[Tensor]:
-    if kind == "grad":
-        local: Tensor = _whole_gradient(engine, parameter)
-    else:
-        local = parameter.detach()
+def _whole_tensors(
+    engine: MegatronEngine, name: str, parameter: torch.nn.Parameter | None, kind: str
+) -> Iterator[tuple[str, Tensor | None]]:
+    """A parameter's whole tensor, or one of each expert rank; None where the parameter is on another stage."""
+    groups, match = engine.groups, EXPERT.match(name)
+    local = None
+    if parameter is not None:
+        local = _whole_gradient(engine, parameter) if kind == "grad" else parameter.detach()
+    if match is None:
+        parts = None if local is None else _tensor_parts(engine, local, sharded=parameter.tensor_model_parallel)  # type: ignore[union-attr]
+        yield name, None if parts is None else unshard(name, parts, engine.model)
+        return
+    offset = int(match[2]) - _first_expert(engine, groups.expert_rank)
+    for rank in range(groups.expert_size):
+        whole_name, full = _expert_name(match, offset + _first_expert(engine, rank)), None
+        if local is not None:
+            full = local.clone() if rank == groups.expert_rank else torch.empty_like(local)
+            if groups.expert_size > 1:
+                dist.broadcast(full, src=dist.get_global_rank(groups.expert, rank), group=groups.expert)
+            full = unshard(whole_name, [full], engine.model)
+        yield whole_name, full
+
+
+def _tensor_parts(engine: MegatronEngine, local: Tensor, *, sharded: bool) -> list[Tensor]:
     if not sharded or engine.groups.tensor_size == 1:
         return [local]
     parts = [torch.empty_like(local) for _ in range(engine.groups.tensor_size)]
@@ -101,11 +145,12 @@ def _whole_gradient(engine: MegatronEngine, parameter: torch.nn.Parameter) -> Te
         for part in engine.optimizer.chained_optimizers
         if hasattr(part, "_get_model_param_range_map") and parameter in part.model_param_gbuf_map
     ]
-    if engine.groups.data_size > 1:
+    copies = engine.groups.data_context if getattr(parameter, "allreduce", True) else engine.groups.expert_data
+    if copies.size() > 1:
         flat, owned = gradient.view(-1), torch.zeros_like(gradient).view(-1)
         for found in ranges:
             owned[found["param"].start : found["param"].end] = flat[found["param"].start : found["param"].end]
-        dist.all_reduce(owned, group=engine.groups.data)
+        dist.all_reduce(owned, group=copies)
         gradient = owned.view_as(gradient)
     return gradient
 
@@ -188,12 +233,16 @@ def load(engine: MegatronEngine, folder: Path) -> dict[str, Any]:
     with_optimizer = engine.optimizer is not None and holds_optimizer(folder)
     if with_optimizer:
         # A fresh torch optimizer has no state to be loaded into; every value of it is replaced below.
-        engine.optimizer.chained_optimizers[0]._init_optimizer_states_with_dummy_values()
+        for part in engine.optimizer.chained_optimizers:
+            part._init_optimizer_states_with_dummy_values()
     wanted = _sharded_state(engine, loading=True, with_optimizer=with_optimizer)
     state = dist_checkpointing.load(wanted, str(folder))
-    engine.stage.load_state_dict(state["model"])
+    for place, chunk in enumerate(engine.chunks):
+        chunk.load_state_dict(state[f"model{place}"])
     if with_optimizer:
-        _load_optimizer(engine.optimizer.chained_optimizers[0], state["optimizer"])
+        parts = engine.optimizer.chained_optimizers  # Megatron saves one alone as it is, several by number
+        for place, part in enumerate(parts):
+            _load_optimizer(part, state["optimizer"] if len(parts) == 1 else state["optimizer"][place])
     elif engine.optimizer is not None:
         engine.optimizer.reload_model_params()
     extra: dict[str, Any] = state.get("extra", {})
@@ -219,8 +268,9 @@ def _load_optimizer(part: Any, state: dict[str, Any]) -> None:
 
 def _sharded_state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
     metadata = dict(METADATA)  # Megatron puts this job's groups into what it is given
-    model_state = engine.stage.sharded_state_dict(metadata=metadata)
-    state: dict[str, Any] = {"model": model_state}
+    state: dict[str, Any] = {
+        f"model{place}": chunk.sharded_state_dict(metadata=metadata) for place, chunk in enumerate(engine.chunks)
+    }
     if engine.optimizer is not None and with_optimizer:
-        state["optimizer"] = engine.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+        state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
     return state

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megalign.data.batch import MicroBatch, pack
+from megalign.data.batch import MicroBatch, pack, slot_sizes
 from megalign.data.group import Sequence as FlatSequence
 from megalign.data.plan import plan, units_for
 from megalign.engines.engine import Engine, Head
@@ -111,15 +111,11 @@ def cut_batch(engine: Engine, sequences: Sequence[FlatSequence], *, coupled: boo
         num_ranks=shape.data_size,
         budget=cutting.budget,
         pad_rows=pad_rows,
+        min_per_rank=shape.min_per_rank,
     )
-    positions = 0
-    for members in (one for rank in ranks for one in rank):
-        sizes = [lengths[place] for place in members]
-        needed = len(sizes) * max(sizes) if pad_rows and sizes else sum(sizes)
-        positions += -(-max(needed, 1) // shape.multiple_of) * shape.multiple_of
-    batches = [
-        pack(sequences, members, pad_rows=pad_rows, multiple_of=shape.multiple_of) for members in ranks[shape.data_rank]
-    ]
+    slots = {"pad_rows": pad_rows, "multiple_of": shape.multiple_of, "slot_multiple_of": shape.slot_multiple_of}
+    positions = sum(sum(slot_sizes([lengths[place] for place in one], **slots)) for rank in ranks for one in rank)
+    batches = [pack(sequences, members, **slots) for members in ranks[shape.data_rank]]
     return Cut(batches, whole, 1 - sum(lengths) / positions)
 
 
@@ -174,7 +170,9 @@ def accumulate(
     """
     traits = loss.traits()
     cut = cut_batch(engine, batch.sequences, coupled=traits.coupled, cutting=cutting)
-    mode = mode or _cheapest(batch, coupled=traits.coupled and not cut.whole_groups)
+    mode = mode or _cheapest(engine, batch, coupled=traits.coupled and not cut.whole_groups)
+    if engine.balances_experts and mode != "two_pass":
+        raise ValueError(f"{mode} does not know the experts' shares of tokens; an auxiliary loss needs two_pass")
     scores = prepared(_scores(batch, loss), loss)
     known = _known(engine, cut, batch, mode, traits)
     coefficients = _coefficient_function(engine, batch, cut, loss, scores, known)
@@ -186,14 +184,14 @@ def accumulate(
             found = known[place]
             coefficient_N, coefficient_S, share = coefficients(place, found.logp_N)
             value, again = head.weighted(coefficient_N, found.lse_N)
-            owned_N, _ = head.shard.localize(head.target_N)
             if len(found.logp_N):
-                gap = float((again.logp_N - found.logp_N).abs().where(owned_N, 0.0).max())
+                gap = float((again.logp_N - found.logp_N).abs().where(head.formed_N(), 0.0).max())
         elif traits.linear:
-            guess_N = torch.zeros(len(micro.target_N), device=head.target_N.device)
+            guess_N = torch.zeros(len(micro.target_N), device=engine.device)
             coefficient_N, coefficient_S, share = coefficients(place, guess_N)
             value, found = head.weighted(coefficient_N, accuracy=traits.accuracy)
-            share = (float(value.detach()), *share[1:])  # the share at zero log-probs is not the loss
+            loss_here = float((coefficient_N.to(found.logp_N.dtype) * found.logp_N).sum())
+            share = (loss_here, *share[1:])  # the share at zero log-probs is not the loss
         else:
             found = head.logp(entropy=traits.entropy, accuracy=traits.accuracy)
             coefficient_N, coefficient_S, share = coefficients(place, found.logp_N.detach())
@@ -226,11 +224,15 @@ def evaluate(engine: Engine, batch: StepBatch, loss: LossConfig, *, cutting: Cut
     scores = _with_tokens(replace(scores, policy_S=total_S), batch, range(len(current)), tokens)
     out = LOSSES[loss.name].function(scores, loss)
     metrics = {name: float(value) for name, value in out.metrics.items()} | _reported(_totals(current), scores, traits)
+    metrics |= _auxiliary(engine)
+    value = float(out.loss) + metrics.get("aux_loss", 0.0)
     padding = cut_batch(engine, batch.sequences, coupled=traits.coupled, cutting=cutting).padding_fraction
-    return StepResult(float(out.loss), metrics, total_S, torch.zeros_like(total_S), "two_pass", None, padding)
+    return StepResult(value, metrics, total_S, torch.zeros_like(total_S), "two_pass", None, padding)
 
 
-def _cheapest(batch: StepBatch, *, coupled: bool) -> PassMode:
+def _cheapest(engine: Engine, batch: StepBatch, *, coupled: bool) -> PassMode:
+    if engine.balances_experts:
+        return "two_pass"
     if batch.current is not None:
         return "known_scores"
     return "two_pass" if coupled else "single_pass"
@@ -262,6 +264,11 @@ def _sums(found: TokenLogp) -> tuple[float, float]:
         for value_N in (found.entropy_N, found.correct_N)
     )
     return entropy, correct
+
+
+def _auxiliary(engine: Engine) -> dict[str, float]:
+    """The experts' auxiliary loss, which is part of the reported one, where it is on."""
+    return {"aux_loss": engine.aux_loss()} if engine.balances_experts else {}
 
 
 def _totals(scored: Sequence[Scored]) -> tuple[float, float]:
@@ -424,7 +431,8 @@ def _result(
         out = LOSSES[loss.name].function(replace(scores, policy_S=total_S), loss)
         value, metrics = float(out.loss), {name: float(metric) for name, metric in out.metrics.items()}
     sums = _totals(batch.current) if mode == "known_scores" and batch.current is not None else seen.tolist()
-    metrics |= _reported(sums, scores, traits)
+    metrics |= _reported(sums, scores, traits) | _auxiliary(engine)
+    value += metrics.get("aux_loss", 0.0)
     gap = None
     if mode != "single_pass":
         # torch's maximum keeps a NaN, Python's may drop it.

@@ -1,4 +1,4 @@
-"""Megatron's GPTModel from a ModelConfig: one pipeline stage of one tensor-parallel rank, ending in hidden states.
+"""Megatron's GPTModel from a ModelConfig: the model chunks of one rank, of which the last one ends in hidden states.
 
 The head's product with the hidden states is left to `megalign.ops`, which needs only its weight.
 """
@@ -23,19 +23,26 @@ from megatron.core.tensor_parallel import (
     set_defaults_if_not_set_tensor_model_parallel_attributes,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.nn import functional as F
 
 from megalign.convert.model_config import ModelConfig
+from megalign.models.experts import BalancedRouter
 from megalign.models.layers import PackedAttention, RMSNorm
 from megalign.schema import UserError
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel over packed rows whose last stage returns hidden states instead of logits."""
+    """A GPTModel over packed rows whose last stage returns hidden states instead of logits.
+
+    Axes: L token positions of a row that this context rank holds, T those of the whole row.
+    """
 
     def __init__(self, model: ModelConfig, *, layers: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -43,10 +50,17 @@ class PolicyModel(GPTModel):
         # A plain attribute: a buffer would be cast to bf16 with the parameters and would enter checkpoints.
         self.inverse_frequency = rope_frequencies(model)
 
-    def forward(self, token_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:  # type: ignore[override]
-        """Hidden states [T or T/tp under sequence parallelism, 1, H] of a packed row; slots never see each other."""
-        embedded = self.embedding(token_T[None], position_T[None]) if self.pre_process else None
-        frequency_TD = position_T.float()[:, None] * self.inverse_frequency.to(position_T.device)
+    def forward(  # type: ignore[override]
+        self, token_L: Tensor, position: Tensor, cu_seqlens: Tensor, longest: int, padding_L: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [L or L/tp under sequence parallelism, 1, H] of a packed row; slots never see each other.
+
+        position: [L], or [T] for TransformerEngine's layers, which take their part of it themselves. cu_seqlens, longest:
+        of the whole row. padding_L: positions that the routers leave out of their statistics, as many as there are
+        hidden states on this rank.
+        """
+        embedded = self.embedding(token_L[None], position[None]) if self.pre_process else None
+        frequency_TD = position.float()[:, None] * self.inverse_frequency.to(position.device)
         angle_T11D = torch.cat((frequency_TD, frequency_TD), dim=-1)[:, None, None, :]
         packed = None
         if self.uses_te:
@@ -62,7 +76,17 @@ class PolicyModel(GPTModel):
             attention_mask=None if self.uses_te else cu_seqlens,
             rotary_pos_emb=angle_T11D,
             packed_seq_params=packed,
+            padding_mask=None if padding_L is None else padding_L[None],
         )
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """Which layers of the whole model, from 0, this chunk holds."""
+        return [layer.layer_number - 1 for layer in self.decoder.layers]
+
+    @property
+    def routers(self) -> list[BalancedRouter]:
+        return [layer.mlp.router for layer in self.decoder.layers if isinstance(layer.mlp, MoELayer)]
 
     @property
     def head_weight(self) -> Tensor:
@@ -103,11 +127,21 @@ def choose_layers(wanted: str, *, on_cuda: bool) -> str:
     return "transformer_engine"
 
 
+def split_layers(num_layers: int, stages: int) -> list[int]:
+    """Layers of each stage in order: as even as can be, the last stage, which has the head, and the first with fewer."""
+    even, left = divmod(num_layers, stages)
+    takers = [*range(1, stages - 1), 0][:left]
+    return [even + (stage in takers) for stage in range(stages)]
+
+
 def transformer_config(
     model: ModelConfig,
     *,
     tensor: int,
     pipeline: int,
+    virtual: int,
+    context: int,
+    expert: int,
     sequence_parallel: bool,
     dtype: torch.dtype,
     on_cuda: bool,
@@ -135,6 +169,7 @@ def transformer_config(
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
+        "context_parallel_size": context,
         "sequence_parallel": sequence_parallel,
         "variable_seq_lengths": pipeline > 1,
         "moe_token_dispatcher_type": "alltoall",  # dense models too: the default refuses variable lengths
@@ -151,6 +186,7 @@ def transformer_config(
         "use_cpu_initialization": not on_cuda,
         "perform_initialization": False,
     }
+    fields |= _pipeline_fields(model, pipeline, virtual) | _expert_fields(model, expert)
     if recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
@@ -158,67 +194,144 @@ def transformer_config(
     return TransformerConfig(**(fields | dict(extra)))
 
 
-def build_stage(model: ModelConfig, config: TransformerConfig, *, layers: str, first: bool, last: bool) -> PolicyModel:
-    """One pipeline stage on the current parallel groups; its weights are uninitialised until a checkpoint is loaded."""
-    if layers == "transformer_engine":
-        if model.mlp_bias != model.out_bias:
-            raise UserError(
-                "engine.layers is transformer_engine: a model with a bias in only one of attention output and MLP "
-                "needs engine.layers torch"
-            )
-        spec: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
-    else:
-        spec = _torch_spec(model, config)
-    stage = PolicyModel(
-        model,
-        layers=layers,
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=model.max_positions,
-        pre_process=first,
-        post_process=last,
-        parallel_output=True,
-        share_embeddings_and_output_weights=model.tied,
-        position_embedding_type="rope",
-        rotary_base=int(model.rope_theta),
-    )
-    _mark_shards(stage)
-    _drop_biases(stage, model)
-    return stage
+def _pipeline_fields(model: ModelConfig, pipeline: int, virtual: int) -> dict[str, Any]:
+    if pipeline == 1:
+        return {}
+    chunks = [["decoder"] * count for count in split_layers(model.num_layers, pipeline * virtual)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    fields: dict[str, Any] = {"pipeline_model_parallel_layout": chunks}
+    if virtual > 1:
+        # Batched messages of two ranks that are each other's next and previous one are paired wrongly, without an error.
+        fields |= {"virtual_pipeline_model_parallel_size": virtual, "overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return fields
 
 
-def _mark_shards(stage: PolicyModel) -> None:
+def _expert_fields(model: ModelConfig, expert: int) -> dict[str, Any]:
+    moe = model.moe
+    if moe is None:
+        return {}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.ffn_size,
+        "moe_router_topk": moe.top_k,
+        # Softmax over the chosen experts alone is softmax over all with the chosen ones' shares summing to one.
+        "moe_router_pre_softmax": not moe.normalize,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # `models.experts` has a loss of its own
+        "moe_layer_freq": [int(model.has_experts(layer)) for layer in range(model.num_layers)],
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_size or None,
+        "moe_shared_expert_gate": moe.shared_gate,
+        "expert_model_parallel_size": expert,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def build_chunks(
+    model: ModelConfig, config: TransformerConfig, *, layers: str, first: bool, last: bool
+) -> list[PolicyModel]:
+    """A rank's model chunks on the current parallel groups, one without a virtual pipeline; weights are uninitialised.
+
+    first, last: whether the rank is the pipeline's first, which has the embedding, or its last, which has the head.
+    """
+    if layers == "transformer_engine" and model.mlp_bias != model.out_bias:
+        raise UserError(
+            "engine.layers is transformer_engine: a model with a bias in only one of attention output and MLP "
+            "needs engine.layers torch"
+        )
+    count = config.virtual_pipeline_model_parallel_size or 1
+    chunks = []
+    for place in range(count):
+        chunk = PolicyModel(
+            model,
+            layers=layers,
+            config=config,
+            transformer_layer_spec=_block_spec(model, config, layers, place if count > 1 else None),
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.max_positions,
+            pre_process=first and place == 0,
+            post_process=last and place == count - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=model.tied,
+            position_embedding_type="rope",
+            rotary_base=int(model.rope_theta),
+            vp_stage=place if count > 1 else None,
+        )
+        _mark_shards(chunk)
+        _drop_biases(chunk, model)
+        chunks.append(chunk)
+    return chunks
+
+
+def _mark_shards(chunk: PolicyModel) -> None:
     """Say which parameters are cut over tensor ranks; Megatron says it only when it initialises weights.
 
     Gradient norms, exports and checkpoints all go by these marks.
     """
-    for module in stage.modules():
+    for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
         elif isinstance(module, RowParallelLinear):
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
-    for parameter in stage.parameters():
+        elif isinstance(module, SequentialMLP):
+            # Whole on their ranks; copies are found by the expert-data group, also where experts are not cut at all.
+            for parameter in module.parameters():
+                parameter.allreduce = False
+    for parameter in chunk.parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
 
 
-def _drop_biases(stage: PolicyModel, model: ModelConfig) -> None:
-    """Megatron has one switch for the biases of attention output and MLP; a model may have only one of the two."""
+def _drop_biases(chunk: PolicyModel, model: ModelConfig) -> None:
+    """Megatron has one switch for the biases of attention output, MLPs and router; a model may have some of them."""
     if model.mlp_bias == model.out_bias:
         return
-    for layer in stage.decoder.layers:
-        mlp = [layer.mlp.linear_fc1, layer.mlp.linear_fc2]
-        for linear in [layer.self_attention.linear_proj] if model.mlp_bias else mlp:
-            linear.register_parameter("bias", None)
+    for layer in chunk.decoder.layers:
+        holders = [layer.self_attention.linear_proj]
+        if model.out_bias:
+            holders = [one for one in layer.mlp.modules() if hasattr(one, "bias")]
+        for module in holders:
+            module.register_parameter("bias", None)
 
 
-def _torch_spec(model: ModelConfig, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Megatron's local layers with our attention and norms."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
+def _block_spec(
+    model: ModelConfig, config: TransformerConfig, layers: str, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """A chunk's layers, dense or with experts."""
+    first = get_transformer_layer_offset(config, vp_stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    make = _te_layer if layers == "transformer_engine" else _torch_layer
+    kinds = {experts: make(model, experts=experts) for experts in {model.has_experts(number) for number in numbers}}
+    specs = [kinds[model.has_experts(number)] for number in numbers]
+    if layers != "transformer_engine":
+        return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+    from megatron.core.extensions.transformer_engine import TENorm  # only there where TransformerEngine is
+
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TENorm)
+
+
+def _te_layer(model: ModelConfig, *, experts: bool) -> ModuleSpec:
+    """TransformerEngine's layer with our router."""
+    count = model.moe.num_experts if experts and model.moe is not None else None
+    layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=count, moe_grouped_gemm=False, qk_layernorm=model.qk_norm
+    )
+    if experts:
+        layer.submodules.mlp.submodules.router = BalancedRouter
+    return layer
+
+
+def _torch_layer(model: ModelConfig, *, experts: bool) -> ModuleSpec:
+    """Megatron's local layer with our attention, norms and router."""
+    count = model.moe.num_experts if experts and model.moe is not None else None
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        num_experts=count, moe_grouped_gemm=False, qk_layernorm=model.qk_norm, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    if experts:
+        layer.submodules.mlp.submodules.router = BalancedRouter
+    return layer

@@ -28,6 +28,7 @@ def install() -> None:
             module.torch = stand_in  # type: ignore[attr-defined]
     _patch_tensor_methods()
     _patch_rng_tracker()
+    _patch_experts()
 
 
 @functools.cache
@@ -113,3 +114,19 @@ def _patch_rng_tracker() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _patch_experts() -> None:
+    """Split sizes of the all-to-all become numbers where they are on the CPU already; no TransformerEngine product."""
+    utils, dispatcher = (
+        sys.modules.get(f"megatron.core.transformer.moe.{name}") for name in ("moe_utils", "token_dispatcher")
+    )
+    if utils is None or dispatcher is None:
+        return
+
+    def as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = as_numbers  # type: ignore[attr-defined]
+    if not hasattr(utils, "te_general_gemm"):
+        utils.te_general_gemm = None  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ def test_pack_equals_one_sequence_at_a_time(sequences, pad_rows, multiple_of, ra
 
     assert batch.num_positions % multiple_of == 0 and batch.num_positions == batch.cu_seqlens[-1]
     assert batch.members == tuple(members)
-    assert batch.num_real == sum(len(one) for one in sequences)
+    assert int(batch.real_T.sum()) == sum(len(one) for one in sequences)
     ends = batch.cu_seqlens.tolist()
     assert batch.cu_seqlens.dtype == torch.int32 and ends[0] == 0
     found = sorted(zip(batch.seq_N.tolist(), batch.scored_N.tolist(), batch.target_N.tolist()))
@@ -55,7 +55,7 @@ def test_a_dummy_computes_little_and_scores_nothing():
     batch = pack([], [], multiple_of=4)
     assert batch.token_T.tolist() == [0, 0, 0, 0]
     assert batch.cu_seqlens.tolist() == [0, 4]
-    assert batch.num_real == 0 and batch.scored_N.numel() == batch.target_N.numel() == batch.seq_N.numel() == 0
+    assert not batch.real_T.any() and batch.scored_N.numel() == batch.target_N.numel() == batch.seq_N.numel() == 0
 
 
 def test_hand_case():
