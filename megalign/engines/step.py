@@ -113,9 +113,15 @@ def cut_batch(engine: Engine, sequences: Sequence[FlatSequence], *, coupled: boo
         pad_rows=pad_rows,
         min_per_rank=shape.min_per_rank,
     )
-    slots = {"pad_rows": pad_rows, "multiple_of": shape.multiple_of, "slot_multiple_of": shape.slot_multiple_of}
-    positions = sum(sum(slot_sizes([lengths[place] for place in one], **slots)) for rank in ranks for one in rank)
-    batches = [pack(sequences, members, **slots) for members in ranks[shape.data_rank]]
+    row, slot = shape.multiple_of, shape.slot_multiple_of
+    positions = 0
+    for members in (one for rank in ranks for one in rank):
+        sizes = [lengths[place] for place in members]
+        positions += sum(slot_sizes(sizes, pad_rows=pad_rows, multiple_of=row, slot_multiple_of=slot))
+    batches = [
+        pack(sequences, members, pad_rows=pad_rows, multiple_of=row, slot_multiple_of=slot)
+        for members in ranks[shape.data_rank]
+    ]
     return Cut(batches, whole, 1 - sum(lengths) / positions)
 
 

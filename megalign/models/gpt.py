@@ -55,9 +55,9 @@ class PolicyModel(GPTModel):
     ) -> Tensor:
         """Hidden states [L or L/tp under sequence parallelism, 1, H] of a packed row; slots never see each other.
 
-        position: [L], or [T] for TransformerEngine's layers, which take their part of it themselves. cu_seqlens, longest:
-        of the whole row. padding_L: positions that the routers leave out of their statistics, as many as there are
-        hidden states on this rank.
+        position: [L], or [T] for TransformerEngine's layers, which take their part of it themselves. cu_seqlens and
+        longest are those of the whole row. padding_L: what the routers leave out of their statistics, of as many
+        positions as this rank has hidden states.
         """
         embedded = self.embedding(token_L[None], position[None]) if self.pre_process else None
         frequency_TD = position.float()[:, None] * self.inverse_frequency.to(position.device)
@@ -128,7 +128,7 @@ def choose_layers(wanted: str, *, on_cuda: bool) -> str:
 
 
 def split_layers(num_layers: int, stages: int) -> list[int]:
-    """Layers of each stage in order: as even as can be, the last stage, which has the head, and the first with fewer."""
+    """Layers of each stage in order, as even as can be; the last, which has the head, and the first have fewer."""
     even, left = divmod(num_layers, stages)
     takers = [*range(1, stages - 1), 0][:left]
     return [even + (stage in takers) for stage in range(stages)]
@@ -202,7 +202,7 @@ def _pipeline_fields(model: ModelConfig, pipeline: int, virtual: int) -> dict[st
     chunks[-1].append("loss")
     fields: dict[str, Any] = {"pipeline_model_parallel_layout": chunks}
     if virtual > 1:
-        # Batched messages of two ranks that are each other's next and previous one are paired wrongly, without an error.
+        # Batched messages of two ranks that are each other's next and previous are paired wrongly, without an error.
         fields |= {"virtual_pipeline_model_parallel_size": virtual, "overlap_p2p_comm": True, "batch_p2p_comm": False}
     return fields
 

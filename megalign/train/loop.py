@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megalign.config import JobConfig, dump_config, total_steps
 from megalign.convert import ModelConfig
 from megalign.engines.engine import Engine
-from megalign.engines.groups import Groups, make_groups
+from megalign.engines.groups import Groups
 from megalign.engines.megatron import MegatronEngine
 from megalign.engines.megatron_state import holds_optimizer
 from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
@@ -36,7 +36,7 @@ from megalign.train.feeds import DatasetFeed, Feed, with_teachers
 from megalign.train.report import Reporter, keep_metrics_up_to, start_log
 from megalign.train.rounds import RoundFeed, evaluate_reward, fixed_reference, live_sampler
 from megalign.train.schedule import learning_rate
-from megalign.train.session import build_engine, cutting_of, export, layers_of, on_every_rank
+from megalign.train.session import build_engine, cutting_of, export, groups_of, layers_of, layout_text, on_every_rank
 
 # Where the two passes of a step may differ by rounding of non-deterministic kernels and no more.
 AUTO_PASS_GAP = {"fp32": 1e-3, "bf16": 0.1}
@@ -74,7 +74,7 @@ def train(cfg: JobConfig, world: World) -> int:
     resumed = on_every_rank(lambda: check_outputs(cfg, inputs))
     on_every_rank(lambda: _open_run_dir(cfg, world))
     start_log(run_dir, main=world.is_main)
-    groups = make_groups(tensor=cfg.parallel.tensor, pipeline=cfg.parallel.pipeline, timeout_s=cfg.watchdog.timeout_s)
+    groups = groups_of(cfg)
     # The total is set once the data are known; teachers are scored before that.
     with Reporter(run_dir, 0, main=world.is_main, trackers=cfg.trackers) as report:
         with during("before the first step", None):
@@ -112,7 +112,7 @@ def _prepare(
 ) -> Job:
     """Everything up to the first step; `weights` is a converted checkpoint whose weights stand for model.path's."""
     report.say(
-        f"ranks {world.size}: tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size}; "
+        f"ranks {world.size}: {layout_text(groups)}; "
         f"{layers_of(cfg, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
     )
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megalign.config import JobConfig
 from megalign.convert import HFWriter, ModelConfig, hf_state
 from megalign.engines.engine import Engine
-from megalign.engines.groups import Groups
+from megalign.engines.groups import Groups, make_groups
 from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
 from megalign.engines.step import Cutting
 from megalign.models.gpt import choose_layers
@@ -54,6 +54,28 @@ def dtype_of(cfg: JobConfig) -> torch.dtype:
     return torch.bfloat16 if cfg.run.dtype == "bf16" else torch.float32
 
 
+def groups_of(cfg: JobConfig) -> Groups:
+    """The job's process groups; call once on every rank."""
+    parallel = cfg.parallel
+    return make_groups(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual=parallel.virtual_pipeline,
+        context=parallel.context,
+        expert=parallel.expert,
+        timeout_s=cfg.watchdog.timeout_s,
+    )
+
+
+def layout_text(groups: Groups) -> str:
+    """The layout in words; axes that are later additions are named where they are used."""
+    text = f"tensor {groups.tensor_size} x pipeline {groups.pipeline_size}"
+    text += f" (virtual {groups.virtual_size})" if groups.virtual_size > 1 else ""
+    text += f" x context {groups.context_size}" if groups.context_size > 1 else ""
+    text += f" x data {groups.data_size}"
+    return text + (f", experts over {groups.expert_size}" if groups.expert_size > 1 else "")
+
+
 def layers_of(cfg: JobConfig, world: World) -> str:
     """The layer kind the job runs with."""
     return choose_layers(cfg.engine.layers, on_cuda=world.device.type == "cuda")
@@ -75,6 +97,7 @@ def build_engine(
         temperature=cfg.rollout.temperature if cfg.rollout is not None else 1.0,
         chunk_tokens=None if cfg.engine.chunk_tokens == "auto" else cfg.engine.chunk_tokens,
         tp_invariant=cfg.engine.tp_invariant,
+        aux_loss_coefficient=cfg.model.aux_loss_coefficient if trainable else 0.0,
         megatron=passed,
     )
     optimizer = cfg.optimizer
