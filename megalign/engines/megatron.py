@@ -302,7 +302,15 @@ class MegatronEngine:
                         if parameter.grad is not None:
                             parameter.grad.mul_(clip_norm / (norm + 1e-6))
             self.optimizer.step_with_ready_grads()
+            self._forget_gathered()
         return norm
+
+    def _forget_gathered(self) -> None:
+        """Megatron forgets it with the gradients only, before backward; scoring runs before that, on new weights."""
+        for chunk in self._wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                for bucket in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                    bucket.param_gather_dispatched = False
 
     def sum_over_data(self, value: Tensor) -> Tensor:
         """Sum over data ranks of what last-stage ranks hold, brought to every stage; others' values are ignored.

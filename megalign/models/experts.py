@@ -25,7 +25,7 @@ class BalancedRouter(TopKRouter):
         self.pull_E: Tensor | None = None  # fp32: the loss's derivative by a real token's probability of each expert
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(weights of the chosen experts, which they are), [T, E] each; padding_mask is true where nothing is counted."""
+        """(weights of the chosen experts, which they are), [T, E] each; padding_mask: what is not counted."""
         probs_TE, chosen_TE = super().routing(logits)
         training = self.training and torch.is_grad_enabled()
         if padding_mask is None or (self.pull_E if training else self.counts_2E) is None:
