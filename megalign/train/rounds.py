@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from megalign.train.feeds import old_scores
 from megalign.train.scores import ScoreStore, fill
 from megalign.train.session import SharedError, cutting_of, dtype_of, gather, on_every_rank
 
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 ATTEMPTS = 8  # samplings of one round before it counts as hopeless
 
 
@@ -43,7 +45,20 @@ def refresh(sampler: Any, engine: Engine, inputs: Inputs) -> None:
     own = sampler.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in hf_state(inputs.model, engine.full_tensors()):
-            own[name].copy_(tensor)
+            _home(own, name).copy_(tensor)
+
+
+def _home(own: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Where the sampler holds a checkpoint's tensor: transformers stacks what checkpoints store expert by expert."""
+    name = name.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's checkpoints
+    match = EXPERT.fullmatch(name)
+    if match is None:
+        return own[name]
+    experts, number, projection = match[1], int(match[2]), match[3]
+    if projection in ("down_proj", "w2"):
+        return own[f"{experts}.down_proj"][number]
+    gate, up = own[f"{experts}.gate_up_proj"][number].chunk(2)
+    return gate if projection in ("gate_proj", "w1") else up
 
 
 @dataclass
