@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
 
-from megalign.data.batch import pack
+from megalign.data.batch import context_part, pack
 from megalign.data.group import Response, Sequence
 
 tokens = st.lists(st.integers(0, 99), min_size=1, max_size=9)
@@ -68,3 +68,48 @@ def test_hand_case():
     assert batch.scored_N.tolist() == [1, 2, 4, 6]
     assert batch.target_N.tolist() == [12, 13, 21, 23]
     assert batch.seq_N.tolist() == [0, 0, 1, 1]
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(st.lists(sequence(), max_size=5), st.booleans(), st.sampled_from([2, 3, 4]), st.sampled_from([1, 2, 3]))
+def test_context_ranks_share_a_row_without_gap_or_overlap(sequences, pad_rows, size, rows):
+    batch = pack(
+        sequences, range(len(sequences)), pad_rows=pad_rows, multiple_of=2 * size * rows, slot_multiple_of=2 * size
+    )
+    assert batch.num_positions % (2 * size * rows) == 0
+    slots = batch.cu_seqlens.diff()
+    assert not (slots % (2 * size)).any()
+    parts = [context_part(batch, rank, size) for rank in range(size)]
+    row = torch.arange(batch.num_positions)
+    first_T = row - batch.position_T  # of the position's slot
+    seen, scored = [], []
+    for rank, part in enumerate(parts):
+        held = []
+        for first, slot in zip(batch.cu_seqlens[:-1].tolist(), slots.tolist()):
+            run = slot // (2 * size)
+            for place in (rank, 2 * size - 1 - rank):
+                held += range(first + place * run, first + (place + 1) * run)
+        held = torch.tensor(held)
+        assert torch.equal(part.token_L, batch.token_T[held])
+        assert torch.equal(part.position_L, batch.position_T[held]) and torch.equal(part.real_L, batch.real_T[held])
+        assert torch.equal(held[part.scored_M], batch.scored_N[part.place_M])
+        assert torch.equal(part.target_M, batch.target_N[part.place_M])
+        assert torch.equal(part.scored_M, part.scored_M.sort().values)
+        # Causal attention costs every rank the same: pairs of positions of which the first sees the second.
+        seen.append(int((part.position_L + 1).sum()))
+        scored += part.place_M.tolist()
+    assert len(set(seen)) == 1 and sum(seen) == int((row - first_T + 1).sum())
+    assert sorted(scored) == list(range(len(batch.scored_N)))
+
+
+def test_a_rank_holds_a_run_and_its_mirror_image():
+    # 7 tokens in a slot of 8 for two ranks: runs (0 1) (2 3) (4 5) (6 7); rank 0 has the outer ones
+    one = Sequence(0, 0, "response", (10, 11), Response((12, 13, 14, 15, 16)))
+    batch = pack([one], [0], multiple_of=4, slot_multiple_of=4)
+    outer, inner = (context_part(batch, rank, 2) for rank in (0, 1))
+    assert outer.token_L.tolist() == [10, 11, 16, 0] and inner.token_L.tolist() == [12, 13, 14, 15]
+    assert outer.position_L.tolist() == [0, 1, 6, 7]
+    assert outer.real_L.tolist() == [True, True, True, False]
+    # position 1 predicts 12, which the other rank holds; the last token predicts nothing that is scored
+    assert (outer.scored_M.tolist(), outer.target_M.tolist(), outer.place_M.tolist()) == ([1], [12], [0])
+    assert (inner.scored_M.tolist(), inner.target_M.tolist()) == ([0, 1, 2, 3], [13, 14, 15, 16])

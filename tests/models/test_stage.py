@@ -13,7 +13,7 @@ from megalign.data.batch import pack
 from megalign.data.group import Response, Sequence
 from megalign.engines.groups import make_groups
 from megalign.engines.megatron import EngineOptions, MegatronEngine
-from megalign.models.gpt import choose_layers, rope_frequencies
+from megalign.models.gpt import choose_layers, rope_frequencies, split_layers
 from megalign.runtime.distributed import process_group
 
 LLAMA3_ROPE = {
@@ -94,3 +94,21 @@ def test_frequencies_equal_those_of_transformers(tmp_path):
 def test_layers_are_torch_where_there_is_no_cuda():
     assert choose_layers("auto", on_cuda=False) == "torch"
     assert choose_layers("transformer_engine", on_cuda=False) == "transformer_engine"
+
+
+@pytest.mark.parametrize(
+    "layers, stages, split",
+    [
+        (4, 2, [2, 2]),
+        (5, 2, [3, 2]),  # the last has the head
+        (5, 4, [1, 2, 1, 1]),  # the first has the embedding
+        (7, 4, [2, 2, 2, 1]),
+        (61, 16, [3, *[4] * 13, 3, 3]),
+        (3, 3, [1, 1, 1]),
+    ],
+)
+def test_layers_are_split_evenly_with_fewer_at_the_ends(layers, stages, split):
+    found = split_layers(layers, stages)
+    assert sum(found) == layers and max(found) - min(found) <= 1
+    assert found[-1] == min(found)
+    assert found == split
