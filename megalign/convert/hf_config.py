@@ -26,9 +26,12 @@ def read_model_config(hf_dir: Path) -> ModelConfig:
     if num_heads % num_kv_heads:
         config.refuse("num_key_value_heads", f"it must divide num_attention_heads, {num_heads}")
     rope_theta, rope_scaling = _rope(config)
-    flags = {
-        flag: source if isinstance(source, bool) else config.flag(source) for flag, source in family.switches.items()
-    }
+    switches = family.switches
+
+    def flag(name: str) -> bool:
+        source = switches.get(name, False)
+        return source if isinstance(source, bool) else config.flag(source)
+
     return ModelConfig(
         family=family.name,
         num_layers=config.whole("num_hidden_layers"),
@@ -44,7 +47,11 @@ def read_model_config(hf_dir: Path) -> ModelConfig:
         rope_scaling=rope_scaling,
         tied=config.flag("tie_word_embeddings"),
         sliding_window=family.window(config),
-        **flags,
+        qkv_bias=flag("qkv_bias"),
+        out_bias=flag("out_bias"),
+        mlp_bias=flag("mlp_bias"),
+        qk_norm=flag("qk_norm"),
+        moe=family.moe(config),
     )
 
 

@@ -12,13 +12,17 @@ from megalign.convert.model_config import ModelConfig
 from megalign.convert.rules import FAMILIES, find_rule
 
 
-def megatron_names(cfg: ModelConfig, *, layers: Iterable[int], first: bool, last: bool) -> list[str]:
-    """Parameter names, with global layer numbers, of a stage that holds `layers`, the embedding if `first`, the head if
-    `last`. A tied head is listed where its stage has no embedding to share."""
-    templates = [rule.megatron for rule in FAMILIES[cfg.family].rules if rule.when(cfg)]
+def megatron_names(
+    cfg: ModelConfig, *, layers: Iterable[int], first: bool, last: bool, experts: Sequence[int] | None = None
+) -> list[str]:
+    """Parameter names, with global numbers, of a stage that holds `layers`, the embedding if `first`, the head if
+    `last`, and of `experts` (all where it is None). A tied head is listed where its stage has no embedding to share."""
+    held = range(0 if cfg.moe is None else cfg.moe.num_experts) if experts is None else experts
     names = ["embedding.word_embeddings.weight"] if first else []
     for layer in layers:
-        names += [template.format(i=layer) for template in templates if "{i}" in template]
+        for rule in FAMILIES[cfg.family].rules:
+            if "{i}" in rule.megatron:
+                names += [rule.megatron.format(**place) for place in rule.places(cfg, (layer,), held)]
     if last:
         names.append("decoder.final_layernorm.weight")
         names += [] if cfg.tied and first else ["output_layer.weight"]
@@ -32,22 +36,22 @@ def unshard(name: str, parts: Sequence[Tensor], cfg: ModelConfig) -> Tensor:
         return parts[0]
     by_part = [rule.layout.split(part, cfg) for part in parts]
     wholes = []
-    for place, piece in enumerate(rule.pieces):
-        whole = torch.cat([pieces[place] for pieces in by_part], dim=rule.tp_dim)
+    for number, piece in enumerate(rule.pieces):
+        whole = torch.cat([pieces[number] for pieces in by_part], dim=rule.tp_dim)
         wholes.append(whole[: cfg.vocab_size] if piece.axes[0] == "vocab" else whole)
     return rule.layout.join(wholes, cfg)
 
 
 def to_hf(name: str, full: Tensor, cfg: ModelConfig) -> list[tuple[str, Tensor]]:
     """The Hugging Face tensors of a whole Megatron tensor (what `unshard` gives); none for the copy a tied head is."""
-    rule, layer = find_rule(name, cfg)
+    rule, place = find_rule(name, cfg)
     if rule.copy:
         return []
     named = []
     for piece, tensor in zip(rule.pieces, rule.layout.split(full, cfg), strict=True):
         if tuple(tensor.shape) != piece.shape(cfg):
             raise ValueError(f"{name} gives {piece.name} of shape {tuple(tensor.shape)}, not {piece.shape(cfg)}")
-        named.append((piece.name.format(i=layer), tensor))
+        named.append((piece.name.format(**place), tensor))
     return named
 
 

@@ -125,11 +125,12 @@ def audit(hf_dir: Path, cfg: ModelConfig) -> dict[str, Path]:
 
 
 def _needed_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    experts = range(0 if cfg.moe is None else cfg.moe.num_experts)
     for rule in FAMILIES[cfg.family].rules:
-        if rule.when(cfg) and not rule.copy:
-            for layer in range(cfg.num_layers) if "{i}" in rule.megatron else [0]:
-                shapes.update({piece.name.format(i=layer): piece.shape(cfg) for piece in rule.pieces})
+        if not rule.copy:
+            for place in rule.places(cfg, range(cfg.num_layers), experts):
+                shapes.update({piece.name.format(**place): piece.shape(cfg) for piece in rule.pieces})
     return shapes
 
 
@@ -156,7 +157,8 @@ def load_shard(
 def _check_tensor_parallel(cfg: ModelConfig, tp_size: int) -> None:
     counts = {
         "num_key_value_heads": cfg.num_kv_heads,
-        "intermediate_size": cfg.ffn_size,
+        "intermediate_size": cfg.ffn_size if any(not cfg.has_experts(i) for i in range(cfg.num_layers)) else 0,
+        "shared_expert_intermediate_size": 0 if cfg.moe is None else cfg.moe.shared_ffn_size,
         "the padded vocabulary": cfg.padded_vocab_size,
     }
     for what, count in counts.items():
@@ -170,18 +172,18 @@ def _stream(
     with ExitStack() as stack:
         handles: dict[Path, Any] = {}
 
-        def part(piece: Piece, layer: int, tp_dim: int | None) -> Tensor:
-            path = places[piece.name.format(i=layer)]
+        def part(piece: Piece, place: Mapping[str, int], tp_dim: int | None) -> Tensor:
+            path = places[piece.name.format(**place)]
             if path not in handles:
                 handles[path] = stack.enter_context(_open(path))
-            stored = handles[path].get_slice(piece.name.format(i=layer))
+            stored = handles[path].get_slice(piece.name.format(**place))
             return _cut(stored, piece, cfg, tp_dim, tp_rank, tp_size)
 
         for name in names:
-            rule, layer = find_rule(name, cfg)
-            pieces = [part(piece, layer, rule.tp_dim) for piece in rule.pieces]
+            rule, place = find_rule(name, cfg)
+            pieces = [part(piece, place, rule.tp_dim) for piece in rule.pieces]
             if cfg.tied and EMBED in rule.pieces and "lm_head.weight" in places:
-                head = part(Piece("lm_head.weight", EMBED.axes), layer, rule.tp_dim)
+                head = part(Piece("lm_head.weight", EMBED.axes), place, rule.tp_dim)
                 _check_tied_copy(places["lm_head.weight"], pieces[0], head)
             joined = rule.layout.join(pieces, cfg)
             # A slice may be a view of the mapped file, which whoever gets it must not depend on.

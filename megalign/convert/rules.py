@@ -8,7 +8,7 @@ interleaving of query, key and value, or of gate and up rows, is the same on a p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal
@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 
 from megalign.convert.config_file import ConfigFile
-from megalign.convert.model_config import ModelConfig
+from megalign.convert.model_config import ModelConfig, MoeConfig
 
-Axis = Literal["vocab", "hidden", "ffn", "query", "key_value", "head_dim"]
+Axis = Literal["vocab", "hidden", "ffn", "query", "key_value", "head_dim", "experts", "expert_ffn", "shared_ffn", "one"]
 
 
 def axis_size(axis: Axis, cfg: ModelConfig) -> int:
+    if cfg.moe is not None and axis in ("experts", "expert_ffn", "shared_ffn"):
+        moe = cfg.moe
+        return {"experts": moe.num_experts, "expert_ffn": moe.ffn_size, "shared_ffn": moe.shared_ffn_size}[axis]
     return {
+        "one": 1,
         "vocab": cfg.vocab_size,
         "hidden": cfg.hidden_size,
         "ffn": cfg.ffn_size,
@@ -72,14 +76,23 @@ QKV = Layout(join=_join_qkv, split=_split_qkv)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A Megatron parameter and the Hugging Face tensors it is joined from; `{i}` is the layer."""
+    """A Megatron parameter and the Hugging Face tensors it is joined from; `{i}` is the layer, `{e}` the expert."""
 
     megatron: str
     pieces: tuple[Piece, ...]
     tp_dim: int | None = None
     layout: Layout = WHOLE
     when: Callable[[ModelConfig], bool] = lambda cfg: True
+    within: Callable[[ModelConfig, int], bool] = lambda cfg, layer: True  # which layers have it
     copy: bool = False  # a second home of tensors that another rule owns: read, never written
+
+    def places(self, cfg: ModelConfig, layers: Iterable[int], experts: Sequence[int]) -> Iterator[Mapping[str, int]]:
+        """What `{i}` and `{e}` stand for in every parameter of this rule that a part of the model has."""
+        if not self.when(cfg):
+            return
+        for layer in layers if "{i}" in self.megatron else (0,):
+            if self.within(cfg, layer):
+                yield from ({"i": layer, "e": expert} for expert in (experts if "{e}" in self.megatron else (0,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,7 @@ class Family:
     switches: Mapping[str, str | bool]  # ModelConfig flag -> the config.json flag it follows, or a constant
     defaults: Mapping[str, Any]  # transformers' own, for fields a config.json leaves out
     window: Callable[[ConfigFile], int | None] = lambda config: None
+    moe: Callable[[ConfigFile], MoeConfig | None] = lambda config: None
     ignorable: tuple[str, ...] = ()  # regular expressions: stored by some writers, computed by every reader
     by_name: Mapping[str, tuple[Rule, ...]] = field(init=False)
 
@@ -110,14 +124,24 @@ def register(family: Family) -> Family:
     return family
 
 
-def find_rule(name: str, cfg: ModelConfig) -> tuple[Rule, int]:
-    """The rule of a Megatron parameter and its layer (0 for those outside layers)."""
-    match = re.match(r"decoder\.layers\.(\d+)\.", name)
-    layer = int(match[1]) if match else 0
-    template = name.replace(match[0], "decoder.layers.{i}.") if match else name
+_NUMBER = re.compile(r"(decoder\.layers|local_experts)\.(\d+)\.")
+
+
+def find_rule(name: str, cfg: ModelConfig) -> tuple[Rule, Mapping[str, int]]:
+    """The rule of a Megatron parameter, and which layer `i` and expert `e` it is of (0 where it is of none)."""
+    place = {"i": 0, "e": 0}
+
+    def generic(match: re.Match[str]) -> str:
+        key = "i" if match[1] == "decoder.layers" else "e"
+        place[key] = int(match[2])
+        return f"{match[1]}.{{{key}}}."
+
+    template = _NUMBER.sub(generic, name)
+    num_experts = 1 if cfg.moe is None else cfg.moe.num_experts
     for rule in FAMILIES[cfg.family].by_name.get(template, ()):
-        if rule.when(cfg) and layer < cfg.num_layers:
-            return rule, layer
+        inside = place["i"] < cfg.num_layers and place["e"] < num_experts
+        if inside and rule.when(cfg) and rule.within(cfg, place["i"]):
+            return rule, place
     raise ValueError(f"{name} is not a parameter of this {cfg.family} model")
 
 
@@ -134,6 +158,31 @@ def window_by_layer(config: ConfigFile) -> int | None:
     if set(kinds) != {"sliding_attention"}:
         config.refuse("use_sliding_window", "only all layers or none may slide, this checkpoint mixes them")
     return config.whole("sliding_window")
+
+
+def moe_config(config: ConfigFile, *, ffn: str, normalize: bool) -> MoeConfig:
+    """The experts, of which transformers 5 writes the number under either name."""
+    experts = "num_local_experts" if "num_local_experts" in config.fields else "num_experts"
+    num_experts, top_k = config.whole(experts), config.whole("num_experts_per_tok")
+    if top_k > num_experts:
+        config.refuse("num_experts_per_tok", f"it must be at most {experts}, {num_experts}")
+    if top_k == 1 and normalize:
+        config.refuse(
+            "num_experts_per_tok", "with shares that sum to one it must be at least 2: one expert's is always 1"
+        )
+    return MoeConfig(num_experts, top_k, config.whole(ffn), normalize)
+
+
+def dense_layers(config: ConfigFile) -> tuple[int, ...]:
+    """Qwen's layers without experts: those listed, and all but every `decoder_sparse_step`-th."""
+    step, listed = config.whole("decoder_sparse_step"), config.value("mlp_only_layers") or []
+    num_layers = config.whole("num_hidden_layers")
+    if not isinstance(listed, list) or not all(type(one) is int for one in listed):
+        config.refuse("mlp_only_layers", "allowed: a list of layer numbers")
+    dense = tuple(layer for layer in range(num_layers) if layer in listed or (layer + 1) % step)
+    if len(dense) == num_layers:
+        config.refuse("mlp_only_layers", "no layer has experts; such a model is a dense one")
+    return dense
 
 
 LAYER, HF = "decoder.layers.{i}", "model.layers.{i}"
@@ -196,9 +245,76 @@ QK_NORM = (
     Rule(f"{LAYER}.self_attention.q_layernorm.weight", (Piece(f"{HF}.self_attn.q_norm.weight", ("head_dim",)),)),
     Rule(f"{LAYER}.self_attention.k_layernorm.weight", (Piece(f"{HF}.self_attn.k_norm.weight", ("head_dim",)),)),
 )
+
+
+def _dense(cfg: ModelConfig, layer: int) -> bool:
+    return not cfg.has_experts(layer)
+
+
 MLP = (
-    Rule(f"{LAYER}.mlp.linear_fc1.weight", _rows("weight", _FC1_ROWS), tp_dim=0, layout=STACK2),
-    Rule(f"{LAYER}.mlp.linear_fc2.weight", (Piece(f"{HF}.mlp.down_proj.weight", ("hidden", "ffn")),), tp_dim=1),
+    Rule(f"{LAYER}.mlp.linear_fc1.weight", _rows("weight", _FC1_ROWS), tp_dim=0, layout=STACK2, within=_dense),
+    Rule(
+        f"{LAYER}.mlp.linear_fc2.weight",
+        (Piece(f"{HF}.mlp.down_proj.weight", ("hidden", "ffn")),),
+        tp_dim=1,
+        within=_dense,
+    ),
+)
+
+
+def experts(block: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[Rule, ...]:
+    """Router and experts of layers that have them; experts are never cut over tensor ranks."""
+    home = f"{HF}.{block}.experts.{{e}}"
+    rows: tuple[Axis, ...] = ("expert_ffn", "hidden")
+    mine = f"{LAYER}.mlp.experts.local_experts.{{e}}"
+    return (
+        Rule(
+            f"{LAYER}.mlp.router.weight",
+            (Piece(f"{HF}.{block}.gate.weight", ("experts", "hidden")),),
+            within=ModelConfig.has_experts,
+        ),
+        Rule(
+            f"{mine}.linear_fc1.weight",
+            (Piece(f"{home}.{gate}.weight", rows), Piece(f"{home}.{up}.weight", rows)),
+            layout=STACK2,
+            within=ModelConfig.has_experts,
+        ),
+        Rule(
+            f"{mine}.linear_fc2.weight",
+            (Piece(f"{home}.{down}.weight", ("hidden", "expert_ffn")),),
+            within=ModelConfig.has_experts,
+        ),
+    )
+
+
+def _has_shared(cfg: ModelConfig) -> bool:
+    return cfg.moe is not None and cfg.moe.shared_ffn_size > 0
+
+
+# The expert that every token passes is cut over tensor ranks like any MLP.
+_SHARED_ROWS: tuple[Axis, ...] = ("shared_ffn", "hidden")
+SHARED_EXPERT = (
+    Rule(
+        f"{LAYER}.mlp.shared_experts.linear_fc1.weight",
+        tuple(Piece(f"{HF}.mlp.shared_expert.{name}_proj.weight", _SHARED_ROWS) for name in ("gate", "up")),
+        tp_dim=0,
+        layout=STACK2,
+        when=_has_shared,
+        within=ModelConfig.has_experts,
+    ),
+    Rule(
+        f"{LAYER}.mlp.shared_experts.linear_fc2.weight",
+        (Piece(f"{HF}.mlp.shared_expert.down_proj.weight", ("hidden", "shared_ffn")),),
+        tp_dim=1,
+        when=_has_shared,
+        within=ModelConfig.has_experts,
+    ),
+    Rule(
+        f"{LAYER}.mlp.shared_experts.gate_weight",
+        (Piece(f"{HF}.mlp.shared_expert_gate.weight", ("one", "hidden")),),
+        when=_has_shared,
+        within=ModelConfig.has_experts,
+    ),
 )
 MLP_BIAS = (
     Rule(

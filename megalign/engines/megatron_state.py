@@ -80,7 +80,7 @@ def load_hf(engine: MegatronEngine, hf_dir: Path) -> None:
     names = megatron_names(
         engine.model,
         layers=[layer for chunk in engine.chunks for layer in chunk.layer_numbers],
-        **({} if experts is None else {"experts": experts}),
+        experts=experts,
         first=groups.first_stage,
         last=groups.last_stage,
     )

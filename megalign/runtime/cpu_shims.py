@@ -54,13 +54,13 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Inert:
-    """A stream or event that does nothing."""
+    """A stream or event that does nothing, and gives itself for any other it is asked for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+    def __getattr__(self, name: str) -> Callable[..., _Inert]:
+        return lambda *args, **kwargs: self
 
 
 @contextlib.contextmanager

@@ -1,0 +1,54 @@
+"""Qwen1.5-MoE and Qwen2-MoE: a shared expert behind a sigmoid gate; biases on query, key and value."""
+
+from dataclasses import replace
+
+from megalign.convert.config_file import ConfigFile
+from megalign.convert.model_config import MoeConfig
+from megalign.convert.rules import (
+    ATTENTION,
+    FIRST,
+    LAST,
+    MLP,
+    NORMS,
+    QKV_BIAS,
+    ROTARY_BUFFER,
+    SHARED_EXPERT,
+    Family,
+    dense_layers,
+    experts,
+    moe_config,
+    register,
+    window_by_layer,
+)
+
+
+def moe(config: ConfigFile) -> MoeConfig:
+    """The experts, and the one that every token passes."""
+    found = moe_config(config, ffn="moe_intermediate_size", normalize=config.flag("norm_topk_prob"))
+    shared = config.whole("shared_expert_intermediate_size")
+    return replace(found, shared_ffn_size=shared, shared_gate=True, dense_layers=dense_layers(config))
+
+
+QWEN2_MOE = register(
+    Family(
+        name="qwen2_moe",
+        architecture="Qwen2MoeForCausalLM",
+        rules=FIRST + NORMS + ATTENTION + QKV_BIAS + MLP + experts("mlp") + SHARED_EXPERT + LAST,
+        switches={"qkv_bias": "qkv_bias"},
+        defaults={
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "qkv_bias": True,
+            "decoder_sparse_step": 1,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        window=window_by_layer,
+        moe=moe,
+        ignorable=(ROTARY_BUFFER,),
+    )
+)

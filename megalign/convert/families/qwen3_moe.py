@@ -1,0 +1,52 @@
+"""Qwen3-MoE: queries and keys normalised by head, no shared expert."""
+
+from dataclasses import replace
+
+from megalign.convert.config_file import ConfigFile
+from megalign.convert.model_config import MoeConfig
+from megalign.convert.rules import (
+    ATTENTION,
+    FIRST,
+    LAST,
+    MLP,
+    NORMS,
+    OUT_BIAS,
+    QK_NORM,
+    QKV_BIAS,
+    ROTARY_BUFFER,
+    Family,
+    dense_layers,
+    experts,
+    moe_config,
+    register,
+    window_by_layer,
+)
+
+
+def moe(config: ConfigFile) -> MoeConfig:
+    """The experts of layers that have them."""
+    found = moe_config(config, ffn="moe_intermediate_size", normalize=config.flag("norm_topk_prob"))
+    return replace(found, dense_layers=dense_layers(config))
+
+
+QWEN3_MOE = register(
+    Family(
+        name="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        rules=FIRST + NORMS + ATTENTION + QKV_BIAS + OUT_BIAS + QK_NORM + MLP + experts("mlp") + LAST,
+        switches={"qkv_bias": "attention_bias", "out_bias": "attention_bias", "qk_norm": True},
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "decoder_sparse_step": 1,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        window=window_by_layer,
+        moe=moe,
+        ignorable=(ROTARY_BUFFER,),
+    )
+)
