@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
@@ -14,6 +14,7 @@ import megalign.losses  # noqa: F401  fills the registry
 from megalign.config_file import read_tree
 from megalign.convert.model_config import ModelConfig
 from megalign.data.config import DataConfig
+from megalign.layout import Layout, refusal
 from megalign.losses.base import LOSSES, LossConfig, choose_loss
 from megalign.schema import Strict, UserError, first_problem, shorten
 from megalign.sections import (
@@ -21,6 +22,7 @@ from megalign.sections import (
     EngineConfig,
     EvalConfig,
     ExportConfig,
+    LoraConfig,
     ModelSection,
     OptimizerSection,
     ParallelConfig,
@@ -29,7 +31,6 @@ from megalign.sections import (
     RunConfig,
     TeacherConfig,
     WatchdogConfig,
-    only,
 )
 
 
@@ -46,7 +47,7 @@ class JobConfig(Strict):
     teachers: list[TeacherConfig] = []
     optimizer: OptimizerSection
     parallel: ParallelConfig = ParallelConfig()
-    lora: Annotated[Any, only(None)] = None
+    lora: LoraConfig | None = None
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
@@ -93,6 +94,13 @@ class JobConfig(Strict):
             raise UserError(
                 f"teachers has {len(self.teachers)} entries: loss {self.loss.name} uses none; losses that do: {users}"
             )
+        if self.parallel.virtual_pipeline > 1:
+            for key in ("overlap_p2p_comm", "batch_p2p_comm"):
+                if key in self.engine.megatron:
+                    raise UserError(
+                        f"engine.megatron.{key} is {self.engine.megatron[key]}: with parallel.virtual_pipeline "
+                        "megalign sets it itself, because batched messages between two stages are paired wrongly"
+                    )
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise UserError(f"teachers.name is {shorten(names)}: every name must be different")
@@ -163,39 +171,12 @@ def total_steps(cfg: JobConfig, num_records: int) -> int:
     return max(1, math.floor(Fraction(str(cfg.run.epochs)) * num_records / cfg.data.groups_per_step))
 
 
-def check_layout(cfg: JobConfig, model: ModelConfig, world_size: int) -> None:
-    """Refuse a layout that does not fit the ranks or the model, naming values that do."""
-    parallel = cfg.parallel
-    product = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % product:
+def check_layout(cfg: JobConfig, model: ModelConfig, world_size: int, *, trained: bool = True) -> None:
+    """Refuse a layout that does not fit the ranks or the model, naming the nearest ones that do."""
+    found = refusal(Layout(**cfg.parallel.model_dump()), model, world_size, trained=trained)
+    if found is not None:
+        raise UserError(found)
+    if trained and cfg.model.aux_loss_coefficient and model.moe is None:
         raise UserError(
-            f"parallel.tensor x parallel.pipeline x parallel.context is {parallel.tensor} x {parallel.pipeline} x "
-            f"{parallel.context} = {product}: must divide the number of ranks {world_size}, so be one of "
-            f"{_listed(_divisors(world_size))}"
+            f"model.aux_loss_coefficient is {cfg.model.aux_loss_coefficient}: the model has no experts; must be 0"
         )
-    splits = {
-        "attention heads": model.num_heads,
-        "key-value heads": model.num_kv_heads,
-        "feed-forward size": model.ffn_size,
-        "padded vocabulary": model.padded_vocab_size,
-    }
-    fitting = _divisors(math.gcd(*splits.values()))
-    for what, size in splits.items():
-        if size % parallel.tensor:
-            raise UserError(
-                f"parallel.tensor is {parallel.tensor}: must divide the model's {what} {size}; "
-                f"values that fit this model: {_listed(fitting)}"
-            )
-    if model.num_layers % parallel.pipeline:
-        raise UserError(
-            f"parallel.pipeline is {parallel.pipeline}: must divide the model's layers {model.num_layers}; "
-            f"values that fit this model: {_listed(_divisors(model.num_layers))}"
-        )
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _listed(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))

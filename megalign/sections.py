@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +27,7 @@ Text = Annotated[str, Field(min_length=1)]
 # YAML reads `none` as a word; where a key is otherwise text it would silently become a file of that name.
 NoneWord = BeforeValidator(lambda value: None if value == "none" else value)
 Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -61,7 +62,7 @@ class RunConfig(Strict):
 
 class ModelSection(Strict):
     path: Text
-    aux_loss_coefficient: Annotated[NonNegativeFloat, only(0)] = 0.0
+    aux_loss_coefficient: NonNegativeFloat = 0.0
 
 
 class EvalConfig(Strict):
@@ -135,18 +136,25 @@ class OptimizerSection(Strict):
 class ParallelConfig(Strict):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
-    virtual_pipeline: Annotated[PositiveInt, only(1)] = 1
-    context: Annotated[PositiveInt, only(1)] = 1
-    expert: Annotated[PositiveInt, only(1)] = 1
+    virtual_pipeline: PositiveInt = 1
+    context: PositiveInt = 1
+    expert: PositiveInt = 1
     sequence: bool = False
 
-    @model_validator(mode="after")
-    def _sequence_splits(self) -> ParallelConfig:
-        if self.sequence and self.tensor == 1:
-            raise UserError(
-                "parallel.sequence is true: it splits over tensor ranks, so parallel.tensor must be at least 2"
-            )
-        return self
+
+class LoraConfig(Strict):
+    """Adapters on linear layers, by their names in Hugging Face checkpoints."""
+
+    rank: PositiveInt
+    alpha: PositiveFloat
+    targets: Annotated[list[LoraTarget], Field(min_length=1)] = list(get_args(LoraTarget))
+
+    @field_validator("targets")
+    @classmethod
+    def _once(cls, targets: list[str]) -> list[str]:
+        if len(set(targets)) < len(targets):
+            raise ValueError("every name may be there once")
+        return targets
 
 
 class ZeroConfig(Strict):
@@ -174,9 +182,26 @@ MEGATRON_OWNED: dict[str, str] = {
         (
             "calculate_per_token_loss", "variable_seq_lengths", "grad_scale_func",
             "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func", "timers",
-            "use_cpu_initialization", "perform_initialization", "num_moe_experts",
+            "use_cpu_initialization", "perform_initialization", "expert_tensor_parallel_size",
+            "microbatch_group_size_per_vp_stage", "moe_router_load_balancing_type", "moe_router_dtype",
+            "moe_token_dispatcher_type", "moe_expert_capacity_factor", "moe_z_loss_coeff", "moe_grouped_gemm",
         ),
         ALWAYS,
+    ),
+    **dict.fromkeys(
+        (
+            "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax", "moe_layer_freq",
+            "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+        ),
+        FROM_MODEL,
+    ),
+    **dict.fromkeys(
+        (
+            "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+            "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+        ),
+        "layers are split evenly, with fewer on the first and last stage; for a split of your own use "
+        "pipeline_model_parallel_layout",
     ),
     **dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype"), "set it with run.dtype"),
     "tensor_model_parallel_size": "set it with parallel.tensor",
@@ -201,7 +226,8 @@ MEGATRON_SETTINGS = (
     "wgrad_deferral_limit", "recompute_method", "recompute_num_layers", "recompute_modules",
     "distribute_saved_activations", "attention_softmax_in_fp32", "attention_backend", "cuda_graph_*",
     "use_te_rng_tracker", "delay_wgrad_compute", "barrier_with_L1_time", "fine_grained_activation_offloading",
-    "offload_modules", "min_offloaded_tensor_size",
+    "offload_modules", "min_offloaded_tensor_size", "pipeline_model_parallel_layout", "cp_comm_type",
+    "moe_permute_fusion", "moe_router_fusion", "moe_shared_expert_overlap",
     # of the data-parallel wrapper
     "grad_reduce_in_fp32", "overlap_grad_reduce", "overlap_param_gather", "align_param_gather",
     "check_for_nan_in_grad", "check_for_large_grads", "bucket_size", "pad_buckets_for_high_nccl_busbw",

@@ -228,18 +228,20 @@ BAD = [
     ("data.path=null", "data.path is missing", "data.sources"),
     ("data.groups_per_step=null", "data.groups_per_step is missing", "required without a rollout"),
     ("data=null", "data is None", "must be a section with keys path, sources"),
-    ("model.aux_loss_coefficient=0.01", "model.aux_loss_coefficient is 0.01", "supports only 0"),
+    ("model.aux_loss_coefficient=-0.01", "model.aux_loss_coefficient is -0.01", "greater than or equal to 0"),
     ("optimizer.lr=-1e-6", "optimizer.lr is -1e-06", "greater than or equal to 0"),
     ("optimizer.lr=.nan", "optimizer.lr is nan", "finite"),
     ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1 is 1.0", "less than 1"),
     ("optimizer.betas=[0.9]", "optimizer.betas", "required"),
     ("optimizer.schedule.min_lr=1e-3", "optimizer.schedule.min_lr is 0.001", "at most optimizer.lr 1e-06"),
     ("parallel.tensor=0", "parallel.tensor is 0", "greater than 0"),
-    ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline is 2", "supports only 1"),
-    ("parallel.context=2", "parallel.context is 2", "supports only 1"),
-    ("parallel.expert=2", "parallel.expert is 2", "supports only 1"),
-    ("parallel.sequence=true", "parallel.sequence is true", "parallel.tensor must be at least 2"),
-    ("lora={rank: 8}", "lora is {'rank': 8}", "supports only null"),
+    ("parallel.context=0", "parallel.context is 0", "greater than 0"),
+    ("parallel.expert=1.5", "parallel.expert is 1.5", "valid integer"),
+    ("lora={rank: 8}", "lora.alpha is missing", "required"),
+    ("lora={rank: 0, alpha: 16}", "lora.rank is 0", "greater than 0"),
+    ("lora={rank: 8, alpha: 16, targets: [qkv]}", "lora.targets.0 is 'qkv'", "must be 'q_proj'"),
+    ("lora={rank: 8, alpha: 16, targets: []}", "lora.targets is []", "at least 1"),
+    ("lora={rank: 8, alpha: 16, targets: [q_proj, q_proj]}", "lora.targets", "once"),
     ("engine.name=deepspeed", "engine.name is 'deepspeed'", 'supports only "megatron"'),
     ("engine.name=fsdp", "engine.name is 'fsdp'", "must be 'megatron' or 'deepspeed'"),
     ("engine.head_kernel=triton", "engine.head_kernel is 'triton'", 'supports only "torch"'),
@@ -247,6 +249,9 @@ BAD = [
     ("engine.deepspeed_config.a=1", "engine.deepspeed_config is {'a': 1}", "only engine.name deepspeed reads it"),
     ("engine.megatron.hidden_dropout=0.1", "engine.megatron.hidden_dropout is 0.1", "dropout must be 0"),
     ("engine.megatron.num_layers=4", "engine.megatron.num_layers is 4", "config.json in model.path"),
+    ("engine.megatron.moe_router_topk=4", "engine.megatron.moe_router_topk is 4", "config.json in model.path"),
+    ("engine.megatron.moe_expert_capacity_factor=1.0", "capacity_factor is 1.0", "megalign sets it itself"),
+    ("engine.megatron.num_layers_in_first_pipeline_stage=1", "pipeline_stage is 1", "pipeline_model_parallel_layout"),
     ("engine.megatron.context_parallel_size=2", "context_parallel_size is 2", "set it with parallel.context"),
     ("checkpoint.async=true", "checkpoint.async is True", "supports only false"),
     ("checkpoint.allow=[x]", "checkpoint.allow is ['x']", "supports only []"),
@@ -337,7 +342,9 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.mark.parametrize(("tensor", "pipeline", "ranks"), [(1, 1, 1), (2, 1, 2), (4, 3, 12), (2, 2, 8), (1, 6, 6)])
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "ranks"), [(1, 1, 1), (2, 1, 2), (4, 3, 12), (2, 2, 8), (1, 6, 6), (1, 4, 4)]
+)
 def test_layouts_that_fit(load, tensor: int, pipeline: int, ranks: int):
     check_layout(load(f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"), MODEL, ranks)
 
@@ -350,7 +357,7 @@ def test_layouts_that_fit(load, tensor: int, pipeline: int, ranks: int):
         (2, 2, 6, ("2 x 2 x 1 = 4", "one of 1, 2, 3, 6")),
         (3, 1, 3, ("parallel.tensor is 3", "key-value heads 4", "fit this model: 1, 2, 4")),
         (8, 1, 8, ("parallel.tensor is 8", "attention heads 12", "fit this model: 1, 2, 4")),
-        (1, 4, 4, ("parallel.pipeline is 4", "layers 6", "fit this model: 1, 2, 3, 6")),
+        (1, 7, 7, ("parallel.pipeline is 7", "at most the model's layers 6", "nearest layouts of 7 ranks", "data 7")),
     ],
 )
 def test_layouts_that_do_not(load, tensor: int, pipeline: int, ranks: int, parts: tuple[str, ...]):

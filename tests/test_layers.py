@@ -17,7 +17,7 @@ LAYERS = [
     {"data"},
     {"losses"},
     {"convert"},
-    {"config", "config_file", "sections"},
+    {"config", "config_file", "layout", "sections"},
     {"runtime"},
     {"models"},
     {"engines"},

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -132,6 +133,17 @@ def split_layers(num_layers: int, stages: int) -> list[int]:
     even, left = divmod(num_layers, stages)
     takers = [*range(1, stages - 1), 0][:left]
     return [even + (stage in takers) for stage in range(stages)]
+
+
+def split_problem(text: str, num_layers: int, pipeline: int, virtual: int) -> str | None:
+    """Why Megatron could not build a user's own split of layers over stages (`Ett|tt|ttL`); None where it could."""
+    try:
+        split = PipelineParallelLayerLayout.from_str(text, pipeline)
+        split.validate_layer_layout(num_layers, 0)
+    except (AssertionError, ValueError, TypeError, KeyError) as error:
+        return " ".join(str(error).split())
+    found = split.virtual_pipeline_model_parallel_size
+    return None if found == virtual else f"it has {pipeline * found} stages"
 
 
 def transformer_config(

@@ -20,7 +20,7 @@ from megalign.data.group import Sequence as FlatSequence
 from megalign.data.tokenize import retokenize
 from megalign.rollout.prompts import Prompt, load_prompts
 from megalign.rollout.rewards import choose_reward
-from megalign.schema import UserError
+from megalign.schema import UserError, shorten
 from megalign.sections import MEGATRON_SETTINGS
 from megalign.train.checkpoint import find_checkpoint
 
@@ -60,7 +60,7 @@ class Inputs:
 
 def check(cfg: JobConfig, world_size: int) -> Inputs:
     """Refuse what would stop the job later: models, layout, tokenizer, all records."""
-    hf_dir, model = check_model(cfg, cfg.model.path, field="model.path", world_size=world_size)
+    hf_dir, model = check_model(cfg, cfg.model.path, field="model.path", world_size=world_size, trained=True)
     reference = None
     if cfg.reference.source not in ("initial", "round_start", "none", None):
         reference = check_model(cfg, cfg.reference.source, field="reference.source", world_size=world_size)
@@ -73,6 +73,7 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
         check_model(cfg, teacher.path, field=f"teachers.{place}.path", world_size=world_size)
     if cfg.engine.megatron:
         check_passed_through(cfg.engine.megatron)
+        check_split(cfg, model)
     if "wandb" in cfg.trackers and importlib.util.find_spec("wandb") is None:
         raise UserError("trackers has 'wandb': the package is missing; pip install 'megalign[wandb]', or leave it out")
     eval_path = cfg.eval.path
@@ -102,7 +103,9 @@ def check_outputs(cfg: JobConfig, inputs: Inputs) -> Path | None:
     return found
 
 
-def check_model(cfg: JobConfig, path: str, *, field: str, world_size: int) -> tuple[Path, ModelConfig]:
+def check_model(
+    cfg: JobConfig, path: str, *, field: str, world_size: int, trained: bool = False
+) -> tuple[Path, ModelConfig]:
     """A checkpoint's directory and description, when all its tensors are there and it fits the job's layout."""
     try:
         hf_dir = resolve_model(path)
@@ -110,7 +113,7 @@ def check_model(cfg: JobConfig, path: str, *, field: str, world_size: int) -> tu
         audit(hf_dir, model)
     except UserError as error:
         raise UserError(f"{field}: {error}") from None
-    check_layout(cfg, model, world_size)
+    check_layout(cfg, model, world_size, trained=trained)
     return hf_dir, model
 
 
@@ -133,6 +136,24 @@ def check_passed_through(keys: Iterable[str]) -> None:
                 f"engine.megatron.{key} is not a setting of speed or memory alone; must be one of "
                 f"{', '.join(MEGATRON_SETTINGS)}"
             )
+
+
+def check_split(cfg: JobConfig, model: ModelConfig) -> None:
+    """Refuse a split of layers over stages that Megatron could not build."""
+    wanted = cfg.engine.megatron.get("pipeline_model_parallel_layout")
+    if wanted is None:
+        return
+    # Imported here for the same reason as above.
+    from megalign.models.gpt import split_problem
+
+    parallel = cfg.parallel
+    reason = split_problem(wanted, model.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    if reason is not None:
+        stages = parallel.pipeline * parallel.virtual_pipeline
+        raise UserError(
+            f"engine.megatron.pipeline_model_parallel_layout is {shorten(wanted)}: {reason}; must have {stages} stages "
+            f"between bars, E in the first, L in the last, and a t for each of the model's {model.num_layers} layers"
+        )
 
 
 def load_tokenizer(hf_dir: Path) -> Any | None:
