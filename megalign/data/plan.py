@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ class _Bin(NamedTuple):
 
     units: tuple[Unit, ...]
     cost: int  # token positions
+    work: float  # what they cost to compute, in positions
 
 
 def plan(
@@ -25,23 +27,36 @@ def plan(
     budget: int,
     pad_rows: bool,
     min_per_rank: int = 1,
+    attention_cost: float = 0.0,
+    slot_multiple_of: int = 1,
 ) -> list[list[tuple[int, ...]]]:
     """rank -> micro-batches -> sequence indices; every rank gets the same number, empty tuples (dummies) at the end.
 
     A unit (a whole group, or one sequence) is never split; one above the budget is a micro-batch of its own.
-    Cost is the sum of lengths, or with `pad_rows` rows times the longest. min_per_rank: an interleaved pipeline
-    needs as many micro-batches as it has stages.
+    Tokens are the sum of lengths, each rounded up to `slot_multiple_of`, or with `pad_rows` rows times the longest; a
+    length n is the work of n + attention_cost n^2. Ranks get equal work as nearly as their units allow, and so do the
+    micro-batches that they run at the same time, since experts make ranks wait for each other in every one.
+    min_per_rank: an interleaved pipeline needs as many micro-batches as it has stages.
     """
-    bins = _first_fit(lengths, [tuple(unit) for unit in units], budget=budget, pad_rows=pad_rows)
+    sizes = [-(-length // slot_multiple_of) * slot_multiple_of for length in lengths]
+    whole = [tuple(unit) for unit in units if unit]
+    make = partial(_bin, sizes, pad_rows=pad_rows, attention_cost=attention_cost)
+    bins = [make(one) for one in _first_fit(sizes, whole, budget=budget, pad_rows=pad_rows)]
     per_rank = max(min_per_rank, -(-len(bins) // num_ranks))
-    bins = _split(lengths, bins, per_rank * num_ranks, pad_rows=pad_rows)
+    level = None if pad_rows else _level([make((unit,)) for unit in whole], per_rank * num_ranks, budget=budget)
+    if level is not None:
+        bins = [make(one) for one in level]
+    else:
+        bins = _split(sizes, bins, per_rank * num_ranks, make, pad_rows=pad_rows)
     ranks: list[list[tuple[int, ...]]] = [[] for _ in range(num_ranks)]
-    load = [0] * num_ranks
-    for one in sorted(bins, key=_order):
-        # Longest first to the rank with the least, among those that have room: unequal counts would cost dummies.
-        rank = min((rank for rank in range(num_ranks) if len(ranks[rank]) < per_rank), key=lambda rank: load[rank])
-        ranks[rank].append(tuple(sorted(index for unit in one.units for index in unit)))
-        load[rank] += one.cost
+    load = [0.0] * num_ranks
+    bins.sort(key=_order)
+    for first in range(0, len(bins), num_ranks):
+        # The next heaviest of all, one to each rank: the heaviest of them to the rank with the least so far.
+        by_load = sorted(range(num_ranks), key=lambda rank: load[rank])
+        for rank, one in zip(by_load, bins[first : first + num_ranks], strict=False):
+            ranks[rank].append(tuple(sorted(index for unit in one.units for index in unit)))
+            load[rank] += one.work
     return [[*mine, *[()] * (per_rank - len(mine))] for mine in ranks]
 
 
@@ -62,12 +77,35 @@ def _cost(lengths: Sequence[int], units: Sequence[Unit], *, pad_rows: bool) -> i
     return len(sizes) * max(sizes, default=0) if pad_rows else sum(sizes)
 
 
-def _order(one: _Bin) -> tuple[int, int]:
-    """Costly first; equal ones by their first sequence, so that the plan is the same everywhere."""
-    return -one.cost, min(index for unit in one.units for index in unit)
+def _bin(sizes: Sequence[int], units: Sequence[Unit], *, pad_rows: bool, attention_cost: float) -> _Bin:
+    rows = [sizes[index] for unit in units for index in unit]
+    if pad_rows:
+        rows = [max(rows, default=0)] * len(rows)
+    return _Bin(tuple(units), sum(rows), sum(size + attention_cost * size * size for size in rows))
 
 
-def _first_fit(lengths: Sequence[int], units: list[Unit], *, budget: int, pad_rows: bool) -> list[_Bin]:
+def _order(one: _Bin) -> tuple[float, int]:
+    """Heavy first; equal ones by their first sequence, so that the plan is the same everywhere."""
+    return -one.work, min(index for unit in one.units for index in unit)
+
+
+def _level(units: list[_Bin], count: int, *, budget: int) -> list[list[Unit]] | None:
+    """`count` bins of equal work where heavy units first, each into the lightest bin with room, leave none over."""
+    if len(units) < count:
+        return None
+    bins: list[list[Unit]] = [[] for _ in range(count)]
+    tokens, work = np.zeros(count, dtype=np.int64), np.zeros(count)
+    for one in sorted(units, key=_order):
+        place = int(np.argmin(np.where((tokens + one.cost <= budget) | (tokens == 0), work, np.inf)))
+        if bins[place] and tokens[place] + one.cost > budget:
+            return None
+        bins[place] += one.units
+        tokens[place] += one.cost
+        work[place] += one.work
+    return bins
+
+
+def _first_fit(lengths: Sequence[int], units: list[Unit], *, budget: int, pad_rows: bool) -> list[list[Unit]]:
     """First fit, longest first; with `pad_rows` by longest row, so that the rows of a bin are alike."""
 
     def size(unit: Unit) -> int:
@@ -76,7 +114,7 @@ def _first_fit(lengths: Sequence[int], units: list[Unit], *, budget: int, pad_ro
 
     bins: list[list[Unit]] = []
     rows, longest, total = (np.zeros(len(units), dtype=np.int64) for _ in range(3))
-    for unit in sorted((unit for unit in units if unit), key=lambda unit: (-size(unit), min(unit))):
+    for unit in sorted(units, key=lambda unit: (-size(unit), min(unit))):
         sizes = [lengths[index] for index in unit]
         open_bins = slice(len(bins))
         if pad_rows:
@@ -91,20 +129,26 @@ def _first_fit(lengths: Sequence[int], units: list[Unit], *, budget: int, pad_ro
         rows[place] += len(unit)
         longest[place] = max(longest[place], max(sizes))
         total[place] += sum(sizes)
-    return [_Bin(tuple(one), _cost(lengths, one, pad_rows=pad_rows)) for one in bins]
+    return bins
 
 
-def _split(lengths: Sequence[int], bins: list[_Bin], wanted: int, *, pad_rows: bool) -> list[_Bin]:
-    """Halve the costliest bins of several units until there are `wanted`: work takes the place of dummies."""
+def _split(
+    lengths: Sequence[int],
+    bins: list[_Bin],
+    wanted: int,
+    make: Callable[[Sequence[Unit]], _Bin],
+    *,
+    pad_rows: bool,
+) -> list[_Bin]:
+    """Halve the heaviest bins of several units until there are `wanted`: work takes the place of dummies."""
     bins = list(bins)
     while len(bins) < wanted:
         several = [one for one in bins if len(one.units) > 1]
         if not several:
             break
         one = min(several, key=_order)
-        left, right = _halve(lengths, one.units, pad_rows=pad_rows)
         bins.remove(one)
-        bins += [_Bin(part, _cost(lengths, part, pad_rows=pad_rows)) for part in (left, right)]
+        bins += [make(part) for part in _halve(lengths, one.units, pad_rows=pad_rows)]
     return bins
 
 

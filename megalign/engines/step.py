@@ -112,6 +112,8 @@ def cut_batch(engine: Engine, sequences: Sequence[FlatSequence], *, coupled: boo
         budget=cutting.budget,
         pad_rows=pad_rows,
         min_per_rank=shape.min_per_rank,
+        attention_cost=shape.attention_cost,
+        slot_multiple_of=shape.slot_multiple_of,
     )
     row, slot = shape.multiple_of, shape.slot_multiple_of
     positions = 0

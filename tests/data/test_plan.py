@@ -1,5 +1,7 @@
 """Properties of the plan on many ragged inputs, and hand cases for what the properties leave open."""
 
+import itertools
+
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
@@ -81,9 +83,54 @@ def test_a_long_sequence_is_a_micro_batch_of_its_own():
 
 
 def test_bins_are_split_so_that_every_rank_works():
-    # One bin of 4 + 3 + 2 + 1 becomes 4 | 3 + 2 + 1 (6 at worst; any other cut has 7 or more).
+    # One bin of 4 + 3 + 2 + 1 becomes 4 + 1 | 3 + 2.
     ranks = plan([1, 2, 3, 4], [[i] for i in range(4)], num_ranks=2, budget=100, pad_rows=False)
-    assert ranks == [[(0, 1, 2)], [(3,)]]
+    assert ranks == [[(0, 3)], [(1, 2)]]
+
+
+def test_rows_are_split_where_the_costlier_half_costs_least():
+    # Rows of 4, 3, 2, 1 cost 16 together: 4 | 3 3 3 costs 9 at worst, 4 4 | 2 2 costs 8, 4 4 4 | 1 costs 12.
+    ranks = plan([1, 2, 3, 4], [[i] for i in range(4)], num_ranks=2, budget=100, pad_rows=True)
+    assert ranks == [[(2, 3)], [(0, 1)]]
+
+
+def test_attention_makes_long_sequences_heavier():
+    # At 1/8 a pair, 8 tokens are 16 of work and 4 are 6: 8 + 4 | 4 + 4 is 12 and 8 tokens, 8 | 4 + 4 + 4 is 16 and 18.
+    lengths, units = [8, 4, 4, 4], [[i] for i in range(4)]
+    by_tokens = plan(lengths, units, num_ranks=2, budget=100, pad_rows=False)
+    by_work = plan(lengths, units, num_ranks=2, budget=100, pad_rows=False, attention_cost=1 / 8)
+    assert by_tokens == [[(0, 3)], [(1, 2)]] and by_work == [[(1, 2, 3)], [(0,)]]
+
+
+def test_slots_count_with_their_padding():
+    # 5 and 6 take slots of 8: two of them fit 16 positions, three do not, though 5 + 5 + 6 = 16.
+    lengths, units = [5, 5, 6], [[i] for i in range(3)]
+    assert len(plan(lengths, units, num_ranks=1, budget=16, pad_rows=False)[0]) == 1
+    padded = plan(lengths, units, num_ranks=1, budget=16, pad_rows=False, slot_multiple_of=8)
+    assert sorted(map(len, padded[0])) == [1, 2]
+
+
+def slow_best(lengths, count, budget, attention_cost):
+    """The least heaviest bin of all ways to put single sequences into `count` bins within the budget."""
+    best = float("inf")
+    for places in itertools.product(range(count), repeat=len(lengths)):
+        bins = [[length for length, place in zip(lengths, places) if place == one] for one in range(count)]
+        if all(sum(one) <= budget or len(one) == 1 for one in bins):
+            best = min(best, max(sum(n + attention_cost * n * n for n in one) for one in bins))
+    return best
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=7), st.integers(2, 3), st.sampled_from([0.0, 0.05]))
+def test_work_is_nearly_as_level_as_it_can_be(lengths, num_ranks, attention_cost):
+    ranks = plan(
+        lengths, [[i] for i in range(len(lengths))], num_ranks=num_ranks, budget=1000, pad_rows=False,
+        attention_cost=attention_cost,
+    )  # fmt: skip
+    work = [sum(lengths[i] + attention_cost * lengths[i] ** 2 for batch in mine for i in batch) for mine in ranks]
+    # Longest processing time first is at most 4/3 - 1/(3 ranks) of the best (Graham 1969).
+    best = slow_best(lengths, num_ranks, 1000, attention_cost)
+    assert max(work) <= best * (4 / 3 - 1 / (3 * num_ranks)) + 1e-9
 
 
 def test_ranks_get_equal_tokens():
