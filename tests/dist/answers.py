@@ -6,8 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import ADAM_STEPS, CLIP, DECAY, EPS, LOSSES, LR, step_sequences
-from oracle import SlowAdamW, capped, entropy_and_hits, load_float64, scored_rows, slow_loss, token_scores
+from cases import ADAM_STEPS, AUX, CLIP, DECAY, EPS, EXPERTS, LOSSES, LR, step_sequences
+from oracle import (
+    SlowAdamW,
+    as_stored,
+    aux_loss,
+    capped,
+    entropy_and_hits,
+    load_float64,
+    router_logits,
+    scored_rows,
+    slow_loss,
+    token_scores,
+)
 from torch import Tensor, nn
 
 
@@ -21,6 +32,7 @@ class Answers:
         self.means: dict[str, tuple[float, float]] = {}
         self.steps: dict[str, dict[str, Any]] = {}
         self.known: dict[str, list[Tensor]] = {}
+        self.trajectories: dict[str, dict[str, Any]] = {}
 
     def model(self, name: str) -> nn.Module:
         """The policy; its parameters stay as they are."""
@@ -46,10 +58,16 @@ class Answers:
             self.policies[f"{name} {kind}"] = [logp for logp, _ in scored], [lse for _, lse in scored]
         return self.policies[f"{name} {kind}"]
 
-    def loss(self, name: str, loss: str, policy: list[Tensor]) -> Tensor:
+    def loss(self, name: str, loss: str, policy: list[Tensor], model: nn.Module | None = None) -> Tensor:
+        """The step's loss, that of the experts included."""
         raw, kind = LOSSES[loss]
         known = [self.known[f"{name} {kind} {checkpoint}"] for checkpoint in ("reference", "old")]
-        return slow_loss(raw, step_sequences(kind), policy, *known)
+        value = slow_loss(raw, step_sequences(kind), policy, *known)
+        if name in EXPERTS:
+            model = model or self.model(name)
+            layers = router_logits(model, step_sequences(kind))
+            value = value + AUX * aux_loss(layers, top_k=model.config.num_experts_per_tok)
+        return value
 
     def step(self, name: str, loss: str) -> dict[str, Any]:
         """Loss, gradient and its norm, and dL/ds of each sequence."""
@@ -62,7 +80,7 @@ class Answers:
             self.steps[f"{name} {loss}"] = {
                 "loss": float(value.detach()),
                 "grad_norm": torch.cat([gradient.flatten() for gradient in by_name.values()]).norm().item(),
-                "gradients": by_name,
+                "gradients": as_stored(self.model(name), by_name),
                 "coefficient_S": torch.stack([gradient.mean() for gradient in gradients[: len(policy)]]),
                 "means": self.means[f"{name} {LOSSES[loss][1]}"],
                 "policy_S": torch.stack([logp.detach().sum() for logp in policy]),
@@ -82,12 +100,18 @@ class Answers:
 
     def trajectory(self, name: str, loss: str) -> dict[str, Any]:
         """AdamW steps on the same global batch, from the policy's weights."""
+        if f"{name} {loss}" not in self.trajectories:
+            self.trajectories[f"{name} {loss}"] = self._trajectory(name, loss)
+        return self.trajectories[f"{name} {loss}"]
+
+    def _trajectory(self, name: str, loss: str) -> dict[str, Any]:
         model = load_float64(self.folder / name / "policy")
         parameters = dict(model.named_parameters())
         adamw, steps = SlowAdamW(parameters, eps=EPS, weight_decay=DECAY), []
         for _ in range(ADAM_STEPS):
             policy = [token_scores(scored_rows(model, sequence))[0] for sequence in step_sequences(LOSSES[loss][1])]
-            value = self.loss(name, loss, policy)
+            value = self.loss(name, loss, policy, model)
             gradient = dict(zip(parameters, torch.autograd.grad(value, list(parameters.values())), strict=True))
             steps.append((float(value.detach()), adamw.step(gradient, lr=LR, clip_norm=CLIP)))
-        return {"steps": steps, "weights": {key: parameter.detach() for key, parameter in parameters.items()}}
+        weights = as_stored(model, {key: parameter.detach() for key, parameter in parameters.items()})
+        return {"steps": steps, "weights": weights}

@@ -22,10 +22,19 @@ class Layout:
     pipeline: int = 1
     data: int = 1
     sequence: bool = False
+    virtual: int = 1
+    context: int = 1
+    expert: int = 1
 
     @property
     def num_processes(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
+
+    def takes(self, model: str) -> bool:
+        """Whether the layout can hold a model: experts need sequence parallelism beside tensor ranks."""
+        if model in EXPERTS:
+            return self.tensor == 1 or self.sequence
+        return self.expert == 1 and (model == "deep" or self.pipeline * self.virtual <= 2)
 
 
 LAYOUTS = {
@@ -38,8 +47,38 @@ LAYOUTS = {
     "tp2xdp2": Layout(tensor=2, data=2),
     "pp2xdp2": Layout(pipeline=2, data=2),
     "tp2xpp2+sp": Layout(tensor=2, pipeline=2, sequence=True),
+    # With the axes that take a model of more layers, or one with experts.
+    "cp2": Layout(context=2),
+    "pp2+vpp2": Layout(pipeline=2, virtual=2),
+    "ep2": Layout(data=2, expert=2),
+    "tp2xcp2+sp": Layout(tensor=2, context=2, sequence=True),
+    "tp2xpp2+vpp2+sp": Layout(tensor=2, pipeline=2, virtual=2, sequence=True),
+    "pp2xcp2": Layout(pipeline=2, context=2),
+    "tp2xdp2+sp+ep4": Layout(tensor=2, data=2, sequence=True, expert=4),
+    "pp2xdp2+vpp2+ep2": Layout(pipeline=2, data=2, virtual=2, expert=2),
+    "cp4": Layout(context=4),
+    "pp3": Layout(pipeline=3),
+    "pp4": Layout(pipeline=4),
+    "tp4": Layout(tensor=4),
+    "tp4+sp": Layout(tensor=4, sequence=True),
+    "dp4": Layout(data=4),
+    "cp2xdp2": Layout(context=2, data=2),
+    "tp2xdp2+sp": Layout(tensor=2, data=2, sequence=True),
+    "pp2xcp2+vpp2": Layout(pipeline=2, context=2, virtual=2),
+    "pp2xdp2+vpp2": Layout(pipeline=2, data=2, virtual=2),
+    "dp4+ep2": Layout(data=4, expert=2),
+    "dp4+ep4": Layout(data=4, expert=4),
+    "cp2+ep2": Layout(context=2, expert=2),
+    "tp2+sp+ep2": Layout(tensor=2, sequence=True, expert=2),
+    "pp2xdp2+ep2": Layout(pipeline=2, data=2, expert=2),
+    "tp2xpp2+sp+ep2": Layout(tensor=2, pipeline=2, sequence=True, expert=2),
+    "tp2xcp2+sp+ep2": Layout(tensor=2, context=2, sequence=True, expert=2),
+    "pp2xcp2+vpp2+ep2": Layout(pipeline=2, context=2, virtual=2, expert=2),
 }
-DEFAULT = ("one", "tp2", "pp2", "tp2+sp", "dp2", "tp2xpp2")
+SMALL_SUITE = ("one", "tp2", "pp2", "tp2+sp", "dp2", "tp2xpp2")
+QUICK = ("cp2", "pp2+vpp2", "ep2", "tp2xcp2+sp", "tp2xpp2+vpp2+sp", "pp2xcp2", "tp2xdp2+sp+ep4", "pp2xdp2+vpp2+ep2")
+DEFAULT = SMALL_SUITE + QUICK
+OLDER = (*SMALL_SUITE, "tp2xdp2", "pp2xdp2", "tp2xpp2+sp")  # those that the widest choice of cases runs on
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -61,7 +100,39 @@ MODELS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "mistral": ("mistral", False, {"sliding_window": 5}),
     "qwen2": ("qwen2", True, {}),
     "qwen3": ("qwen3", False, {"head_dim": 10}),
+    "deep": ("llama", True, {"num_hidden_layers": 5}),  # stages of unequal depth
+    "mixtral": ("mixtral", False, {"num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        False,
+        {
+            "num_hidden_layers": 5,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        True,
+        {
+            "num_hidden_layers": 4,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "head_dim": 10,
+        },
+    ),
 }
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+AUX = 0.03  # coefficient of the experts' auxiliary loss
+# Seeds whose weights leave the k-th and the next router logit of every token apart.
+SEEDS = {"mixtral": 39, "qwen2_moe": 28, "qwen3_moe": 27}
 FAMILIES = ("llama-scaled-biased", "mistral", "qwen2", "qwen3")
 SIZES = {
     "vocab_size": 131,
@@ -82,7 +153,7 @@ def write_checkpoints(folder: Path, name: str) -> None:
 
     model_type, tied, fields = MODELS[name]
     config = transformers.AutoConfig.for_model(model_type, **{**SIZES, "tie_word_embeddings": tied, **fields})
-    draw = torch.Generator().manual_seed(21)  # chosen like that of `step_sequences`
+    draw = torch.Generator().manual_seed(SEEDS.get(name, 21))  # chosen like that of `step_sequences`
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -172,12 +243,16 @@ class Case:
 
 def parity_cases(layout: str) -> list[Case]:
     """The steps of a layout, grouped by model."""
+    if layout not in OLDER:
+        return _cases_of_new_axes(layout)
     everything = layout not in DEFAULT
     cases = [
         Case("llama", loss, *cutting, gradients=everything or loss in ("gvpo", "epa"))
         for loss in LOSSES
         for cutting in CUTTINGS
     ]
+    if layout == "one":
+        cases += [Case(model, "gvpo", *cut, gradients=True) for model in ("deep", *EXPERTS) for cut in EXTREMES]
     cases += [Case("llama", loss, *ALONE, gradients=True) for loss in ("sft", "poft", "gvpo")]
     # All losses share the engine's way from coefficients to gradients; these show it for tied heads.
     for loss in LOSSES if everything else ("sft", "gvpo"):
@@ -186,6 +261,18 @@ def parity_cases(layout: str) -> list[Case]:
     if everything or layout in ("one", "tp2+sp", "tp2xpp2"):
         for model in FAMILIES:
             cases += [Case(model, "gvpo", *cutting, gradients=True) for cutting in EXTREMES]
+    return cases
+
+
+def _cases_of_new_axes(name: str) -> list[Case]:
+    layout, few = LAYOUTS[name], name in QUICK
+    cases = []
+    for model in ("deep", *EXPERTS):
+        if layout.takes(model):
+            losses: Sequence[str] = ("sft", "gvpo") if few or model != "deep" else tuple(LOSSES)
+            losses = ("sft", "dapo", "epa", "gvpo") if few and model == "deep" else losses
+            cuttings = EXTREMES if few or model != "deep" else CUTTINGS
+            cases += [Case(model, loss, *cutting, gradients=True) for loss in losses for cutting in cuttings]
     return cases
 
 
@@ -202,7 +289,19 @@ HEAD_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "overlap, tied": ("llama-tied", OVERLAP),
 }
 ADAM_STEPS, LR, CLIP, EPS, DECAY = 3, 1e-3, 1.0, 1e-5, 0.1
-TRAJECTORIES = (("llama", "epa"), ("llama-tied", "gvpo"))
+OVERLAP_BOTH = {"megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
+# On which layouts the same is computed with a setting that must not matter.
+RECOMPUTED = {"one": "llama", "tp2": "llama", "cp2": "deep", "pp2+vpp2": "deep", "ep2": "qwen2_moe"}
+OVERLAPPED = {"dp2": "llama", "cp2": "deep", "pp2+vpp2": "deep", "pp2xdp2+vpp2+ep2": "qwen2_moe"}
+REPEATED = {"tp2+sp": "llama", "cp2": "deep", "pp2+vpp2": "deep", "ep2": "qwen2_moe"}
+
+
+def trajectories(layout: str) -> list[tuple[str, str]]:
+    """(model, loss) of the runs of some optimizer steps."""
+    if layout in OLDER:
+        found = [("llama", "epa"), ("llama-tied", "gvpo")]
+        return [*found, ("qwen2_moe", "gvpo")] if layout == "one" else found
+    return [(model, "gvpo") for model in ("deep", "qwen2_moe") if LAYOUTS[layout].takes(model)]
 
 
 def run_world(folder: Path, names: Sequence[str]) -> None:

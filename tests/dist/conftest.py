@@ -3,7 +3,7 @@
 import pytest
 import torch
 from answers import Answers
-from cases import DEFAULT, KINDS, LAYOUTS, MODELS, run_world, write_checkpoints
+from cases import DEFAULT, FAMILIES, KINDS, LAYOUTS, MODELS, run_world, write_checkpoints
 
 from megalign.runtime.distributed import spawn
 
@@ -14,7 +14,7 @@ def answers(tmp_path_factory):
     answers = Answers(folder)
     for name in MODELS:
         write_checkpoints(folder, name)
-        answers.score_known(name, list(KINDS) if name in ("llama", "llama-tied") else ["samples"])
+        answers.score_known(name, ["samples"] if name in FAMILIES else list(KINDS))
     torch.save(answers.known, folder / "known.pt")
     return answers
 

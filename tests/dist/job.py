@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from cases import (
     ADAM_STEPS,
+    AUX,
     CLIP,
     CUTTINGS,
     DECAY,
     EPS,
+    EXPERTS,
     EXTREMES,
     HEAD_WAYS,
     HEADS,
@@ -21,12 +23,16 @@ from cases import (
     LOSSES,
     LR,
     MODES,
+    OVERLAP_BOTH,
+    OVERLAPPED,
+    RECOMPUTED,
+    REPEATED,
     SMALL,
-    TRAJECTORIES,
     Case,
     Layout,
     parity_cases,
     step_sequences,
+    trajectories,
 )
 from torch import Tensor
 
@@ -43,17 +49,31 @@ class Job:
 
     def __init__(self, folder: Path, name: str, layout: Layout, world: World) -> None:
         self.folder, self.name, self.layout, self.world = folder, name, layout, world
-        self.groups = make_groups(tensor=layout.tensor, pipeline=layout.pipeline, timeout_s=120)
+        self.groups = make_groups(
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            virtual=layout.virtual,
+            context=layout.context,
+            expert=layout.expert,
+            timeout_s=120,
+        )
         self.known = torch.load(folder / "known.pt")
 
     def run(self) -> dict[str, Any]:
-        results: dict[str, Any] = {"parity": self.parity(), "trajectory": self.trajectories()}
+        results: dict[str, Any] = {
+            "parity": self.parity(),
+            "trajectory": {f"{model} {loss}": self.trajectory(model, loss) for model, loss in trajectories(self.name)},
+        }
         if self.name in MODES:
             results["modes"] = self.modes()
         if self.name in ("one", "tp2xpp2", "dp2"):
             results["score"] = self.scores()
-        if self.name in ("one", "tp2"):
-            results["recompute"] = self.recompute()
+        if self.name in RECOMPUTED:
+            results["recompute"] = self.recompute(RECOMPUTED[self.name])
+        if self.name in OVERLAPPED:
+            results["overlap"] = self.trajectory(OVERLAPPED[self.name], "gvpo", **OVERLAP_BOTH)
+        if self.name in REPEATED:
+            results["repeated"] = self.repeated(REPEATED[self.name])
         if self.name == "tp2":
             results["bf16"] = self.bf16()
         if self.name in HEADS:
@@ -71,6 +91,7 @@ class Job:
     ) -> MegatronEngine:
         path = self.folder / model / checkpoint
         options = {"dtype": torch.float32, "device": self.world.device, **options}
+        options |= {"aux_loss_coefficient": AUX if model in EXPERTS else 0.0}
         engine = MegatronEngine(
             replace(read_model_config(path), **(fields or {})),
             self.groups,
@@ -131,17 +152,29 @@ class Job:
             results[case.key]["grad_norm"] = engine.update(0.0, clip_norm=None)
         return results
 
-    def trajectories(self) -> dict[str, Any]:
+    def trajectory(self, model: str, loss: str, **options: Any) -> dict[str, Any]:
         """AdamW steps on one batch, each cut another way."""
-        results = {}
-        for model, loss in TRAJECTORIES:
-            engine, steps = self.engine(model), []
-            for number in range(ADAM_STEPS):
-                result = self.step(engine, Case(model, loss, *CUTTINGS[number]))
-                steps.append((result.loss, engine.update(LR, clip_norm=CLIP)))
-            copies = {name: tensor.clone() for name, tensor in engine.full_tensors() if name == "output_layer.weight"}
-            weights = self.tensors(engine, "weight")
-            results[f"{model} {loss}"] = {"steps": steps, "weights": weights, "heads": copies}
+        engine, steps = self.engine(model, **options), []
+        for number in range(ADAM_STEPS):
+            result = self.step(engine, Case(model, loss, *CUTTINGS[number]))
+            steps.append((result.loss, engine.update(LR, clip_norm=CLIP)))
+        copies = {name: tensor.clone() for name, tensor in engine.full_tensors() if name == "output_layer.weight"}
+        return {"steps": steps, "weights": self.tensors(engine, "weight"), "heads": copies}
+
+    def repeated(self, model: str) -> dict[str, Any]:
+        """Two steps in each dtype, twice, with deterministic kernels asked for."""
+        results: dict[str, Any] = {}
+        torch.use_deterministic_algorithms(True)
+        for dtype in (torch.float32, torch.bfloat16):
+            for turn in ("first", "again"):
+                engine = self.engine(model, dtype=dtype, megatron={"deterministic_mode": True})
+                steps = []
+                for _ in range(2):
+                    result = self.step(engine, Case(model, "gvpo", SMALL, packing=True))
+                    gradients = self.tensors(engine, "grad")
+                    steps.append((result.loss, gradients, engine.update(LR, clip_norm=CLIP)))
+                results[f"{dtype} {turn}"] = {"steps": steps, "weights": self.tensors(engine, "weight")}
+        torch.use_deterministic_algorithms(False)
         return results
 
     def modes(self) -> dict[str, Any]:
@@ -183,11 +216,11 @@ class Job:
             }
         return results
 
-    def recompute(self) -> dict[str, Any]:
+    def recompute(self, model: str) -> dict[str, Any]:
         results = {}
         for recompute in ("none", "selective", "full"):
-            engine = self.engine("llama", recompute=recompute)
-            result = self.step(engine, Case("llama", "gvpo", SMALL, packing=True))
+            engine = self.engine(model, recompute=recompute)
+            result = self.step(engine, Case(model, "gvpo", SMALL, packing=True))
             results[recompute] = {"loss": result.loss, "gradients": self.tensors(engine, "grad")}
         return results
 

@@ -21,13 +21,17 @@ from megalign.data.group import Sequence as FlatSequence
 
 def load_float64(folder: Path) -> nn.Module:
     """The checkpoint as a float64 model that computes in float64 throughout."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
+    )
     model.double().eval()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = MethodType(_norm, module)
         elif type(module).__name__.endswith("RotaryEmbedding"):
             module.forward = MethodType(_rotary_tables, module)
+        elif type(module).__name__.endswith("TopKRouter"):
+            module.forward = MethodType(_router, module)
     return model
 
 
@@ -39,6 +43,55 @@ def _rotary_tables(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, 
     angle = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x.dtype)
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
+
+
+def _router(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, shares of the chosen experts, which they are); Mixtral's shares always sum to one."""
+    logits = hidden.reshape(-1, self.hidden_dim) @ self.weight.T
+    top, chosen = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
+    return logits, top / top.sum(-1, keepdim=True) if getattr(self, "norm_topk_prob", True) else top, chosen
+
+
+def router_logits(model: nn.Module, sequences: Sequence[FlatSequence]) -> list[Tensor]:
+    """Logits [tokens of all sequences, experts] of each layer that routes."""
+    by_sequence = []
+    for sequence in sequences:
+        ids = torch.tensor([list(sequence.prompt_ids + sequence.response.ids)])
+        by_sequence.append(model(ids, use_cache=False, output_router_logits=True).router_logits)
+    return [torch.cat(layer) for layer in zip(*by_sequence, strict=True)]
+
+
+def aux_loss(layers: Sequence[Tensor], *, top_k: int) -> Tensor:
+    """Sum over layers of E x sum_e f_e P_e, token by token."""
+    total = torch.zeros((), dtype=torch.float64)
+    for logits in layers:
+        num_tokens, num_experts = logits.shape
+        sent = [0] * num_experts
+        for row in logits.tolist():
+            for expert in sorted(range(num_experts), key=lambda one: -row[one])[:top_k]:
+                sent[expert] += 1
+        for expert, share in enumerate(sent):
+            mean = logits.softmax(dim=-1)[:, expert].sum() / num_tokens
+            total = total + num_experts * share / (num_tokens * top_k) * mean
+    return total
+
+
+def as_stored(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names in the checkpoint, where experts are apart."""
+    mixtral = model.config.model_type == "mixtral"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    stored = {}
+    for name, tensor in named.items():
+        name = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
+        home, _, stacked = name.rpartition(".")
+        if stacked == "gate_up_proj":
+            for expert, both in enumerate(tensor):
+                stored[f"{home}.{expert}.{gate}.weight"], stored[f"{home}.{expert}.{up}.weight"] = both.chunk(2)
+        elif stacked == "down_proj":
+            stored |= {f"{home}.{expert}.{down}.weight": one for expert, one in enumerate(tensor)}
+        else:
+            stored[name] = tensor
+    return stored
 
 
 def scored_rows(model: nn.Module, sequence: FlatSequence) -> list[tuple[int, Tensor]]:

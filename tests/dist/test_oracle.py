@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ALONE, COUPLED, KINDS, LARGE, LOSSES, MODELS, SMALL, step_sequences
-from oracle import scored_rows, token_scores
+from cases import ALONE, COUPLED, EXPERTS, KINDS, LARGE, LOSSES, MODELS, SMALL, step_sequences
+from oracle import router_logits, scored_rows, token_scores
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalign.losses import choose_loss
@@ -68,3 +68,17 @@ def test_steps_are_ragged_and_the_small_budget_splits_them(kind):
 
 def test_coupled_losses_are_those_that_look_across_sequences():
     assert [loss for loss, (raw, _) in LOSSES.items() if choose_loss(raw).traits().coupled] == list(COUPLED)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_no_rounding_can_change_a_routers_choice(answers, name):
+    model = answers.model(name)
+    top_k = model.config.num_experts_per_tok
+    for kind in KINDS:
+        with torch.no_grad():
+            layers = router_logits(model, step_sequences(kind))
+        assert len(layers) == {"mixtral": 4, "qwen2_moe": 4, "qwen3_moe": 2}[name]
+        for logits in layers:
+            ranked = logits.sort(dim=-1, descending=True).values
+            assert float((ranked[:, top_k - 1] - ranked[:, top_k]).min()) > 1e-3
+            assert logits.std() > 0.3, "the choice must matter"

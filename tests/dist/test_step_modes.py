@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CAPPED, COUPLED, EXTREMES, HEAD_WAYS, HEADS, LARGE, LOSSES, MODES, Case
+from cases import (
+    CAPPED,
+    COUPLED,
+    EXTREMES,
+    HEAD_WAYS,
+    HEADS,
+    LARGE,
+    LOSSES,
+    MODES,
+    OVERLAPPED,
+    RECOMPUTED,
+    REPEATED,
+    Case,
+)
 from test_parity import relative
 
 
@@ -46,7 +59,7 @@ def test_scores_of_an_engine_that_only_scores(results, answers, layout):
             assert relative(lse_N, right_lse.detach()) < 3e-6
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2"])
+@pytest.mark.parametrize("layout", RECOMPUTED)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_no_gradient(results, layout, recompute):
     kept, recomputed = (results(layout)["recompute"][key] for key in ("none", recompute))
@@ -82,3 +95,28 @@ def test_every_way_to_compute_a_head_gives_the_right_gradient(results, answers, 
             assert result["gradients"].keys() == answer["gradients"].keys()
             for key, gradient in answer["gradients"].items():
                 assert relative(result["gradients"][key], gradient) < 1e-4, f"{name} {loss} {key}"
+
+
+@pytest.mark.parametrize("layout, model", OVERLAPPED.items())
+def test_overlapped_reductions_and_gathers_change_no_step(results, answers, layout, model):
+    # Scoring comes first in a step: it must wait for the weights of the last update.
+    result, answer = results(layout)["overlap"], answers.trajectory(model, "gvpo")
+    for (value, norm), (right_value, right_norm) in zip(result["steps"], answer["steps"], strict=True):
+        assert relative(value, right_value) < 1e-5
+        assert relative(norm, right_norm) < 1e-4
+    for name, weight in answer["weights"].items():
+        assert relative(result["weights"][name], weight) < 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", REPEATED)
+def test_the_same_layout_twice_gives_the_same_bits(results, layout, dtype):
+    first, again = (results(layout)["repeated"][f"{dtype} {turn}"] for turn in ("first", "again"))
+    for (loss, gradients, norm), (other_loss, other_gradients, other_norm) in zip(
+        first["steps"], again["steps"], strict=True
+    ):
+        assert (loss, norm) == (other_loss, other_norm)
+        assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
+    assert first["steps"][0][0] != first["steps"][1][0], "the steps did nothing"
+    assert {tensor.dtype for tensor in first["weights"].values()} == {dtype}
+    assert all(torch.equal(first["weights"][name], again["weights"][name]) for name in first["weights"])
