@@ -145,14 +145,16 @@ def find_rule(name: str, cfg: ModelConfig) -> tuple[Rule, Mapping[str, int]]:
     raise ValueError(f"{name} is not a parameter of this {cfg.family} model")
 
 
-def window_by_layer(config: ConfigFile) -> int | None:
-    """Qwen's switch: a window on the layers from `max_window_layers` on, or as `layer_types` lists them."""
+def window_by_layer(
+    config: ConfigFile, *, slides: Callable[[int, int], bool] = lambda layer, bound: layer >= bound
+) -> int | None:
+    """Qwen's switch: a window on the layers that `layer_types` lists, or that `slides(layer, max_window_layers)`."""
     if not config.flag("use_sliding_window") or config.value("sliding_window") is None:
         return None
-    num_layers, first = config.whole("num_hidden_layers"), config.value("max_window_layers")
+    num_layers, bound = config.whole("num_hidden_layers"), config.value("max_window_layers")
     kinds = config.value("layer_types")
     if kinds is None:
-        kinds = ["full_attention" if layer < first else "sliding_attention" for layer in range(num_layers)]
+        kinds = ["sliding_attention" if slides(layer, bound) else "full_attention" for layer in range(num_layers)]
     if set(kinds) == {"full_attention"}:
         return None
     if set(kinds) != {"sliding_attention"}:
@@ -161,9 +163,11 @@ def window_by_layer(config: ConfigFile) -> int | None:
 
 
 def moe_config(config: ConfigFile, *, ffn: str, normalize: bool) -> MoeConfig:
-    """The experts, of which transformers 5 writes the number under either name."""
-    experts = "num_local_experts" if "num_local_experts" in config.fields else "num_experts"
+    """The experts, of which transformers writes the number under either name, by family and version."""
+    experts = "num_experts" if config.fields.get("num_local_experts") is None else "num_local_experts"
     num_experts, top_k = config.whole(experts), config.whole("num_experts_per_tok")
+    if config.fields.get("num_experts") not in (None, num_experts):
+        config.refuse("num_experts", f"it must agree with num_local_experts, {num_experts}")
     if top_k > num_experts:
         config.refuse("num_experts_per_tok", f"it must be at most {experts}, {num_experts}")
     if top_k == 1 and normalize:
@@ -181,7 +185,8 @@ def dense_layers(config: ConfigFile) -> tuple[int, ...]:
         config.refuse("mlp_only_layers", "allowed: a list of layer numbers")
     dense = tuple(layer for layer in range(num_layers) if layer in listed or (layer + 1) % step)
     if len(dense) == num_layers:
-        config.refuse("mlp_only_layers", "no layer has experts; such a model is a dense one")
+        key = "mlp_only_layers" if step <= num_layers else "decoder_sparse_step"
+        config.refuse(key, f"needed: a layer with experts among the {num_layers}")
     return dense
 
 
@@ -312,7 +317,7 @@ SHARED_EXPERT = (
     Rule(
         f"{LAYER}.mlp.shared_experts.gate_weight",
         (Piece(f"{HF}.mlp.shared_expert_gate.weight", ("one", "hidden")),),
-        when=_has_shared,
+        when=lambda cfg: cfg.moe is not None and cfg.moe.shared_gate,
         within=ModelConfig.has_experts,
     ),
 )

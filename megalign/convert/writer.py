@@ -47,6 +47,7 @@ class HFWriter:
         self.shard: dict[str, Tensor] = {}
         self.shard_bytes = 0
         self.shards: list[list[str]] = []
+        self.added: set[str] = set()
         self.total_bytes, self.total_numbers = 0, 0
         self.dtypes: set[torch.dtype] = set()
         try:
@@ -57,8 +58,9 @@ class HFWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; its value is copied, so it may change afterwards."""
-        if name in self.shard or any(name in names for names in self.shards):
+        if name in self.added:
             raise ValueError(f"{name} was added twice")
+        self.added.add(name)
         copy = torch.empty(tensor.shape, dtype=self.dtype or tensor.dtype).copy_(tensor.detach())
         if self.shard and self.shard_bytes + copy.nbytes > self.max_shard_bytes:
             self._flush()

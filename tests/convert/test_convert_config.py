@@ -16,7 +16,15 @@ MINIMAL = {
     "num_attention_heads": 64,
     "vocab_size": 131,
 }
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+ARCHITECTURES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2",
+    "qwen2_moe": "Qwen2Moe",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+}
 
 
 def read(folder, **fields):
@@ -33,13 +41,21 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path, model_type):
     cfg = read(tmp_path, architectures=[f"{ARCHITECTURES[model_type]}ForCausalLM"], model_type=model_type, **MINIMAL)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert cfg.num_kv_heads == theirs.num_key_value_heads
-    assert cfg.head_dim == getattr(theirs, "head_dim", 8)
+    assert cfg.head_dim == (getattr(theirs, "head_dim", None) or 8)
     assert cfg.max_positions == theirs.max_position_embeddings
     assert cfg.norm_eps == theirs.rms_norm_eps
     assert cfg.rope_theta == theirs.rope_parameters["rope_theta"]
     assert cfg.rope_scaling is None and theirs.rope_parameters["rope_type"] == "default"
     assert cfg.tied == theirs.tie_word_embeddings
-    assert cfg.sliding_window == getattr(theirs, "sliding_window", None)
+    assert cfg.sliding_window == (getattr(theirs, "sliding_window", None) or None)
+    assert (cfg.moe is None) == (not hasattr(theirs, "num_experts_per_tok"))
+    if cfg.moe is not None:
+        assert (cfg.moe.num_experts, cfg.moe.top_k) == (theirs.num_experts, theirs.num_experts_per_tok)
+        assert cfg.moe.ffn_size == getattr(theirs, "moe_intermediate_size", 64)
+        assert cfg.moe.normalize == getattr(theirs, "norm_topk_prob", True)
+        assert cfg.moe.shared_ffn_size == getattr(theirs, "shared_expert_intermediate_size", 0)
+        assert cfg.moe.dense_layers == ()
+    assert cfg.qkv_bias == (model_type == "qwen2" or getattr(theirs, "qkv_bias", False))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,7 +102,10 @@ def test_windows_of_qwen(tmp_path):
 REFUSED = {
     "architectures is ['GemmaForCausalLM']; known: Llama": {"architectures": ["GemmaForCausalLM"]},
     "architectures is ['LlamaForSequenceClassification']; known": {"architectures": ["LlamaForSequenceClassification"]},
-    "model_type is 'gpt2'; known: llama, mistral, qwen2, qwen3": {"architectures": None, "model_type": "gpt2"},
+    "model_type is 'gpt2'; known: llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe": {
+        "architectures": None,
+        "model_type": "gpt2",
+    },
     "model_type is 'mistral'; LlamaForCausalLM has 'llama'": {"model_type": "mistral"},
     "hidden_act is 'gelu'; allowed: silu": {"hidden_act": "gelu"},
     "attention_dropout is 0.1; allowed: 0": {"attention_dropout": 0.1},

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_checkpoints import CASES, COMPANIONS, write_checkpoint
+from tiny_checkpoints import CASES, COMPANIONS, EXPERT_CASES, write_checkpoint
 
 from megalign.convert import HFWriter, hf_state, load_shard, megatron_names, read_model_config, to_hf, unshard
 
@@ -23,27 +23,39 @@ def assert_bitwise(left, right):
         assert torch.equal(left[name], right[name]), name
 
 
-def whole_model(folder, cfg, tp_size, *, first=True, last=True):
-    """All parameters, put together again from the shards of `tp_size` ranks."""
-    names = megatron_names(cfg, layers=range(cfg.num_layers), first=first, last=last)
-    ranks = [load_shard(folder, cfg, names, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
-    for parts in zip(*ranks, strict=True):
-        yield parts[0][0], unshard(parts[0][0], [tensor for _, tensor in parts], cfg)
+def whole_model(folder, cfg, tp_size, ep_size=1):
+    """All parameters, put together again from the shards of `tp_size` ranks, experts in `ep_size` parts.
+
+    What is no expert's lies in every part, and comes from the first.
+    """
+    seen = set()
+    for part in range(ep_size):
+        each = 0 if cfg.moe is None else cfg.moe.num_experts // ep_size
+        experts = range(part * each, (part + 1) * each)
+        names = megatron_names(cfg, layers=range(cfg.num_layers), first=True, last=True, experts=experts)
+        new = [name for name in names if name not in seen]
+        assert part == 0 or all(".local_experts." in name for name in new)
+        seen.update(names)
+        ranks = [load_shard(folder, cfg, new, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
+        for parts in zip(*ranks, strict=True):
+            yield parts[0][0], unshard(parts[0][0], [tensor for _, tensor in parts], cfg)
 
 
-def export(folder, target, tp_size, **options):
+def export(folder, target, tp_size, ep_size=1, **options):
     cfg = read_model_config(folder)
     with HFWriter(target, source=folder, **{"dtype": None, **options}) as writer:
-        for name, tensor in hf_state(cfg, whole_model(folder, cfg, tp_size)):
+        for name, tensor in hf_state(cfg, whole_model(folder, cfg, tp_size, ep_size)):
             writer.add(name, tensor)
     return target
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("case", CASES)
-def test_round_trip_is_bitwise(checkpoints, tmp_path, case, tp_size):
+@pytest.mark.parametrize(
+    ("case", "ep_size"), [*((case, 1) for case in CASES), *((case, size) for case in EXPERT_CASES for size in (1, 2))]
+)
+def test_round_trip_is_bitwise(checkpoints, tmp_path, case, ep_size, tp_size):
     source = checkpoints(case)
-    target = export(source, tmp_path / "out", tp_size)
+    target = export(source, tmp_path / "out", tp_size, ep_size)
     assert_bitwise(stored(target), stored(source))
     for name in ["config.json", "generation_config.json", *COMPANIONS]:
         assert (target / name).read_bytes() == (source / name).read_bytes()
@@ -195,12 +207,12 @@ def logits(folder):
         return model(token).logits
 
 
-@pytest.mark.parametrize("case", ["llama-bias", "llama-tied", "mistral", "qwen2-tied", "qwen3-tied"])
+@pytest.mark.parametrize("case", ["llama-bias", "llama-tied", "mistral", "qwen2-tied", "qwen3-tied", *EXPERT_CASES])
 def test_export_loads_with_equal_logits(checkpoints, tmp_path, case):
     source = checkpoints(case)
     target = export(source, tmp_path / "out", 2, max_shard_bytes=15_000)
     ours, theirs = logits(target), logits(source)
-    assert ours.dtype == getattr(torch, CASES[case][1])
+    assert ours.dtype == getattr(torch, {**CASES, **EXPERT_CASES}[case][1])
     assert ours.std() > 0.1
     assert torch.equal(ours, theirs)
 

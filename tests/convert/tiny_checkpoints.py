@@ -24,6 +24,66 @@ CASES = {
     "qwen3-bias": ("qwen3", "float32", False, {"head_dim": 10, "attention_bias": True}),
     "qwen3-tied": ("qwen3", "bfloat16", True, {"head_dim": 8}),
 }
+# The same, with experts, whose sizes are multiples of 16 bytes as the grouped product of transformers wants them.
+EXPERT_CASES = {
+    "mixtral": ("mixtral", "bfloat16", False, {"num_local_experts": 4, "intermediate_size": 8, "sliding_window": 5}),
+    "mixtral-tied": (
+        "mixtral",
+        "float32",
+        True,
+        {"num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 8, "head_dim": 6},
+    ),
+    "qwen2-moe": (
+        "qwen2_moe",
+        "float32",
+        False,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 16,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "qwen2-moe-tied": (
+        "qwen2_moe",
+        "bfloat16",
+        True,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 16,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        },
+    ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        "bfloat16",
+        False,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "head_dim": 8,
+        },
+    ),
+    "qwen3-moe-bias": (
+        "qwen3_moe",
+        "float32",
+        True,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 8,
+            "attention_bias": True,
+            "head_dim": 10,
+        },
+    ),
+}
 # Nothing divides by accident: 131 is prime, 6 query heads share 2 key-value heads.
 SIZES = {
     "vocab_size": 131,
@@ -45,7 +105,7 @@ COMPANIONS = {
 
 def write_checkpoint(folder: Path, case: str, *, max_shard_size: str = "5GB", **changes: object) -> Path:
     """Save `case` with every parameter random: norms are not one, biases not zero."""
-    model_type, dtype, tied, fields = CASES[case]
+    model_type, dtype, tied, fields = {**CASES, **EXPERT_CASES}[case]
     config = transformers.AutoConfig.for_model(
         model_type, **{**SIZES, "tie_word_embeddings": tied, "pad_token_id": None, **fields, **changes}
     )

@@ -1,6 +1,7 @@
 """Qwen1.5-MoE and Qwen2-MoE: a shared expert behind a sigmoid gate; biases on query, key and value."""
 
 from dataclasses import replace
+from functools import partial
 
 from megalign.convert.config_file import ConfigFile
 from megalign.convert.model_config import MoeConfig
@@ -47,7 +48,7 @@ QWEN2_MOE = register(
             "moe_intermediate_size": 1408,
             "shared_expert_intermediate_size": 5632,
         },
-        window=window_by_layer,
+        window=partial(window_by_layer, slides=lambda layer, bound: layer % 2 == 0 and layer < bound),
         moe=moe,
         ignorable=(ROTARY_BUFFER,),
     )

@@ -19,8 +19,14 @@ from megalign.convert.rules import (
     experts,
     moe_config,
     register,
-    window_by_layer,
 )
+
+
+def window(config: ConfigFile) -> int | None:
+    """The window of all layers: unlike Qwen3's, it does not begin at `max_window_layers`."""
+    if not config.flag("use_sliding_window") or config.value("sliding_window") is None:
+        return None
+    return config.whole("sliding_window")
 
 
 def moe(config: ConfigFile) -> MoeConfig:
@@ -39,13 +45,12 @@ QWEN3_MOE = register(
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,
             "sliding_window": 4096,
-            "max_window_layers": 28,
             "decoder_sparse_step": 1,
             "num_experts": 128,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
-        window=window_by_layer,
+        window=window,
         moe=moe,
         ignorable=(ROTARY_BUFFER,),
     )
