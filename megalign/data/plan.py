@@ -48,16 +48,32 @@ def plan(
         bins = [make(one) for one in level]
     else:
         bins = _split(sizes, bins, per_rank * num_ranks, make, pad_rows=pad_rows)
-    ranks: list[list[tuple[int, ...]]] = [[] for _ in range(num_ranks)]
-    load = [0.0] * num_ranks
-    bins.sort(key=_order)
+    ranks = _deal(bins, num_ranks)
+    members = [[tuple(sorted(index for unit in one.units for index in unit)) for one in mine] for mine in ranks]
+    return [[*mine, *[()] * (per_rank - len(mine))] for mine in members]
+
+
+def _deal(bins: list[_Bin], num_ranks: int) -> list[list[_Bin]]:
+    """As many bins to each rank, heavy ones first, with equal work: dealt row by row, then swapped while it helps."""
+    bins = sorted(bins, key=_order)
+    ranks: list[list[_Bin]] = [[] for _ in range(num_ranks)]
+    load = np.zeros(num_ranks)
     for first in range(0, len(bins), num_ranks):
         # The next heaviest of all, one to each rank: the heaviest of them to the rank with the least so far.
-        by_load = sorted(range(num_ranks), key=lambda rank: load[rank])
-        for rank, one in zip(by_load, bins[first : first + num_ranks], strict=False):
-            ranks[rank].append(tuple(sorted(index for unit in one.units for index in unit)))
+        for rank, one in zip(np.argsort(load, kind="stable"), bins[first : first + num_ranks], strict=False):
+            ranks[rank].append(one)
             load[rank] += one.work
-    return [[*mine, *[()] * (per_rank - len(mine))] for mine in ranks]
+    for _ in range(num_ranks * num_ranks):
+        most, least = int(np.argmax(load)), int(np.argmin(load))
+        gap = load[most] - load[least]
+        gain = np.subtract.outer([one.work for one in ranks[most]], [one.work for one in ranks[least]])
+        if not gain.size or not (np.abs(gain - gap / 2) < gap / 2 * (1 - 1e-9)).any():
+            break
+        mine, theirs = np.unravel_index(np.argmin(np.abs(gain - gap / 2)), gain.shape)
+        ranks[most][mine], ranks[least][theirs] = ranks[least][theirs], ranks[most][mine]
+        load[most] -= gain[mine, theirs]
+        load[least] += gain[mine, theirs]
+    return [sorted(mine, key=_order) for mine in ranks]
 
 
 def units_for(
