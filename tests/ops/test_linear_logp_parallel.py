@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from collectives import counted, same_on_all_ranks
 from head_calls import FORMS, assert_same, call, error, own_part, own_rows
-from slow_logp import HIDDEN, make_problem, padded, solve
+from slow_logp import HIDDEN, Answer, Problem, make_problem, padded, solve
 
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.hidden_rows import TokenShard
@@ -90,6 +90,16 @@ def check_values(shard: VocabShard, world: World, num_tokens: int, chunk: int) -
             assert_same(done.answer(), expected, tolerance=1e-11, note=note)
 
 
+def huge_answer(problem: Problem, form: str, shard: VocabShard, tokens: TokenShard | None) -> Answer:
+    """A form's answer in float32, given the lse of a pass over the same chunks.
+
+    So the passes' common rounding cancels; other chunks may round otherwise: a product's bits may hang on its rows.
+    """
+    options = {"cfg": HeadConfig(chunk_tokens=5), "dtype": torch.float32, "tokens": tokens}
+    lse_N = call(problem, "recompute", shard, **options).logp.lse_N
+    return call(problem, form, shard, lse_N=lse_N, entropy=form == "recompute", **options).answer()
+
+
 def check_huge_logits(shard: VocabShard, world: World) -> None:
     """fp32 logits of some hundreds, where exp overflows: as good as one rank, whose test bounds that."""
     problem = make_problem(13, shard.vocab_size, scale=30, borders=borders(shard.vocab_size, world))
@@ -97,16 +107,12 @@ def check_huge_logits(shard: VocabShard, world: World) -> None:
     assert dense.lse_N.max() > 100, "exp would not overflow"
     alone = VocabShard(0, shard.vocab_size, shard.vocab_size, tile=4)
     for form, tokens in product(FORMS, token_shards(world, 13)):
-        options = {"cfg": HeadConfig(chunk_tokens=5), "dtype": torch.float32, "entropy": form == "recompute"}
-        # the lse of a float32 pass, as a two-pass step has it: the two passes' common rounding cancels
-        lse_N = call(problem, "recompute", shard, dtype=torch.float32, tokens=tokens).logp.lse_N
-        answer = call(problem, form, shard, lse_N=lse_N, tokens=tokens, **options).answer()
-        single = call(problem, form, alone, lse_N=lse_N, **options).answer()
-        expected = own_part(
-            dense if form == "recompute" else solve(problem), shard, tokens, form=form, target_N=problem.target_N
-        )
+        entropy = form == "recompute"
+        answer = huge_answer(problem, form, shard, tokens)
+        single = huge_answer(problem, form, alone, None)
+        expected = own_part(dense if entropy else solve(problem), shard, tokens, form=form, target_N=problem.target_N)
         single = own_part(single, shard, tokens, form=form, target_N=problem.target_N)
-        for name in ("lse_N", "logp_N", "grad_NH", "grad_VH", *(["entropy_N"] if form == "recompute" else [])):
+        for name in ("lse_N", "logp_N", "grad_NH", "grad_VH", *(["entropy_N"] if entropy else [])):
             wanted = getattr(expected, name)
             allowed = 1.5 * error(getattr(single, name), wanted) + 1e-6 * float(wanted.norm())
             assert error(getattr(answer, name), wanted) <= allowed, f"{form} {shard} {tokens} {name}"

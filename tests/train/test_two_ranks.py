@@ -77,7 +77,8 @@ def test_two_ranks_give_the_numbers_of_one(name, layout, folder):
         for key in line.keys() - {"padding_fraction", "pass_mode", "pass_gap", "clip_fraction"}:
             # What is measured on s - s' alone loses the digits that the two share.
             digits = {"loss": 1e-5, "grad_norm": 1e-4, "reward_mean": 1e-12}.get(key, 1e-3)
-            assert other[key] == pytest.approx(line[key], rel=digits, abs=2e-6), key
+            # Advantages sum to zero, so a loss of theirs is what is left of terms of tens: a millionth of these.
+            assert other[key] == pytest.approx(line[key], rel=digits, abs=1e-5 if key == "loss" else 2e-6), key
     for step in (1, 3):
         ours, theirs = (read_lines(folder / name / run / "steps" / f"step_{step}.jsonl") for run in ("one", layout))
         for mine, other in zip(ours, theirs, strict=True):
