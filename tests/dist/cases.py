@@ -31,9 +31,9 @@ class Layout:
         return self.tensor * self.pipeline * self.context * self.data
 
     def takes(self, model: str) -> bool:
-        """Whether the layout can hold a model: experts need sequence parallelism beside tensor ranks."""
+        """Whether the layout can hold a model: experts need sequence parallelism beside tensor ranks, two key heads."""
         if model in EXPERTS:
-            return self.tensor == 1 or self.sequence
+            return self.tensor == 1 or (self.tensor == 2 and self.sequence)
         return self.expert == 1 and (model == "deep" or self.pipeline * self.virtual <= 2)
 
 
@@ -100,7 +100,8 @@ MODELS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "mistral": ("mistral", False, {"sliding_window": 5}),
     "qwen2": ("qwen2", True, {}),
     "qwen3": ("qwen3", False, {"head_dim": 10}),
-    "deep": ("llama", True, {"num_hidden_layers": 5}),  # stages of unequal depth
+    # Stages of unequal depth; as many key heads as the widest tensor group has ranks.
+    "deep": ("llama", True, {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}),
     "mixtral": ("mixtral", False, {"num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": (
         "qwen2_moe",
