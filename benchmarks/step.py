@@ -39,7 +39,8 @@ from megalign.data.group import Response
 from megalign.data.group import Sequence as FlatSequence
 from megalign.engines.groups import make_groups
 from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
-from megalign.engines.step import Cutting, Scored, StepBatch, accumulate
+from megalign.engines.scoring import Cutting, Scored
+from megalign.engines.step import StepBatch, accumulate
 from megalign.losses.gvpo import GvpoConfig
 from megalign.losses.sft import SftConfig
 from megalign.runtime.distributed import process_group

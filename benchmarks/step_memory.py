@@ -41,7 +41,8 @@ from megalign.data.group import Sequence as FlatSequence
 from megalign.engines.engine import Head
 from megalign.engines.groups import make_groups
 from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
-from megalign.engines.step import Cutting, Scored, StepBatch, accumulate, cut_batch
+from megalign.engines.scoring import Cutting, Scored, cut_batch
+from megalign.engines.step import StepBatch, accumulate
 from megalign.losses.gvpo import GvpoConfig
 from megalign.losses.sft import SftConfig
 from megalign.runtime.distributed import process_group

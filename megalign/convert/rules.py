@@ -145,6 +145,27 @@ def find_rule(name: str, cfg: ModelConfig) -> tuple[Rule, Mapping[str, int]]:
     raise ValueError(f"{name} is not a parameter of this {cfg.family} model")
 
 
+_MIXTRAL_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def lora_target(piece: str) -> str:
+    """What `lora.targets` calls the linear layer of a Hugging Face weight: the last part of its name, or its twin's."""
+    last = piece.removesuffix(".weight").rpartition(".")[2]
+    return _MIXTRAL_NAMES.get(last, last)
+
+
+def lora_targets(cfg: ModelConfig) -> list[str]:
+    """What `lora.targets` may name in this model: its layers' matrices but routers and gates."""
+    experts = range(0 if cfg.moe is None else cfg.moe.num_experts)
+    found = {
+        lora_target(piece.name)
+        for rule in FAMILIES[cfg.family].rules
+        if any(rule.places(cfg, range(cfg.num_layers), experts)) and "{i}" in rule.megatron
+        for piece in rule.pieces
+    }
+    return sorted(name for name in found if name.endswith("_proj"))
+
+
 def window_by_layer(
     config: ConfigFile, *, slides: Callable[[int, int], bool] = lambda layer, bound: layer >= bound
 ) -> int | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +20,7 @@ from megalign.convert.reader import INDEX, SINGLE, TOKENIZER_FILES, audit
 from megalign.schema import UserError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+ADAPTER, ADAPTER_FILES = "adapter", ("adapter_model.safetensors", "adapter_config.json")
 MARK = ".megalign_export"  # an empty file: only a directory that bears it is ever replaced
 
 
@@ -69,6 +72,16 @@ class HFWriter:
         self.total_bytes += copy.nbytes
         self.total_numbers += copy.numel()
         self.dtypes.add(copy.dtype)
+
+    def add_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        """Put a LoRA adapter into the folder `adapter`, from which `peft` loads it onto `source`."""
+        folder = self.partial / ADAPTER
+        folder.mkdir()
+        weights, settings = (folder / name for name in ADAPTER_FILES)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+        sync(weights)
+        _write_bytes(settings, (json.dumps(config, indent=2) + "\n").encode())
+        sync(folder)
 
     def close(self) -> None:
         """Finish, check and publish the checkpoint."""
@@ -185,6 +198,9 @@ def _is_ours(folder: Path) -> bool:
     """Whether the directory is an earlier export and holds nothing else that a replacement would lose."""
     named = {MARK, "config.json", INDEX, *(path.name for path in folder.glob("*.safetensors"))}
     named |= {path.relative_to(folder).parts[0] for path in companions(folder)}
+    adapter = folder / ADAPTER
+    if adapter.is_dir() and all(path.name in ADAPTER_FILES for path in adapter.iterdir()):
+        named.add(ADAPTER)
     return (folder / MARK).is_file() and all(path.name in named for path in folder.iterdir())
 
 

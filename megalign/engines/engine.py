@@ -118,15 +118,23 @@ class MicroBatchShape:
     attention_cost: float = 0.0  # of a pair of positions, relative to all else that a position costs
 
 
-class Engine(Protocol):
-    """Weights, optimizer and process groups; every method is called by all ranks alike."""
+class Scorer(Protocol):
+    """Weights that give scores; every method is called by all ranks alike."""
 
     cut: MicroBatchShape
     device: torch.device
-    balances_experts: bool  # whether an auxiliary loss is on, which makes every step a two-pass one
 
     def forward(self, batches: Sequence[Any], *, entropy: bool = False, accuracy: bool = False) -> list[TokenLogp]:
         """Log-probs of each micro-batch without gradient; empty where this rank has no head."""
+
+    def sum_over_data(self, value: Tensor) -> Tensor:
+        """Sum of what the ranks with a head hold for their own data, on every rank of the job."""
+
+
+class Engine(Scorer, Protocol):
+    """Weights, optimizer and process groups."""
+
+    balances_experts: bool  # whether an auxiliary loss is on, which makes every step a two-pass one
 
     def aux_loss(self) -> float:
         """The experts' auxiliary loss of the batches that `forward` took last, on every rank; 0 where there is none."""
@@ -137,9 +145,6 @@ class Engine(Protocol):
     def update(self, lr: float, *, clip_norm: float | None) -> float | None:
         """One optimizer step; the gradient's norm before clipping, or a non-finite one with no step taken."""
 
-    def sum_over_data(self, value: Tensor) -> Tensor:
-        """Sum of what the ranks with a head hold for their own data, on every rank of the job."""
-
     def max_over_job(self, value: float) -> float:
         """The largest value any rank holds."""
 
@@ -148,6 +153,9 @@ class Engine(Protocol):
 
     def full_tensors(self, kind: str = "weight") -> Iterator[tuple[str, Tensor]]:
         """(Megatron name, whole tensor without padding) one at a time, on every rank; kind: weight or grad."""
+
+    def adapter_tensors(self, kind: str = "weight") -> Iterator[tuple[str, Tensor]]:
+        """(name as in PEFT's files, whole tensor) of each adapter, on every rank; none where all weights train."""
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None: ...
 

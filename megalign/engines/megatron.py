@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megalign.engines.engine import ContextTokens, Head, MicroBatchShape, Object
 from megalign.engines.groups import Groups
 from megalign.models.experts import BalancedRouter
 from megalign.models.gpt import PolicyModel, build_chunks, transformer_config
+from megalign.models.lora import Lora, Ranks, add_adapters
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.hidden_rows import TokenShard
 from megalign.ops.linear_logp import TokenLogp
@@ -54,6 +56,7 @@ class EngineOptions:
     chunk_tokens: int | None = None
     tp_invariant: bool = False
     aux_loss_coefficient: float = 0.0
+    lora: Lora | None = None  # train adapters alone
     megatron: dict[str, Any] = field(default_factory=dict)  # passed through to Megatron's configurations
 
 
@@ -90,6 +93,8 @@ class MegatronEngine:
             model, self.config, layers=options.layers, first=groups.first_stage, last=groups.last_stage
         )
         self.chunks: list[PolicyModel] = [chunk.to(options.device, options.dtype) for chunk in chunks]
+        if options.lora is not None:
+            self._add_adapters(options.lora, seed)
         self.head_cfg = HeadConfig(
             temperature=options.temperature,
             scale=model.logit_scale,
@@ -102,6 +107,15 @@ class MegatronEngine:
         self._aux_loss = 0.0
         self._wrapped: list[Any] = list(self.chunks)
         self.optimizer: Any = None
+
+    def _add_adapters(self, lora: Lora, seed: int) -> None:
+        """Freeze the model and put adapters beside it."""
+        groups, options = self.groups, self.options
+        ranks = Ranks(groups.tensor, groups.data_context, groups.expert_data, options.sequence_parallel)
+        for chunk in self.chunks:
+            layers = megatron_state.linear_layers(self, chunk)
+            chunk.requires_grad_(False)
+            chunk.adapters = add_adapters(layers, self.model, lora, ranks, seed=seed)
 
     def load_weights(self, hf_dir: Path) -> None:
         """Fill this rank's shard from a Hugging Face directory, reading only what it owns."""
@@ -203,6 +217,18 @@ class MegatronEngine:
     def aux_loss(self) -> float:
         """The experts' auxiliary loss of the batches that `forward` took last, on every rank; 0 where there is none."""
         return self._aux_loss
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Within, the model is the one that adapters were put on."""
+        adapters = [chunk.adapters for chunk in self.chunks if chunk.adapters is not None]
+        for one in adapters:
+            one.enabled = False
+        try:
+            yield
+        finally:
+            for one in adapters:
+                one.enabled = True
 
     def backward(self, batches: Sequence[MicroBatch], objective: Objective) -> list[Any]:
         """Gradients of the summed objectives of all micro-batches and data ranks; payloads on the last stage.
@@ -336,6 +362,11 @@ class MegatronEngine:
         self._gather_updates()
         return megatron_state.full_tensors(self, kind)
 
+    def adapter_tensors(self, kind: str = "weight") -> Iterator[tuple[str, Tensor]]:
+        """(name as in PEFT's files, whole tensor) of each adapter, the same on every rank; kind: weight or grad."""
+        self._gather_updates()
+        return megatron_state.adapter_tensors(self, kind)
+
     def _gather_updates(self) -> None:
         """With overlap, ranks gather each other's updates in the next forward pass; here weights are read before it."""
         for chunk in self._wrapped if self.optimizer is not None else ():
@@ -350,6 +381,21 @@ class MegatronEngine:
     def load(self, folder: Path) -> dict[str, Any]:
         """Load what `save` wrote, at any layout; the `extra` it was given."""
         return megatron_state.load(self, folder)
+
+
+class BaseModel:
+    """What an engine's adapters were put on, as far as scoring needs an engine."""
+
+    def __init__(self, engine: MegatronEngine) -> None:
+        self.engine, self.cut, self.device = engine, engine.cut, engine.device
+        self.sum_over_data = engine.sum_over_data
+
+    def forward(
+        self, batches: Sequence[MicroBatch], *, entropy: bool = False, accuracy: bool = False
+    ) -> list[TokenLogp]:
+        """As the engine's own, with its adapters off."""
+        with self.engine.adapters_off():
+            return self.engine.forward(batches, entropy=entropy, accuracy=accuracy)
 
 
 def _with_count(loss: Tensor, payload: Any) -> tuple[Tensor, Tensor, Any]:

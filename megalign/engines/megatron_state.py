@@ -7,6 +7,7 @@ import queue
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy 
 from torch import Tensor
 
 from megalign.convert import companions, load_shard, megatron_names, unshard
+from megalign.models.lora import Lora
 from megalign.schema import UserError
 
 if TYPE_CHECKING:
@@ -41,16 +43,19 @@ FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 EXPERT = re.compile(r"(.*\.experts\.local_experts\.)(\d+)(\..*)")
+PEFT_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 # Without a prefix, the optimizer's tensors are called the same however many optimizers share the parameters.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def named_parameters(engine: MegatronEngine, chunks: Sequence[PolicyModel]) -> dict[str, torch.nn.Parameter]:
-    """Parameters of some of this rank's chunks under names with global numbers of layers and experts."""
+    """Parameters of some of this rank's chunks, but adapters', by names with global numbers of layers and experts."""
     named = {}
     for chunk in chunks:
         layers = chunk.layer_numbers
         for name, parameter in chunk.named_parameters():
+            if name.startswith("adapters."):
+                continue
             if name.startswith("decoder.layers."):
                 _, _, local, rest = name.split(".", 3)
                 name = f"decoder.layers.{layers[int(local)]}.{FUSED_NORMS.get(rest, rest)}"
@@ -59,6 +64,17 @@ def named_parameters(engine: MegatronEngine, chunks: Sequence[PolicyModel]) -> d
                 name = _expert_name(match, int(match[2]) + _first_expert(engine, engine.groups.expert_rank))
             named[name] = parameter
     return named
+
+
+def linear_layers(engine: MegatronEngine, chunk: PolicyModel) -> dict[str, torch.nn.Module]:
+    """The modules of a chunk's matrices, by the names of their weights in `named_parameters`, vocabularies aside."""
+    names = {id(parameter): name for name, parameter in named_parameters(engine, [chunk]).items()}
+    found = {}
+    for module in chunk.decoder.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.nn.Parameter) and weight.dim() == 2:
+            found[names[id(weight)]] = module
+    return found
 
 
 def _expert_name(match: re.Match[str], number: int) -> str:
@@ -97,35 +113,75 @@ def full_tensors(engine: MegatronEngine, kind: str) -> Iterator[tuple[str, Tenso
     """(name, whole tensor) chunk by chunk and stage by stage: gathered on their stage, then broadcast to the others."""
     for chunk in engine.chunks:
         mine: dict[str, Any] = named_parameters(engine, [chunk])
-        listing: list[Any] = [None] * engine.groups.pipeline_size
-        dist.all_gather_object(listing, list(mine), group=engine.groups.pipeline)
-        for stage, names in enumerate(listing):
-            for name in names:
-                here = stage == engine.groups.pipeline_rank
-                for whole_name, full in _whole_tensors(engine, name, mine[name] if here else None, kind):
-                    yield whole_name, _from_stage(engine, stage, full)
+        for stage, name in _by_stage(engine, list(mine)):
+            here, local = stage == engine.groups.pipeline_rank, None
+            if here:
+                local = _whole_gradient(engine, mine[name]) if kind == "grad" else _merged(chunk, name, mine[name])
+            for whole_name, full in _whole_tensors(engine, name, mine[name] if here else None, local):
+                yield whole_name, _from_stage(engine, stage, full)
+
+
+def adapter_tensors(engine: MegatronEngine, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """(PEFT's name, whole tensor) of all adapters, in the order and by the ways of `full_tensors`."""
+    for chunk in engine.chunks:
+        adapters = [] if chunk.adapters is None else list(chunk.adapters.by_weight.values())
+        mine = {name: (parameter, cut) for adapter in adapters for name, parameter, cut in adapter.parts()}
+        for stage, name in _by_stage(engine, list(mine)):
+            here, local = stage == engine.groups.pipeline_rank, None
+            if here:
+                parameter, cut = mine[name]
+                local = _whole_gradient(engine, parameter) if kind == "grad" else parameter.detach()
+                if cut is not None:
+                    local = torch.cat(_tensor_parts(engine, local, sharded=True), dim=cut)
+            for whole_name, full in _of_experts(engine, name, local, PEFT_EXPERT):
+                yield whole_name, _from_stage(engine, stage, full)
+
+
+def _by_stage(engine: MegatronEngine, names: list[str]) -> Iterator[tuple[int, str]]:
+    """(stage, name) of what every stage names, on all of them."""
+    listing: list[Any] = [None] * engine.groups.pipeline_size
+    dist.all_gather_object(listing, names, group=engine.groups.pipeline)
+    for stage, found in enumerate(listing):
+        yield from ((stage, name) for name in found)
+
+
+def _merged(chunk: PolicyModel, name: str, parameter: torch.nn.Parameter) -> Tensor:
+    """A weight as the model computes with it, its adapter included."""
+    adapter = None if chunk.adapters is None else chunk.adapters.by_weight.get(name)
+    return parameter.detach() if adapter is None else adapter.merged(parameter.detach())
 
 
 def _whole_tensors(
-    engine: MegatronEngine, name: str, parameter: torch.nn.Parameter | None, kind: str
+    engine: MegatronEngine, name: str, parameter: torch.nn.Parameter | None, local: Tensor | None
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """A parameter's whole tensor, or one of each expert rank; None where the parameter is on another stage."""
-    groups, match = engine.groups, EXPERT.match(name)
-    local = None
-    if parameter is not None:
-        local = _whole_gradient(engine, parameter) if kind == "grad" else parameter.detach()
+    """The whole of what is `local` to ranks of a parameter's stage, or one of each expert rank; None elsewhere."""
+    match = EXPERT.match(name)
     if match is None:
         parts = None if local is None else _tensor_parts(engine, local, sharded=parameter.tensor_model_parallel)  # type: ignore[union-attr]
         yield name, None if parts is None else unshard(name, parts, engine.model)
         return
-    offset = int(match[2]) - _first_expert(engine, groups.expert_rank)
+    for whole_name, full in _of_experts(engine, name, local, EXPERT):
+        yield whole_name, None if full is None else unshard(whole_name, [full], engine.model)
+
+
+def _of_experts(
+    engine: MegatronEngine, name: str, local: Tensor | None, pattern: re.Pattern[str]
+) -> Iterator[tuple[str, Tensor | None]]:
+    """What is named after an expert, from every rank of the expert group in turn; all else as it is.
+
+    `name` counts from the experts of whichever rank named it; each rank has as many.
+    """
+    groups, match = engine.groups, pattern.match(name)
+    if match is None:
+        yield name, local
+        return
+    offset = int(match[2]) % _first_expert(engine, 1)
     for rank in range(groups.expert_size):
         whole_name, full = _expert_name(match, offset + _first_expert(engine, rank)), None
         if local is not None:
             full = local.clone() if rank == groups.expert_rank else torch.empty_like(local)
             if groups.expert_size > 1:
                 dist.broadcast(full, src=dist.get_global_rank(groups.expert, rank), group=groups.expert)
-            full = unshard(whole_name, [full], engine.model)
         yield whole_name, full
 
 
@@ -179,7 +235,11 @@ def save(engine: MegatronEngine, folder: Path, extra: dict[str, Any]) -> None:
     """
     # Megatron would start a server process for the results of writers elsewhere; it outlives a rank that is killed.
     filesystem_async._results_queue = queue.Queue()
-    about = {"dtype": str(engine.options.dtype), "optimizer": engine.optimizer is not None}
+    about = {
+        "dtype": str(engine.options.dtype),
+        "optimizer": engine.optimizer is not None,
+        "lora": None if engine.options.lora is None else asdict(engine.options.lora),
+    }
     dist_checkpointing.save(_sharded_state(engine, loading=False) | {"extra": extra, "about": about}, str(folder))
     if dist.get_rank() == 0 and engine.source is not None:
         for path in [engine.source / "config.json", *companions(engine.source)]:
@@ -212,7 +272,7 @@ def _check_index(folder: Path) -> None:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: the dtype of its weights, and whether an optimizer is inside."""
+    """What a checkpoint says of itself: its weights' dtype, whether an optimizer is inside, its adapters if any."""
     _check_index(folder)
     found = dist_checkpointing.load_common_state_dict(str(folder)).get("about")
     if found is None:
@@ -225,9 +285,20 @@ def holds_optimizer(folder: Path) -> bool:
     return bool(about(folder)["optimizer"])
 
 
+def saved_lora(folder: Path) -> Lora | None:
+    """The adapters that a checkpoint holds."""
+    saved = about(folder).get("lora")
+    return None if saved is None else Lora(**saved)
+
+
 def load(engine: MegatronEngine, folder: Path) -> dict[str, Any]:
-    """Load a checkpoint of ours into weights and, where both have one, optimizer; the plain values saved with it."""
-    _check_index(folder)
+    """Load a checkpoint of ours into weights and, where both have one, optimizer; the plain values saved with it.
+
+    One without adapters leaves an engine's as they are; else they must be the same.
+    """
+    adapters = saved_lora(folder)
+    if adapters is not None and adapters != engine.options.lora:
+        raise ValueError(f"{folder} holds adapters {adapters}, the engine {engine.options.lora}")
     if engine.adamw is not None and engine.optimizer is None:
         engine._after_load()
     with_optimizer = engine.optimizer is not None and holds_optimizer(folder)
@@ -235,10 +306,13 @@ def load(engine: MegatronEngine, folder: Path) -> dict[str, Any]:
         # A fresh torch optimizer has no state to be loaded into; every value of it is replaced below.
         for part in engine.optimizer.chained_optimizers:
             part._init_optimizer_states_with_dummy_values()
-    wanted = _sharded_state(engine, loading=True, with_optimizer=with_optimizer)
+    wanted, kept = _sharded_state(engine, loading=True, with_optimizer=with_optimizer), {}
+    for place in range(len(engine.chunks)) if adapters is None else ():
+        model = wanted[f"model{place}"]
+        kept[place] = {name: model.pop(name).data for name in list(model) if name.startswith("adapters.")}
     state = dist_checkpointing.load(wanted, str(folder))
     for place, chunk in enumerate(engine.chunks):
-        chunk.load_state_dict(state[f"model{place}"])
+        chunk.load_state_dict(state[f"model{place}"] | kept.get(place, {}))
     if with_optimizer:
         parts = engine.optimizer.chained_optimizers  # Megatron saves one alone as it is, several by number
         for place, part in enumerate(parts):

@@ -18,6 +18,8 @@ from megalign.convert import HFWriter, ModelConfig, audit, check_target, hf_stat
 from megalign.engines import megatron_state
 from megalign.engines.groups import make_groups
 from megalign.engines.megatron import EngineOptions, MegatronEngine
+from megalign.engines.peft_export import add_adapter
+from megalign.models.lora import Lora
 from megalign.runtime.distributed import process_group
 from megalign.schema import UserError
 
@@ -52,6 +54,8 @@ def hf_to_megatron(hf_dir: str, out_dir: Path) -> None:
 def megatron_to_hf(checkpoint: Path, out_dir: Path, *, progress: Callable[[int], None] = lambda done: None) -> None:
     """Write a checkpoint of a run, or of `hf_to_megatron`, as a Hugging Face directory; `progress` counts tensors.
 
+    Adapters are merged, and lie beside in PEFT's format.
+
     Raises UserError for a directory that is no checkpoint of ours, or a target that is not new or empty.
     """
     source = checkpoint / megatron_state.HF_FILES
@@ -62,19 +66,23 @@ def megatron_to_hf(checkpoint: Path, out_dir: Path, *, progress: Callable[[int],
     check_target(out_dir, source, overwrite=False)
     with process_group(timeout_s=TIMEOUT_S):
         dtype = getattr(torch, megatron_state.about(checkpoint)["dtype"].removeprefix("torch."))
-        engine = _whole_engine(model, dtype)
+        lora = megatron_state.saved_lora(checkpoint)
+        engine = _whole_engine(model, dtype, lora)
         engine.load(checkpoint)
         with HFWriter(out_dir, source=source, dtype=None) as writer:
             for done, (name, tensor) in enumerate(hf_state(model, engine.full_tensors()), start=1):
                 writer.add(name, tensor)
                 progress(done)
+            if lora is not None:
+                add_adapter(writer, engine, lora)
 
 
-def _whole_engine(model: ModelConfig, dtype: torch.dtype) -> MegatronEngine:
+def _whole_engine(model: ModelConfig, dtype: torch.dtype, lora: Lora | None = None) -> MegatronEngine:
     """The whole model on one rank, on the CPU, without an optimizer."""
     assert dist.get_world_size() == 1
     groups = make_groups(tensor=1, pipeline=1, timeout_s=TIMEOUT_S)
-    return MegatronEngine(model, groups, EngineOptions(dtype=dtype, device=torch.device("cpu")), adamw=None)
+    options = EngineOptions(dtype=dtype, device=torch.device("cpu"), lora=lora)
+    return MegatronEngine(model, groups, options, adamw=None)
 
 
 def _stored_dtype(source: Path, model: ModelConfig) -> torch.dtype:

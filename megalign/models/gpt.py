@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from megalign.convert.model_config import ModelConfig
 from megalign.models.experts import BalancedRouter
 from megalign.models.layers import PackedAttention, RMSNorm
+from megalign.models.lora import Adapters
 from megalign.schema import UserError
 
 
@@ -50,6 +51,7 @@ class PolicyModel(GPTModel):
         self.uses_te = layers == "transformer_engine"
         # A plain attribute: a buffer would be cast to bf16 with the parameters and would enter checkpoints.
         self.inverse_frequency = rope_frequencies(model)
+        self.adapters: Adapters | None = None
 
     def forward(  # type: ignore[override]
         self, token_L: Tensor, position: Tensor, cu_seqlens: Tensor, longest: int, padding_L: Tensor | None = None
@@ -61,6 +63,8 @@ class PolicyModel(GPTModel):
         positions as this rank has hidden states.
         """
         embedded = self.embedding(token_L[None], position[None]) if self.pre_process else None
+        if embedded is not None and self.adapters is not None and torch.is_grad_enabled():
+            embedded.requires_grad_()  # recomputed layers have a gradient only where their input has one
         frequency_TD = position.float()[:, None] * self.inverse_frequency.to(position.device)
         angle_T11D = torch.cat((frequency_TD, frequency_TD), dim=-1)[:, None, None, :]
         packed = None

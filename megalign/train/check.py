@@ -14,15 +14,18 @@ from megalign.config import JobConfig, check_layout
 from megalign.convert.hf_config import read_model_config
 from megalign.convert.model_config import ModelConfig
 from megalign.convert.reader import TOKENIZER_FILES, audit, resolve_model
+from megalign.convert.rules import lora_targets
 from megalign.convert.writer import check_target
 from megalign.data.dataset import GroupDataset, load_dataset
 from megalign.data.group import Sequence as FlatSequence
 from megalign.data.tokenize import retokenize
+from megalign.engines.megatron_state import holds_optimizer, saved_lora
 from megalign.rollout.prompts import Prompt, load_prompts
 from megalign.rollout.rewards import choose_reward
 from megalign.schema import UserError, shorten
 from megalign.sections import MEGATRON_SETTINGS
 from megalign.train.checkpoint import find_checkpoint
+from megalign.train.session import lora_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,12 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
             )
     for place, teacher in enumerate(cfg.teachers):
         check_model(cfg, teacher.path, field=f"teachers.{place}.path", world_size=world_size)
+    for place, target in enumerate(() if cfg.lora is None else cfg.lora.targets):
+        if target not in lora_targets(model):
+            raise UserError(
+                f"lora.targets.{place} is {target!r}: no layer of model.path has that; must be of "
+                f"{', '.join(lora_targets(model))}"
+            )
     if cfg.engine.megatron:
         check_passed_through(cfg.engine.megatron)
         check_split(cfg, model)
@@ -92,6 +101,8 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
 def check_outputs(cfg: JobConfig, inputs: Inputs) -> Path | None:
     """The checkpoint that training goes on from, if any, when that and the export's directory can be used."""
     found = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume, inputs.model)
+    if found is not None:
+        check_adapters(cfg, found)
     if cfg.export.hf_dir is not None:
         target = Path(cfg.export.hf_dir)
         check_target(target, inputs.hf_dir, overwrite=True)
@@ -101,6 +112,15 @@ def check_outputs(cfg: JobConfig, inputs: Inputs) -> Path | None:
             if Path(path).expanduser().resolve() == target.resolve():
                 raise UserError(f"export.hf_dir is {cfg.export.hf_dir!r}: it is {field}; must be another directory")
     return found
+
+
+def check_adapters(cfg: JobConfig, checkpoint: Path) -> None:
+    """Refuse a run's checkpoint of other adapters than the job's; a converted one may get any."""
+    saved, wanted = saved_lora(checkpoint), lora_of(cfg)
+    if saved != wanted and (saved is not None or holds_optimizer(checkpoint)):
+        was = "without adapters" if saved is None else f"with rank {saved.rank}, alpha {saved.alpha:g}, targets "
+        was += "" if saved is None else ", ".join(saved.targets)
+        raise UserError(f"{checkpoint} was trained {was}; lora must be the same, or model.path an export of that run")
 
 
 def check_model(

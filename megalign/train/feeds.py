@@ -11,7 +11,8 @@ from megalign.data.dataset import GroupDataset
 from megalign.data.group import Sequence as FlatSequence
 from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups
-from megalign.engines.step import Scored, StepBatch, score
+from megalign.engines.scoring import Scored, score
+from megalign.engines.step import StepBatch
 from megalign.runtime.distributed import World
 from megalign.train.check import Records
 from megalign.train.report import Reporter

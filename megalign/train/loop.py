@@ -36,7 +36,16 @@ from megalign.train.feeds import DatasetFeed, Feed, with_teachers
 from megalign.train.report import Reporter, keep_metrics_up_to, start_log
 from megalign.train.rounds import RoundFeed, evaluate_reward, fixed_reference, live_sampler
 from megalign.train.schedule import learning_rate
-from megalign.train.session import build_engine, cutting_of, export, groups_of, layers_of, layout_text, on_every_rank
+from megalign.train.session import (
+    build_engine,
+    cutting_of,
+    export,
+    groups_of,
+    layers_of,
+    layout_text,
+    lora_of,
+    on_every_rank,
+)
 
 # Where the two passes of a step may differ by rounding of non-deterministic kernels and no more.
 AUTO_PASS_GAP = {"fp32": 1e-3, "bf16": 0.1}
@@ -143,7 +152,7 @@ def _prepare(
     load_initial(engine)
     feed: Feed
     if dataset_feed is None:
-        fixed = fixed_reference(cfg, inputs, scorer, load_initial)
+        fixed = fixed_reference(cfg, inputs, engine, scorer, load_initial)
         feed = RoundFeed(cfg, inputs, engine, live_sampler(cfg, inputs, world.device), fixed)
     else:
         feed = dataset_feed
@@ -323,8 +332,11 @@ def _save(job: Job) -> None:
 
 def _export(job: Job) -> None:
     folder = Path(str(job.cfg.export.hf_dir))
-    export(job.engine, job.inputs.model, job.inputs.hf_dir, folder)
-    job.report.say(f"exported {folder}")
+    beside = export(job.engine, job.inputs.model, job.inputs.hf_dir, folder, lora=lora_of(job.cfg))
+    how = "" if job.cfg.lora is None else ", adapters merged"
+    how += " and in its folder adapter" if beside else ""
+    alone = job.cfg.lora is not None and not beside
+    job.report.say(f"exported {folder}{how}" + (" (PEFT has no place for single experts' adapters)" if alone else ""))
 
 
 def _finish(job: Job, code: int, reason: str) -> int:

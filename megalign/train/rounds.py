@@ -14,9 +14,10 @@ from megalign.config import JobConfig
 from megalign.convert import ModelConfig, hf_state
 from megalign.data.dataset import GroupDataset, from_records
 from megalign.data.group import Sequence as FlatSequence
-from megalign.engines.engine import Engine
-from megalign.engines.megatron import MegatronEngine
-from megalign.engines.step import Scored, StepBatch, score
+from megalign.engines.engine import Engine, Scorer
+from megalign.engines.megatron import BaseModel, MegatronEngine
+from megalign.engines.scoring import Scored, score
+from megalign.engines.step import StepBatch
 from megalign.rollout.prompts import Prompt, round_prompts
 from megalign.rollout.rewards import choose_reward
 from megalign.rollout.rounds import Round, rollout_round
@@ -69,7 +70,7 @@ class RoundFeed:
     inputs: Inputs
     engine: Engine
     sampler: Any
-    fixed: Engine | None
+    fixed: Scorer | None
     records: list[dict[str, Any]] = field(default_factory=list)
     round_number: int = -1
     _dataset: GroupDataset | None = None
@@ -160,7 +161,7 @@ class RoundFeed:
                 accuracy=traits.accuracy,
             )
             self._reference.add(updates[0], self._current)
-        scorer = self.engine if source == "round_start" else self.fixed
+        scorer: Scorer | None = self.engine if source == "round_start" else self.fixed
         assert scorer is not None
         fill(self._reference, scorer, updates, coupled=coupled, cutting=cutting)
 
@@ -223,12 +224,15 @@ def _rollout(feed: RoundFeed, prompts: Sequence[Prompt], *, k: int, temperature:
 def fixed_reference(
     cfg: JobConfig,
     inputs: Inputs,
+    policy: MegatronEngine,
     build: Callable[[ModelConfig], MegatronEngine],
     load_initial: Callable[[MegatronEngine], None],
-) -> Engine | None:
-    """The engine that scores a reference which is not the round's policy; it holds weights only."""
+) -> Scorer | None:
+    """What scores a reference that is not the round's policy: its own engine, or the policy without its adapters."""
     if not cfg.loss.traits().reference or cfg.reference.source == "round_start":
         return None
+    if inputs.reference is None and cfg.lora is not None:
+        return BaseModel(policy)
     if inputs.reference is None:
         engine = build(inputs.model)
         load_initial(engine)

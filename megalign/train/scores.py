@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from megalign.data.group import Sequence as FlatSequence
-from megalign.engines.engine import Engine
-from megalign.engines.step import Cutting, Scored, score
+from megalign.engines.engine import Scorer
+from megalign.engines.scoring import Cutting, Scored, score
 
 Key = bytes
 
@@ -70,7 +70,7 @@ class ScoreStore:
 
 def fill(
     store: ScoreStore,
-    engine: Engine,
+    engine: Scorer,
     batches: Iterable[Sequence[FlatSequence]],
     *,
     coupled: bool,

@@ -14,8 +14,10 @@ from megalign.convert import HFWriter, ModelConfig, hf_state
 from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups, make_groups
 from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
-from megalign.engines.step import Cutting
+from megalign.engines.peft_export import add_adapter
+from megalign.engines.scoring import Cutting
 from megalign.models.gpt import choose_layers
+from megalign.models.lora import Lora
 from megalign.runtime.distributed import World
 from megalign.schema import UserError
 
@@ -52,6 +54,10 @@ def cutting_of(cfg: JobConfig) -> Cutting:
 
 def dtype_of(cfg: JobConfig) -> torch.dtype:
     return torch.bfloat16 if cfg.run.dtype == "bf16" else torch.float32
+
+
+def lora_of(cfg: JobConfig) -> Lora | None:
+    return None if cfg.lora is None else Lora(cfg.lora.rank, cfg.lora.alpha, tuple(cfg.lora.targets))
 
 
 def groups_of(cfg: JobConfig) -> Groups:
@@ -98,6 +104,7 @@ def build_engine(
         chunk_tokens=None if cfg.engine.chunk_tokens == "auto" else cfg.engine.chunk_tokens,
         tp_invariant=cfg.engine.tp_invariant,
         aux_loss_coefficient=cfg.model.aux_loss_coefficient if trainable else 0.0,
+        lora=lora_of(cfg) if trainable else None,
         megatron=passed,
     )
     optimizer = cfg.optimizer
@@ -105,14 +112,22 @@ def build_engine(
     return MegatronEngine(model, groups, options, adamw=adamw, seed=cfg.run.seed)
 
 
-def export(engine: Engine, model: ModelConfig, source: Path, folder: Path) -> None:
-    """Write the live weights as a Hugging Face directory, tensor by tensor; called on every rank, written by rank 0."""
-    main = dist.get_rank() == 0
-    if not main:
-        for _ in engine.full_tensors():
-            pass
-    else:
+def export(engine: Engine, model: ModelConfig, source: Path, folder: Path, *, lora: Lora | None) -> bool:
+    """Write the live weights as a Hugging Face directory, tensor by tensor; called on every rank, written by rank 0.
+
+    Adapters are merged; whether they also lie beside in PEFT's format, known to rank 0.
+    """
+    beside = False
+    if dist.get_rank() == 0:
         with HFWriter(folder, source=source, dtype=None, overwrite=True) as writer:
             for name, tensor in hf_state(model, engine.full_tensors()):
                 writer.add(name, tensor)
+            if lora is not None:
+                beside = add_adapter(writer, engine, lora)
+    else:
+        for _ in engine.full_tensors():
+            pass
+        for _ in engine.adapter_tensors():
+            pass
     dist.barrier()
+    return beside

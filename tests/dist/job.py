@@ -39,7 +39,8 @@ from torch import Tensor
 from megalign.convert import hf_state, read_model_config
 from megalign.engines.groups import make_groups
 from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
-from megalign.engines.step import Cutting, Scored, StepBatch, StepResult, accumulate, evaluate, score
+from megalign.engines.scoring import Cutting, Scored, score
+from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
 from megalign.losses import choose_loss
 from megalign.runtime.distributed import World
 
