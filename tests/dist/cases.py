@@ -14,6 +14,7 @@ import torch
 
 from megalign.data.group import Response
 from megalign.data.group import Sequence as FlatSequence
+from megalign.models.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -295,6 +296,25 @@ OVERLAP_BOTH = {"megatron": {"overlap_grad_reduce": True, "overlap_param_gather"
 RECOMPUTED = {"one": "llama", "tp2": "llama", "cp2": "deep", "pp2+vpp2": "deep", "ep2": "qwen2_moe"}
 OVERLAPPED = {"dp2": "llama", "cp2": "deep", "pp2+vpp2": "deep", "pp2xdp2+vpp2+ep2": "qwen2_moe"}
 REPEATED = {"tp2+sp": "llama", "cp2": "deep", "pp2+vpp2": "deep", "ep2": "qwen2_moe"}
+# Adapters on all kinds of layers, and which model gets them where.
+ADAPTERS = Lora(4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+FEW_ADAPTERS = Lora(2, 5.0, ("q_proj", "v_proj", "up_proj", "down_proj"))
+LORA = {
+    "one": "deep",
+    "tp2": "deep",
+    "tp2+sp": "deep",
+    "pp2": "deep",
+    "dp2": "deep",
+    "tp2xpp2": "deep",
+    "pp2+vpp2": "deep",
+    "ep2": "qwen2_moe",
+    "tp2xcp2+sp": "mixtral",
+    "tp2xdp2+sp+ep4": "qwen3_moe",
+    "pp2xdp2+vpp2+ep2": "qwen2_moe",
+    "tp4": "deep",
+    "cp2xdp2": "deep",
+    "tp2xpp2+vpp2+sp": "deep",
+}
 
 
 def trajectories(layout: str) -> list[tuple[str, str]]:

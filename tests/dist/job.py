@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from cases import (
     ADAM_STEPS,
+    ADAPTERS,
     AUX,
     CLIP,
     CUTTINGS,
@@ -17,9 +18,11 @@ from cases import (
     EPS,
     EXPERTS,
     EXTREMES,
+    FEW_ADAPTERS,
     HEAD_WAYS,
     HEADS,
     LARGE,
+    LORA,
     LOSSES,
     LR,
     MODES,
@@ -34,6 +37,7 @@ from cases import (
     step_sequences,
     trajectories,
 )
+from lora_answers import drawn
 from torch import Tensor
 
 from megalign.convert import hf_state, read_model_config
@@ -42,6 +46,7 @@ from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
 from megalign.engines.scoring import Cutting, Scored, score
 from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
 from megalign.losses import choose_loss
+from megalign.models.lora import Lora
 from megalign.runtime.distributed import World
 
 
@@ -75,8 +80,11 @@ class Job:
             results["overlap"] = self.trajectory(OVERLAPPED[self.name], "gvpo", **OVERLAP_BOTH)
         if self.name in REPEATED:
             results["repeated"] = self.repeated(REPEATED[self.name])
+        if self.name in LORA:
+            results["lora"] = self.lora(LORA[self.name])
         if self.name == "tp2":
             results["bf16"] = self.bf16()
+            results["bf16 lora"] = self.bf16_lora()
         if self.name in HEADS:
             results["heads"] = self.heads()
         return results
@@ -224,6 +232,54 @@ class Job:
             result = self.step(engine, Case(model, "gvpo", SMALL, packing=True))
             results[recompute] = {"loss": result.loss, "gradients": self.tensors(engine, "grad")}
         return results
+
+    def adapted(self, model: str, lora: Lora = ADAPTERS, **options: Any) -> MegatronEngine:
+        """An engine with drawn adapters."""
+        engine = self.engine(model, lora=lora, **options)
+        shapes = {name: tensor.shape for name, tensor in engine.adapter_tensors()}
+        for chunk in engine.chunks:
+            for adapter in chunk.adapters.by_weight.values():
+                for name, parameter, cut in adapter.parts():
+                    value = drawn(name, shapes[name])
+                    if cut is not None:
+                        value = value.chunk(self.groups.tensor_size, dim=cut)[self.groups.tensor_rank]
+                    parameter.data.copy_(value)
+        engine.optimizer.reload_model_params()
+        return engine
+
+    def lora(self, model: str) -> dict[str, Any]:
+        """Adapters as they begin, switched off, and trained; with recomputed layers and overlapped gathers too."""
+        case, plain = Case(model, "gvpo", SMALL, packing=True), self.engine(model)
+        sequences, cutting = self.batch(model, "gvpo").sequences, Cutting(SMALL)
+        results: dict[str, Any] = {"base": self.agreed(self.step(plain, case)), "steps": []}
+        engine = self.engine(model, lora=FEW_ADAPTERS)
+        results["begun"] = self.agreed(self.step(engine, case))
+        results["few"] = {name: tensor.clone() for name, tensor in engine.adapter_tensors()}
+        engine = self.adapted(model)
+        with engine.adapters_off():
+            off = [score(one, sequences, coupled=True, cutting=cutting, by_token=True) for one in (engine, plain)]
+        results["off"] = all(torch.equal(mine.logp_N, theirs.logp_N) for mine, theirs in zip(*off, strict=True))
+        results["shapes"] = {name: tensor.shape for name, tensor in engine.adapter_tensors()}
+        for number in range(ADAM_STEPS):
+            result = self.agreed(self.step(engine, Case(model, "gvpo", *CUTTINGS[number])))
+            assert result["same_on_all_ranks"]
+            if number == 0:
+                results["gradients"] = {name: tensor.clone() for name, tensor in engine.adapter_tensors("grad")}
+            results["steps"].append((result["loss"], engine.update(LR, clip_norm=CLIP)))
+        results["adapters"] = {name: tensor.clone() for name, tensor in engine.adapter_tensors()}
+        results["weights"] = self.tensors(engine, "weight")
+        for name, options in {"full": {"recompute": "full"}, "overlap": OVERLAP_BOTH}.items():
+            engine = self.adapted(model, **options)
+            self.step(engine, Case(model, "gvpo", *CUTTINGS[0]))
+            results[name] = {name: tensor.clone() for name, tensor in engine.adapter_tensors("grad")}
+            engine.update(LR, clip_norm=CLIP)
+            results[f"{name} next"] = self.step(engine, Case(model, "gvpo", *CUTTINGS[1])).loss
+        return results
+
+    def bf16_lora(self) -> dict[str, Tensor]:
+        engine = self.adapted("deep", dtype=torch.bfloat16)
+        self.step(engine, Case("deep", "gvpo", *CUTTINGS[0]))
+        return {name: tensor.clone() for name, tensor in engine.adapter_tensors("grad")}
 
     def heads(self) -> dict[str, Any]:
         """The same two-pass and single-pass steps with heads computed in each way there is."""
