@@ -47,9 +47,9 @@ class Groups:
 def make_groups(
     *, tensor: int, pipeline: int, timeout_s: float, virtual: int = 1, context: int = 1, expert: int = 1
 ) -> Groups:
-    """Create the job's groups; data ranks are what is left of the world. Call once on every rank of a job."""
+    """Create the job's groups; data ranks are what is left of the world. Called on every rank; earlier groups end."""
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _end_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -81,3 +81,12 @@ def make_groups(
         expert=parallel_state.get_expert_model_parallel_group(),
         expert_data=parallel_state.get_expert_data_parallel_group(),
     )
+
+
+def _end_groups() -> None:
+    """Let go of the groups there are, once no rank waits in one: gloo's have threads that wake up all the time."""
+    dist.barrier()
+    for group in parallel_state._global_process_group_list or ():
+        if group not in (None, dist.GroupMember.NON_GROUP_MEMBER):
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()

@@ -149,6 +149,16 @@ SIZES = {
 }
 
 
+def fill_randomly(model: torch.nn.Module, draw: torch.Generator) -> None:
+    """Give every parameter a random value, norms near one."""
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            # Wider vocabulary tensors: logits far from uniform without layers that amplify rounding.
+            scale = 0.3 if "embed_tokens" in key or "lm_head" in key else 0.2
+            parameter.copy_(1 + 0.2 * noise if key.endswith("norm.weight") else scale * noise)
+
+
 def write_checkpoints(folder: Path, name: str) -> None:
     """`policy` with every parameter random, and `reference` and `old`, which are near it."""
     import transformers
@@ -157,12 +167,8 @@ def write_checkpoints(folder: Path, name: str) -> None:
     config = transformers.AutoConfig.for_model(model_type, **{**SIZES, "tie_word_embeddings": tied, **fields})
     draw = torch.Generator().manual_seed(SEEDS.get(name, 21))  # chosen like that of `step_sequences`
     model = transformers.AutoModelForCausalLM.from_config(config)
+    fill_randomly(model, draw)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=draw)
-            # Wider vocabulary tensors: logits far from uniform without layers that amplify rounding.
-            scale = 0.3 if "embed_tokens" in key or "lm_head" in key else 0.2
-            parameter.copy_(1 + 0.2 * noise if key.endswith("norm.weight") else scale * noise)
         policy = {key: parameter.clone() for key, parameter in model.named_parameters()}
         for checkpoint, scale in (("policy", 0.0), ("reference", 0.02), ("old", 0.004)):
             for key, parameter in model.named_parameters():
