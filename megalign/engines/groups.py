@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -90,3 +91,4 @@ def _end_groups() -> None:
         if group not in (None, dist.GroupMember.NON_GROUP_MEMBER):
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
+    gc.collect()  # engines that hold them are full of cycles
