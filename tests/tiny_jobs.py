@@ -193,7 +193,7 @@ def on_two_ranks(folder: Path, jobs: Sequence[tuple[list[str], int]]) -> str:
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=480,
+        timeout=240,
         env={
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",

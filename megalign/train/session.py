@@ -127,7 +127,7 @@ def export(engine: Engine, model: ModelConfig, source: Path, folder: Path, *, lo
     else:
         for _ in engine.full_tensors():
             pass
-        for _ in engine.adapter_tensors():
+        for _ in engine.adapter_tensors() if lora is not None else ():
             pass
     dist.barrier()
     return beside
