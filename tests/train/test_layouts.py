@@ -39,7 +39,11 @@ JOBS = {
     "dense": ("deep", {}, ("cp2", "vpp2")),
     "lora": ("deep", {"lora": LORA, "optimizer": {"lr": 1e-2}}, ("tp2+sp", "vpp2")),
     "experts": ("moe", {"model": {"aux_loss_coefficient": 0.01}}, ("ep2", "tp2+sp")),
-    "rounds": ("moe", {"lora": LORA, "loss": {"name": "grpo", "beta": 0.3}, "reference": {"source": "initial"}}, ("ep2",)),
+    "rounds": (
+        "moe",
+        {"lora": LORA, "loss": {"name": "grpo", "beta": 0.3}, "reference": {"source": "initial"}},
+        ("ep2",),
+    ),
 }
 CASES = [(name, layout) for name, (_, _, layouts) in JOBS.items() for layout in layouts]
 
