@@ -30,6 +30,7 @@ from megalign.ops.hidden_rows import TokenShard
 from megalign.ops.linear_logp import TokenLogp
 from megalign.ops.vocab import VocabShard, tile_rows
 from megalign.runtime import cpu_shims
+from megalign.schema import UserError
 
 DDP_FIELDS = frozenset(DistributedDataParallelConfig.__dataclass_fields__)
 
@@ -116,6 +117,11 @@ class MegatronEngine:
             layers = megatron_state.linear_layers(self, chunk)
             chunk.requires_grad_(False)
             chunk.adapters = add_adapters(layers, self.model, lora, ranks, seed=seed)
+            if not chunk.adapters.by_weight:
+                raise UserError(
+                    f"lora: pipeline rank {groups.pipeline_rank} has a stage without layers: nothing trains there; "
+                    "engine.megatron.pipeline_model_parallel_layout must give every stage a layer"
+                )
 
     def load_weights(self, hf_dir: Path) -> None:
         """Fill this rank's shard from a Hugging Face directory, reading only what it owns."""

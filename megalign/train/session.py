@@ -112,7 +112,7 @@ def build_engine(
     return MegatronEngine(model, groups, options, adamw=adamw, seed=cfg.run.seed)
 
 
-def export(engine: Engine, model: ModelConfig, source: Path, folder: Path, *, lora: Lora | None) -> bool:
+def export(engine: Engine, model: ModelConfig, source: Path, folder: Path, *, lora: Lora | None = None) -> bool:
     """Write the live weights as a Hugging Face directory, tensor by tensor; called on every rank, written by rank 0.
 
     Adapters are merged; whether they also lie beside in PEFT's format, known to rank 0.
