@@ -10,7 +10,7 @@ import yaml
 
 from megalign.config import JobConfig, check_layout, dump_config, load_config, total_steps
 from megalign.config_file import hinted_run_dir, parse_yaml
-from megalign.convert.model_config import ModelConfig
+from megalign.convert.model_config import ModelConfig, Rope
 from megalign.runtime.status import guarded, write_status
 from megalign.schema import UserError
 
@@ -338,7 +338,7 @@ MODEL = ModelConfig(
     vocab_size=300,  # padded to 384
     max_positions=64,
     norm_eps=1e-5,
-    rope_theta=1e4,
+    rope=Rope(1e4, 4),
 )
 
 

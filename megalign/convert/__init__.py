@@ -1,16 +1,16 @@
 """Hugging Face checkpoints to Megatron shards and back, one table a family."""
 
 from megalign.convert.hf_config import read_model_config
-from megalign.convert.model_config import ModelConfig, MoeConfig, RopeScaling
-from megalign.convert.naming import hf_state, megatron_names, to_hf, unshard
+from megalign.convert.model_config import ModelConfig, MoeConfig
+from megalign.convert.naming import Assembler, hf_state, megatron_names, unshard
 from megalign.convert.reader import audit, load_shard, resolve_model
 from megalign.convert.writer import HFWriter, check_target, companions
 
 __all__ = [
+    "Assembler",
     "HFWriter",
     "ModelConfig",
     "MoeConfig",
-    "RopeScaling",
     "audit",
     "check_target",
     "companions",
@@ -19,6 +19,5 @@ __all__ = [
     "megatron_names",
     "read_model_config",
     "resolve_model",
-    "to_hf",
     "unshard",
 ]

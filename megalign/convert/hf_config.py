@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import megalign.convert.families  # noqa: F401  (registers them)
 from megalign.convert.config_file import ConfigFile, read_json
-from megalign.convert.model_config import ModelConfig, RopeScaling
+from megalign.convert.model_config import ModelConfig, Rope
+from megalign.convert.rope_config import read_rope, rope_section
 from megalign.convert.rules import FAMILIES, Family
-from megalign.schema import UserError
 
 # Those of transformers, for all families, where a config.json leaves the field out.
 COMMON_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_dropout": 0.0}
@@ -25,34 +26,39 @@ def read_model_config(hf_dir: Path) -> ModelConfig:
     num_kv_heads = num_heads if config.value("num_key_value_heads") is None else config.whole("num_key_value_heads")
     if num_heads % num_kv_heads:
         config.refuse("num_key_value_heads", f"it must divide num_attention_heads, {num_heads}")
-    rope_theta, rope_scaling = _rope(config)
+    head_dim = _head_dim(config, num_heads)
+    window, full_layers = family.window(config)
     switches = family.switches
 
     def flag(name: str) -> bool:
         source = switches.get(name, False)
         return source if isinstance(source, bool) else config.flag(source)
 
-    return ModelConfig(
+    cfg = ModelConfig(
         family=family.name,
         num_layers=config.whole("num_hidden_layers"),
         hidden_size=config.whole("hidden_size"),
         ffn_size=config.whole("intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_head_dim(config, num_heads),
+        head_dim=head_dim,
         vocab_size=config.whole("vocab_size"),
         max_positions=config.whole("max_position_embeddings"),
         norm_eps=config.number("rms_norm_eps"),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        rope=family.rope(config, head_dim)
+        if family.rope
+        else read_rope(config, rope_section(config), head_dim=head_dim),
         tied=config.flag("tie_word_embeddings"),
-        sliding_window=family.window(config),
+        sliding_window=window,
+        full_layers=full_layers,
         qkv_bias=flag("qkv_bias"),
         out_bias=flag("out_bias"),
         mlp_bias=flag("mlp_bias"),
-        qk_norm=flag("qk_norm"),
+        qk_norm="head" if flag("qk_norm") else None,
+        activation=_activation(config, family),
         moe=family.moe(config),
     )
+    return family.details(config, cfg)
 
 
 def _family(config: ConfigFile) -> Family:
@@ -72,8 +78,6 @@ def _family(config: ConfigFile) -> Family:
 
 
 def _refuse_unsupported(config: ConfigFile) -> None:
-    if config.value("hidden_act") != "silu":
-        config.refuse("hidden_act", "allowed: silu")
     if config.value("attention_dropout"):
         config.refuse("attention_dropout", "allowed: 0 (both passes of a step must compute the same)")
     for key in ("quantization_config", "compression_config"):
@@ -81,7 +85,23 @@ def _refuse_unsupported(config: ConfigFile) -> None:
             config.refuse(key, "quantised checkpoints are not read; use the float32, bfloat16 or float16 one")
 
 
+def _activation(config: ConfigFile, family: Family) -> Literal["silu", "gelu_tanh", "clamped_swiglu"]:
+    if family.activation == "clamped_swiglu":
+        return "clamped_swiglu"
+    if config.value(family.activation) in ("silu", "swish"):
+        return "silu"
+    if config.value(family.activation) == "gelu_pytorch_tanh":
+        return "gelu_tanh"
+    config.refuse(family.activation, "allowed: silu, gelu_pytorch_tanh")
+
+
+def _rope(config: ConfigFile, head_dim: int) -> Rope:
+    return read_rope(config, rope_section(config), head_dim=head_dim)
+
+
 def _head_dim(config: ConfigFile, num_heads: int) -> int:
+    if config.value("qk_rope_head_dim") is not None:  # latent attention: older config.json have nothing more
+        return config.whole("qk_rope_head_dim")
     if config.value("head_dim") is None:
         hidden_size = config.whole("hidden_size")
         if hidden_size % num_heads:
@@ -89,46 +109,4 @@ def _head_dim(config: ConfigFile, num_heads: int) -> int:
         head_dim = hidden_size // num_heads
     else:
         head_dim = config.whole("head_dim")
-    if head_dim % 2:
-        raise UserError(f"{config.path}: head_dim is {head_dim}; rotary positions need an even one")
     return head_dim
-
-
-def _rope(config: ConfigFile) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
-
-    Where several are written the order is that of transformers: rope_scaling, rope_parameters, rope_theta.
-    """
-    key = "rope_scaling" if config.value("rope_scaling") else "rope_parameters"
-    if not config.value(key):
-        _refuse_partial(config)
-        return config.number("rope_theta"), None
-    rope = config.section(key)
-    theta = rope.number("rope_theta") if rope.value("rope_theta") is not None else config.number("rope_theta")
-    _refuse_partial(config if rope.value("partial_rotary_factor") is None else rope)
-    kind_key = "rope_type" if "rope_type" in rope.fields else "type"
-    kind = rope.value(kind_key)
-    if kind in (None, "default") and any(isinstance(value, dict) for value in rope.fields.values()):
-        config.refuse(key, "parameters by layer type are not supported; allowed: one set for all layers")
-    if kind in (None, "default"):
-        return theta, None
-    if kind != "llama3":
-        rope.refuse(kind_key, "allowed: default, llama3")
-    original = "original_max_position_embeddings"
-    holder = config if config.value(original) is not None or rope.value(original) is None else rope
-    scaling = RopeScaling(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_positions=holder.whole(
-            original if holder.value(original) is not None else "max_position_embeddings"
-        ),
-    )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        rope.refuse("high_freq_factor", f"it must be above low_freq_factor, {scaling.low_freq_factor}")
-    return theta, scaling
-
-
-def _refuse_partial(holder: ConfigFile) -> None:
-    if holder.value("partial_rotary_factor") not in (None, 1, 1.0):
-        holder.refuse("partial_rotary_factor", "allowed: 1.0 (all of a head is rotated)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -42,20 +43,53 @@ def unshard(name: str, parts: Sequence[Tensor], cfg: ModelConfig) -> Tensor:
     return rule.layout.join(wholes, cfg)
 
 
-def to_hf(name: str, full: Tensor, cfg: ModelConfig) -> list[tuple[str, Tensor]]:
-    """The Hugging Face tensors of a whole Megatron tensor (what `unshard` gives); none for the copy a tied head is."""
-    rule, place = find_rule(name, cfg)
-    if rule.copy:
-        return []
-    named = []
-    for piece, tensor in zip(rule.pieces, rule.layout.split(full, cfg), strict=True):
-        if tuple(tensor.shape) != piece.shape(cfg):
-            raise ValueError(f"{name} gives {piece.name} of shape {tuple(tensor.shape)}, not {piece.shape(cfg)}")
-        named.append((piece.name.format(**place), tensor))
-    return named
+class Assembler:
+    """Turns whole Megatron tensors, in any order, into Hugging Face ones, each as soon as all its parts have come."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        self.cfg = cfg
+        self.missing = _pieces_by_tensor(cfg)
+        self.begun: dict[str, Tensor] = {}
+
+    def add(self, name: str, full: Tensor) -> list[tuple[str, Tensor]]:
+        """The tensors that `full` (what `unshard` gives) completes; none for the copy that a tied head is."""
+        cfg = self.cfg
+        rule, place = find_rule(name, cfg)
+        if rule.copy:
+            return []
+        done = []
+        for piece, tensor in zip(rule.pieces, rule.layout.split(full, cfg), strict=True):
+            if tuple(tensor.shape) != piece.shape(cfg):
+                raise ValueError(f"{name} gives {piece.name} of shape {tuple(tensor.shape)}, not {piece.shape(cfg)}")
+            stored = piece.name.format(**place)
+            if piece.is_whole:
+                done.append((stored, tensor))
+                continue
+            if stored not in self.begun:
+                self.begun[stored] = tensor.new_empty(piece.stored_shape(cfg))
+            piece.view(self.begun[stored], place, cfg).copy_(tensor)
+            self.missing[stored] -= 1
+            if not self.missing[stored]:
+                done.append((stored, self.begun.pop(stored)))
+        return done
+
+
+def _pieces_by_tensor(cfg: ModelConfig) -> Counter[str]:
+    """How many pieces each Hugging Face tensor has that is more than one piece."""
+    experts = range(0 if cfg.moe is None else cfg.moe.num_experts)
+    return Counter(
+        piece.name.format(**place)
+        for rule in FAMILIES[cfg.family].rules
+        if not rule.copy and not all(piece.is_whole for piece in rule.pieces)
+        for place in rule.places(cfg, range(cfg.num_layers), experts)
+        for piece in rule.pieces
+    )
 
 
 def hf_state(cfg: ModelConfig, named_full: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """A stream of whole Megatron tensors as a stream of Hugging Face ones."""
+    assembler = Assembler(cfg)
     for name, full in named_full:
-        yield from to_hf(name, full, cfg)
+        yield from assembler.add(name, full)
+    if assembler.begun:
+        raise ValueError(f"parts of {', '.join(assembler.begun)} never came")

@@ -101,7 +101,8 @@ def audit(hf_dir: Path, cfg: ModelConfig) -> dict[str, Path]:
     there once, in its shape, and that nothing else is there but what the family knows to ignore."""
     hf_dir, family = Path(hf_dir), FAMILIES[cfg.family]
     needed = _needed_shapes(cfg)
-    ignorable = [*family.ignorable, *([re.escape("lm_head.weight")] if cfg.tied else [])]
+    ignorable = [one.replace("{num_layers}", str(cfg.num_layers)) for one in family.ignorable]
+    ignorable += [re.escape("lm_head.weight")] if cfg.tied else []
     files, weight_map = _weight_files(hf_dir)
     found: dict[str, Path] = {}
     for path in files:
@@ -130,7 +131,7 @@ def _needed_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     for rule in FAMILIES[cfg.family].rules:
         if not rule.copy:
             for place in rule.places(cfg, range(cfg.num_layers), experts):
-                shapes.update({piece.name.format(**place): piece.shape(cfg) for piece in rule.pieces})
+                shapes.update({piece.name.format(**place): piece.stored_shape(cfg) for piece in rule.pieces})
     return shapes
 
 
@@ -173,11 +174,12 @@ def _stream(
         handles: dict[Path, Any] = {}
 
         def part(piece: Piece, place: Mapping[str, int], tp_dim: int | None) -> Tensor:
-            path = places[piece.name.format(**place)]
+            stored = piece.name.format(**place)
+            path = places[stored]
             if path not in handles:
                 handles[path] = stack.enter_context(_open(path))
-            stored = handles[path].get_slice(piece.name.format(**place))
-            return _cut(stored, piece, cfg, tp_dim, tp_rank, tp_size)
+            # A view of the mapped file: nothing is read yet.
+            return _cut(piece.view(handles[path].get_tensor(stored), place, cfg), piece, cfg, tp_dim, tp_rank, tp_size)
 
         for name in names:
             rule, place = find_rule(name, cfg)
@@ -190,21 +192,19 @@ def _stream(
             yield name, joined.clone(memory_format=torch.contiguous_format) if len(pieces) == 1 else joined
 
 
-def _cut(stored: Any, piece: Piece, cfg: ModelConfig, tp_dim: int | None, tp_rank: int, tp_size: int) -> Tensor:
-    """A rank's rows or columns of one stored tensor; only the vocabulary is padded before the cut."""
+def _cut(whole: Tensor, piece: Piece, cfg: ModelConfig, tp_dim: int | None, tp_rank: int, tp_size: int) -> Tensor:
+    """A rank's rows or columns of a piece; only the vocabulary is padded before the cut."""
     if tp_dim is None:
-        return stored[:]
-    shape = list(piece.shape(cfg))
-    size = shape[tp_dim]
+        return whole
+    size = whole.shape[tp_dim]
     padded = cfg.padded_vocab_size if piece.axes[tp_dim] == "vocab" else size
     width = padded // tp_size
     start, stop = min(tp_rank * width, size), min((tp_rank + 1) * width, size)
-    shape[tp_dim] = width
+    mine = whole.narrow(tp_dim, start, stop - start)
     if stop - start == width:
-        return stored[start:stop] if tp_dim == 0 else stored[:, start:stop]
-    part = torch.zeros(shape, dtype=STORED[stored.get_dtype()])
-    if stop > start:
-        part[: stop - start] = stored[start:stop]
+        return mine
+    part = whole.new_zeros([width if dim == tp_dim else length for dim, length in enumerate(whole.shape)])
+    part.narrow(tp_dim, 0, stop - start).copy_(mine)
     return part
 
 

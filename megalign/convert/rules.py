@@ -10,22 +10,50 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megalign.convert.config_file import ConfigFile
-from megalign.convert.model_config import ModelConfig, MoeConfig
+from megalign.convert.model_config import ModelConfig, MoeConfig, Rope
 
-Axis = Literal["vocab", "hidden", "ffn", "query", "key_value", "head_dim", "experts", "expert_ffn", "shared_ffn", "one"]
+Axis = Literal[
+    "vocab",
+    "hidden",
+    "ffn",
+    "query",
+    "key_value",
+    "head_dim",
+    "heads",
+    "experts",
+    "expert_ffn",
+    "shared_ffn",
+    "one",
+    "latent_query",
+    "query_rank",
+    "latent_rank",
+    "latent_and_rope",
+    "latent_key_value",
+    "latent_value",
+]
+
+
+Window = tuple[int | None, tuple[int, ...]]  # positions that layers see, and which layers see all nevertheless
 
 
 def axis_size(axis: Axis, cfg: ModelConfig) -> int:
     if cfg.moe is not None and axis in ("experts", "expert_ffn", "shared_ffn"):
         moe = cfg.moe
         return {"experts": moe.num_experts, "expert_ffn": moe.ffn_size, "shared_ffn": moe.shared_ffn_size}[axis]
+    if cfg.latent is not None and axis in ("query_rank", "latent_rank", "latent_and_rope", "latent_key_value"):
+        latent = cfg.latent
+        return {
+            "query_rank": latent.query_rank or 0,
+            "latent_rank": latent.rank,
+            "latent_and_rope": latent.rank + cfg.rope.dim,
+            "latent_key_value": cfg.num_heads * (latent.nope_dim + latent.value_dim),
+        }[axis]
     return {
         "one": 1,
         "vocab": cfg.vocab_size,
@@ -34,18 +62,50 @@ def axis_size(axis: Axis, cfg: ModelConfig) -> int:
         "query": cfg.num_heads * cfg.head_dim,
         "key_value": cfg.num_kv_heads * cfg.head_dim,
         "head_dim": cfg.head_dim,
+        "heads": cfg.num_heads,
+        "latent_query": cfg.num_heads * cfg.key_dim,
+        "latent_value": cfg.num_heads * cfg.value_dim,
     }[axis]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One Hugging Face tensor and what its dimensions run over."""
+    """A matrix or vector of the model, what its dimensions run over, and where it lies in a Hugging Face tensor.
+
+    Mostly it is the whole tensor. Some families store several in one, or with rows and columns swapped.
+    """
 
     name: str
     axes: tuple[Axis, ...]
+    rows: tuple[Axis, ...] = ()  # what the tensor holds below each other; empty: this piece alone
+    block: int = 0  # which of them this is
+    every: int = 1  # of rows that take turns this is each `every`-th, from `block` on
+    of_experts: bool = False  # the tensor stacks those of all experts
+    transposed: bool = False
 
     def shape(self, cfg: ModelConfig) -> tuple[int, ...]:
         return tuple(axis_size(axis, cfg) for axis in self.axes)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the Hugging Face tensor is this piece and nothing more."""
+        return not self.rows and self.every == 1 and not self.of_experts and not self.transposed
+
+    def stored_shape(self, cfg: ModelConfig) -> tuple[int, ...]:
+        """Of the Hugging Face tensor."""
+        first, *others = self.shape(cfg)
+        first = sum(axis_size(axis, cfg) for axis in self.rows) if self.rows else first * self.every
+        shape = (*others, first) if self.transposed else (first, *others)
+        return (axis_size("experts", cfg), *shape) if self.of_experts else shape
+
+    def view(self, stored: Tensor, place: Mapping[str, int], cfg: ModelConfig) -> Tensor:
+        """This piece as a view of the Hugging Face tensor: to read it from, or to write it to."""
+        found = stored[place["e"]] if self.of_experts else stored
+        found = found.movedim(-1, 0) if self.transposed else found
+        if self.rows:
+            sizes = [axis_size(axis, cfg) for axis in self.rows]
+            found = found.split(sizes)[self.block]
+        return found if self.every == 1 else found[self.block :: self.every]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +145,7 @@ class Rule:
     when: Callable[[ModelConfig], bool] = lambda cfg: True
     within: Callable[[ModelConfig, int], bool] = lambda cfg, layer: True  # which layers have it
     copy: bool = False  # a second home of tensors that another rule owns: read, never written
+    dtype: torch.dtype | None = None  # it has whatever the model's is
 
     def places(self, cfg: ModelConfig, layers: Iterable[int], experts: Sequence[int]) -> Iterator[Mapping[str, int]]:
         """What `{i}` and `{e}` stand for in every parameter of this rule that a part of the model has."""
@@ -104,8 +165,11 @@ class Family:
     rules: tuple[Rule, ...]
     switches: Mapping[str, str | bool]  # ModelConfig flag -> the config.json flag it follows, or a constant
     defaults: Mapping[str, Any]  # transformers' own, for fields a config.json leaves out
-    window: Callable[[ConfigFile], int | None] = lambda config: None
+    window: Callable[[ConfigFile], Window] = lambda config: (None, ())
+    rope: Callable[[ConfigFile, int], Rope] | None = None  # from config.json and head_dim, where it is unusual
     moe: Callable[[ConfigFile], MoeConfig | None] = lambda config: None
+    details: Callable[[ConfigFile, ModelConfig], ModelConfig] = lambda config, cfg: cfg  # all else that it has
+    activation: str = "hidden_act"  # config.json's field
     ignorable: tuple[str, ...] = ()  # regular expressions: stored by some writers, computed by every reader
     by_name: Mapping[str, tuple[Rule, ...]] = field(init=False)
 
@@ -116,6 +180,8 @@ class Family:
         object.__setattr__(self, "by_name", index)
 
 
+LAYER, HF = "decoder.layers.{i}", "model.layers.{i}"
+EMBED = Piece("model.embed_tokens.weight", ("vocab", "hidden"))
 FAMILIES: dict[str, Family] = {}
 
 
@@ -162,198 +228,6 @@ def lora_targets(cfg: ModelConfig) -> list[str]:
         for rule in FAMILIES[cfg.family].rules
         if any(rule.places(cfg, range(cfg.num_layers), experts)) and "{i}" in rule.megatron
         for piece in rule.pieces
+        if piece.is_whole
     }
-    return sorted(name for name in found if name.endswith("_proj"))
-
-
-def window_by_layer(
-    config: ConfigFile, *, slides: Callable[[int, int], bool] = lambda layer, bound: layer >= bound
-) -> int | None:
-    """Qwen's switch: a window on the layers that `layer_types` lists, or that `slides(layer, max_window_layers)`."""
-    if not config.flag("use_sliding_window") or config.value("sliding_window") is None:
-        return None
-    num_layers, bound = config.whole("num_hidden_layers"), config.value("max_window_layers")
-    kinds = config.value("layer_types")
-    if kinds is None:
-        kinds = ["sliding_attention" if slides(layer, bound) else "full_attention" for layer in range(num_layers)]
-    if set(kinds) == {"full_attention"}:
-        return None
-    if set(kinds) != {"sliding_attention"}:
-        config.refuse("use_sliding_window", "only all layers or none may slide, this checkpoint mixes them")
-    return config.whole("sliding_window")
-
-
-def moe_config(config: ConfigFile, *, ffn: str, normalize: bool) -> MoeConfig:
-    """The experts, of which transformers writes the number under either name, by family and version."""
-    experts = "num_experts" if config.fields.get("num_local_experts") is None else "num_local_experts"
-    num_experts, top_k = config.whole(experts), config.whole("num_experts_per_tok")
-    if config.fields.get("num_experts") not in (None, num_experts):
-        config.refuse("num_experts", f"it must agree with num_local_experts, {num_experts}")
-    if top_k > num_experts:
-        config.refuse("num_experts_per_tok", f"it must be at most {experts}, {num_experts}")
-    if top_k == 1 and normalize:
-        config.refuse(
-            "num_experts_per_tok", "with shares that sum to one it must be at least 2: one expert's is always 1"
-        )
-    return MoeConfig(num_experts, top_k, config.whole(ffn), normalize)
-
-
-def dense_layers(config: ConfigFile) -> tuple[int, ...]:
-    """Qwen's layers without experts: those listed, and all but every `decoder_sparse_step`-th."""
-    step, listed = config.whole("decoder_sparse_step"), config.value("mlp_only_layers") or []
-    num_layers = config.whole("num_hidden_layers")
-    if not isinstance(listed, list) or not all(type(one) is int for one in listed):
-        config.refuse("mlp_only_layers", "allowed: a list of layer numbers")
-    dense = tuple(layer for layer in range(num_layers) if layer in listed or (layer + 1) % step)
-    if len(dense) == num_layers:
-        key = "mlp_only_layers" if step <= num_layers else "decoder_sparse_step"
-        config.refuse(key, f"needed: a layer with experts among the {num_layers}")
-    return dense
-
-
-LAYER, HF = "decoder.layers.{i}", "model.layers.{i}"
-EMBED = Piece("model.embed_tokens.weight", ("vocab", "hidden"))
-FIRST = (Rule("embedding.word_embeddings.weight", (EMBED,), tp_dim=0),)
-LAST = (
-    Rule("decoder.final_layernorm.weight", (Piece("model.norm.weight", ("hidden",)),)),
-    Rule(
-        "output_layer.weight",
-        (Piece("lm_head.weight", ("vocab", "hidden")),),
-        tp_dim=0,
-        when=lambda cfg: not cfg.tied,
-    ),
-    Rule("output_layer.weight", (EMBED,), tp_dim=0, when=attrgetter("tied"), copy=True),
-)
-
-
-def _rows(kind: str, names: Mapping[str, Axis]) -> tuple[Piece, ...]:
-    axes: tuple[Axis, ...] = ("hidden",) if kind == "weight" else ()
-    return tuple(Piece(f"{HF}.{name}.{kind}", (axis, *axes)) for name, axis in names.items())
-
-
-_QKV_ROWS: Mapping[str, Axis] = {
-    "self_attn.q_proj": "query",
-    "self_attn.k_proj": "key_value",
-    "self_attn.v_proj": "key_value",
-}
-_FC1_ROWS: Mapping[str, Axis] = {"mlp.gate_proj": "ffn", "mlp.up_proj": "ffn"}
-
-NORMS = (
-    Rule(f"{LAYER}.input_layernorm.weight", (Piece(f"{HF}.input_layernorm.weight", ("hidden",)),)),
-    Rule(f"{LAYER}.pre_mlp_layernorm.weight", (Piece(f"{HF}.post_attention_layernorm.weight", ("hidden",)),)),
-)
-ATTENTION = (
-    Rule(f"{LAYER}.self_attention.linear_qkv.weight", _rows("weight", _QKV_ROWS), tp_dim=0, layout=QKV),
-    Rule(
-        f"{LAYER}.self_attention.linear_proj.weight",
-        (Piece(f"{HF}.self_attn.o_proj.weight", ("hidden", "query")),),
-        tp_dim=1,
-    ),
-)
-QKV_BIAS = (
-    Rule(
-        f"{LAYER}.self_attention.linear_qkv.bias",
-        _rows("bias", _QKV_ROWS),
-        tp_dim=0,
-        layout=QKV,
-        when=attrgetter("qkv_bias"),
-    ),
-)
-# Bias of a row-parallel layer is added after the reduction: whole on every rank.
-OUT_BIAS = (
-    Rule(
-        f"{LAYER}.self_attention.linear_proj.bias",
-        (Piece(f"{HF}.self_attn.o_proj.bias", ("hidden",)),),
-        when=attrgetter("out_bias"),
-    ),
-)
-QK_NORM = (
-    Rule(f"{LAYER}.self_attention.q_layernorm.weight", (Piece(f"{HF}.self_attn.q_norm.weight", ("head_dim",)),)),
-    Rule(f"{LAYER}.self_attention.k_layernorm.weight", (Piece(f"{HF}.self_attn.k_norm.weight", ("head_dim",)),)),
-)
-
-
-def _dense(cfg: ModelConfig, layer: int) -> bool:
-    return not cfg.has_experts(layer)
-
-
-MLP = (
-    Rule(f"{LAYER}.mlp.linear_fc1.weight", _rows("weight", _FC1_ROWS), tp_dim=0, layout=STACK2, within=_dense),
-    Rule(
-        f"{LAYER}.mlp.linear_fc2.weight",
-        (Piece(f"{HF}.mlp.down_proj.weight", ("hidden", "ffn")),),
-        tp_dim=1,
-        within=_dense,
-    ),
-)
-
-
-def experts(block: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[Rule, ...]:
-    """Router and experts of layers that have them; experts are never cut over tensor ranks."""
-    home = f"{HF}.{block}.experts.{{e}}"
-    rows: tuple[Axis, ...] = ("expert_ffn", "hidden")
-    mine = f"{LAYER}.mlp.experts.local_experts.{{e}}"
-    return (
-        Rule(
-            f"{LAYER}.mlp.router.weight",
-            (Piece(f"{HF}.{block}.gate.weight", ("experts", "hidden")),),
-            within=ModelConfig.has_experts,
-        ),
-        Rule(
-            f"{mine}.linear_fc1.weight",
-            (Piece(f"{home}.{gate}.weight", rows), Piece(f"{home}.{up}.weight", rows)),
-            layout=STACK2,
-            within=ModelConfig.has_experts,
-        ),
-        Rule(
-            f"{mine}.linear_fc2.weight",
-            (Piece(f"{home}.{down}.weight", ("hidden", "expert_ffn")),),
-            within=ModelConfig.has_experts,
-        ),
-    )
-
-
-def _has_shared(cfg: ModelConfig) -> bool:
-    return cfg.moe is not None and cfg.moe.shared_ffn_size > 0
-
-
-# The expert that every token passes is cut over tensor ranks like any MLP.
-_SHARED_ROWS: tuple[Axis, ...] = ("shared_ffn", "hidden")
-SHARED_EXPERT = (
-    Rule(
-        f"{LAYER}.mlp.shared_experts.linear_fc1.weight",
-        tuple(Piece(f"{HF}.mlp.shared_expert.{name}_proj.weight", _SHARED_ROWS) for name in ("gate", "up")),
-        tp_dim=0,
-        layout=STACK2,
-        when=_has_shared,
-        within=ModelConfig.has_experts,
-    ),
-    Rule(
-        f"{LAYER}.mlp.shared_experts.linear_fc2.weight",
-        (Piece(f"{HF}.mlp.shared_expert.down_proj.weight", ("hidden", "shared_ffn")),),
-        tp_dim=1,
-        when=_has_shared,
-        within=ModelConfig.has_experts,
-    ),
-    Rule(
-        f"{LAYER}.mlp.shared_experts.gate_weight",
-        (Piece(f"{HF}.mlp.shared_expert_gate.weight", ("one", "hidden")),),
-        when=lambda cfg: cfg.moe is not None and cfg.moe.shared_gate,
-        within=ModelConfig.has_experts,
-    ),
-)
-MLP_BIAS = (
-    Rule(
-        f"{LAYER}.mlp.linear_fc1.bias",
-        _rows("bias", _FC1_ROWS),
-        tp_dim=0,
-        layout=STACK2,
-        when=attrgetter("mlp_bias"),
-    ),
-    Rule(
-        f"{LAYER}.mlp.linear_fc2.bias",
-        (Piece(f"{HF}.mlp.down_proj.bias", ("hidden",)),),
-        when=attrgetter("mlp_bias"),
-    ),
-)
-ROTARY_BUFFER = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    return sorted(name for name in found if "_proj" in name)

@@ -36,6 +36,12 @@ class MicroBatch:
     def num_positions(self) -> int:
         return self.token_T.numel()
 
+    @property
+    def length_T(self) -> Tensor:
+        """int64, how many tokens the sequence has that a position is of."""
+        counted = torch.cat((torch.zeros(1, dtype=torch.int64), self.real_T.cumsum(0)))[self.cu_seqlens.long()]
+        return counted.diff().repeat_interleave(self.cu_seqlens.diff())
+
 
 @dataclass(frozen=True, slots=True)
 class ContextPart:
@@ -43,6 +49,7 @@ class ContextPart:
 
     token_L: Tensor  # int64
     position_L: Tensor  # int64
+    length_L: Tensor  # int64
     real_L: Tensor  # bool
     scored_M: Tensor  # int64, position in L
     place_M: Tensor  # int64, the token's place among all N scored ones
@@ -108,13 +115,16 @@ def context_part(batch: MicroBatch, rank: int, size: int) -> ContextPart:
     """
     if size == 1:
         places = torch.arange(len(batch.scored_N))
-        return ContextPart(batch.token_T, batch.position_T, batch.real_T, batch.scored_N, places, batch.target_N)
+        return ContextPart(
+            batch.token_T, batch.position_T, batch.length_T, batch.real_T, batch.scored_N, places, batch.target_N
+        )
     run_T = batch.position_T // (batch.cu_seqlens.diff() // (2 * size)).repeat_interleave(batch.cu_seqlens.diff())
     mine_T = (run_T == rank) | (run_T == 2 * size - 1 - rank)
     place_M = mine_T[batch.scored_N].nonzero().squeeze(1)
     return ContextPart(
         token_L=batch.token_T[mine_T],
         position_L=batch.position_T[mine_T],
+        length_L=batch.length_T[mine_T],
         real_L=batch.real_T[mine_T],
         scored_M=(mine_T.cumsum(0) - 1)[batch.scored_N[place_M]],
         place_M=place_M,

@@ -258,6 +258,7 @@ class MegatronEngine:
             hidden = model(
                 part.token_L.to(device),
                 (batch.position_T if chunk.uses_te else part.position_L).to(device),
+                part.length_L.to(device),
                 batch.cu_seqlens.to(device),
                 int(batch.cu_seqlens.diff().max()),
                 self._padding(part) if self.balances_experts else None,

@@ -113,6 +113,8 @@ def full_tensors(engine: MegatronEngine, kind: str) -> Iterator[tuple[str, Tenso
     """(name, whole tensor) chunk by chunk and stage by stage: gathered on their stage, then broadcast to the others."""
     for chunk in engine.chunks:
         mine: dict[str, Any] = named_parameters(engine, [chunk])
+        if kind == "grad":
+            mine = {name: parameter for name, parameter in mine.items() if parameter.requires_grad}
         for stage, name in _by_stage(engine, list(mine)):
             here, local = stage == engine.groups.pipeline_rank, None
             if here:

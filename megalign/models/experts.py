@@ -8,30 +8,49 @@ pass as constants, so that the loss is a sum over tokens. Axes: T token position
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
-from torch import Tensor
+from torch import Tensor, nn
+
+from megalign.convert.model_config import MoeConfig
+
+
+class OwnOutputLinear(RowParallelLinear):
+    """An expert's second matrix; Megatron adds the bias to its output in place, which autograd forbids on a view."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(x)
+        return output.clone(), bias
 
 
 class BalancedRouter(TopKRouter):
     """Megatron's router; `counts_2E` and `pull_E` are the engine's to read and to set, and None where it has none."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, moe: MoeConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.moe = moe
+        if moe.selection_bias:
+            # Megatron's is a buffer, which it moves by itself; here it stays as the checkpoint has it.
+            del self.expert_bias
+            bias_E = nn.Parameter(torch.zeros(moe.num_experts, dtype=torch.float32), requires_grad=False)
+            self.register_parameter("expert_bias", bias_E)
         self.counts_2E: Tensor | None = None  # float64: (token, choice) pairs, sums of probabilities
         self.pull_E: Tensor | None = None  # fp32: the loss's derivative by a real token's probability of each expert
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(weights of the chosen experts, which they are), [T, E] each; padding_mask: what is not counted."""
-        probs_TE, chosen_TE = super().routing(logits)
+        plain = self.moe.score == "softmax" and self.moe.groups == 1
+        probs_TE, chosen_TE = super().routing(logits) if plain else self._choose(logits.view(-1, self.num_experts))
         training = self.training and torch.is_grad_enabled()
         if padding_mask is None or (self.pull_E if training else self.counts_2E) is None:
             return probs_TE, chosen_TE
         real_T1 = ~padding_mask.reshape(-1, 1)
-        softmax_TE = logits.view(-1, logits.shape[-1]).softmax(dim=-1)
+        softmax_TE = self._scores(logits.view(-1, logits.shape[-1]), share=True)
         if training:
             assert self.pull_E is not None
             loss = (softmax_TE * real_T1 * self.pull_E).sum()
@@ -41,3 +60,35 @@ class BalancedRouter(TopKRouter):
                 [(one * real_T1).sum(dim=0, dtype=torch.float64) for one in (chosen_TE, softmax_TE)]
             )
         return probs_TE, chosen_TE
+
+    def _scores(self, logits_TE: Tensor, *, share: bool = False) -> Tensor:
+        """What experts are chosen and weighed by; share: of all experts' together."""
+        if self.moe.score == "softmax":
+            return logits_TE.softmax(dim=-1)
+        scores_TE = logits_TE.sigmoid()
+        return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20) if share else scores_TE
+
+    def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights, chosen), by the best groups first (DeepSeek-V2, section 2.2.2; -V3, section 2.1.2)."""
+        moe, scores_TE = self.moe, self._scores(logits_TE)
+        choice_TE = scores_TE.detach()
+        if moe.selection_bias:
+            choice_TE = choice_TE + self.expert_bias
+        by_group = choice_TE.view(-1, moe.groups, moe.num_experts // moe.groups)
+        group_TG = by_group.topk(moe.group_best, dim=-1).values.sum(dim=-1)
+        best_TG = torch.zeros_like(group_TG, dtype=torch.bool)
+        best_TG.scatter_(1, group_TG.topk(moe.top_groups, dim=-1).indices, value=True)
+        choice_TE = by_group.masked_fill(~best_TG[..., None], float("-inf")).flatten(1)
+        chosen_TE = torch.zeros_like(choice_TE, dtype=torch.bool)
+        chosen_TE.scatter_(1, choice_TE.topk(moe.top_k, dim=-1).indices, value=True)
+        weights_TE = scores_TE * chosen_TE
+        if moe.normalize:
+            weights_TE = weights_TE / (weights_TE.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights_TE * moe.scale, chosen_TE
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Whatever the model's dtype becomes, the bias of the choice stays in fp32."""
+        super()._apply(fn, recurse)
+        if self.moe.selection_bias:
+            self.expert_bias.data = self.expert_bias.data.float()
+        return self

@@ -5,11 +5,12 @@ The head's product with the hidden states is left to `megalign.ops`, which needs
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -23,6 +24,7 @@ from megatron.core.tensor_parallel import (
     set_defaults_if_not_set_tensor_model_parallel_attributes,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -34,10 +36,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalign.convert.model_config import ModelConfig
-from megalign.models.experts import BalancedRouter
-from megalign.models.layers import PackedAttention, RMSNorm
+from megalign.models.attention import GroupedAttention, LatentAttention, ResidualMLP
+from megalign.models.experts import BalancedRouter, OwnOutputLinear
+from megalign.models.layers import RMSNorm
 from megalign.models.lora import Adapters
+from megalign.models.rope import Rotary
 from megalign.schema import UserError
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "clamped_swiglu": quick_gelu}
+SWIGLU_LIMIT = 7.0
 
 
 class PolicyModel(GPTModel):
@@ -49,24 +56,31 @@ class PolicyModel(GPTModel):
     def __init__(self, model: ModelConfig, *, layers: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.uses_te = layers == "transformer_engine"
-        # A plain attribute: a buffer would be cast to bf16 with the parameters and would enter checkpoints.
-        self.inverse_frequency = rope_frequencies(model)
+        self.rotary, self.embedding_scale = Rotary(model.ropes), model.embedding_scale
         self.adapters: Adapters | None = None
 
     def forward(  # type: ignore[override]
-        self, token_L: Tensor, position: Tensor, cu_seqlens: Tensor, longest: int, padding_L: Tensor | None = None
+        self,
+        token_L: Tensor,
+        position: Tensor,
+        length: Tensor,
+        cu_seqlens: Tensor,
+        longest: int,
+        padding_L: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [L or L/tp under sequence parallelism, 1, H] of a packed row; slots never see each other.
 
-        position: [L], or [T] for TransformerEngine's layers, which take their part of it themselves. cu_seqlens and
-        longest are those of the whole row. padding_L: what the routers leave out of their statistics, of as many
-        positions as this rank has hidden states.
+        position, and length (tokens of the sequence it is of): [L], or [T] for TransformerEngine's layers, which take
+        their part themselves. cu_seqlens and longest are those of the whole row. padding_L: what the routers leave out
+        of their statistics, of as many positions as this rank has hidden states.
         """
-        embedded = self.embedding(token_L[None], position[None]) if self.pre_process else None
-        if embedded is not None and self.adapters is not None and torch.is_grad_enabled():
-            embedded.requires_grad_()  # recomputed layers have a gradient only where their input has one
-        frequency_TD = position.float()[:, None] * self.inverse_frequency.to(position.device)
-        angle_T11D = torch.cat((frequency_TD, frequency_TD), dim=-1)[:, None, None, :]
+        embedded = None
+        if self.pre_process:
+            embedded = self.embedding(token_L[None], position[None])
+            if self.embedding_scale != 1.0:
+                embedded = embedded * torch.tensor(self.embedding_scale, dtype=embedded.dtype)
+            if self.adapters is not None and torch.is_grad_enabled():
+                embedded.requires_grad_()  # recomputed layers have a gradient only where their input has one
         packed = None
         if self.uses_te:
             packed = PackedSeqParams(
@@ -76,10 +90,13 @@ class PolicyModel(GPTModel):
                 max_seqlen_q=longest,
                 max_seqlen_kv=longest,
             )
+            rotary = self.rotary.angles(position)
+        else:
+            rotary = self.rotary(position, length, self.config.params_dtype)
         return self.decoder(  # type: ignore[no-any-return]
             hidden_states=embedded,
             attention_mask=None if self.uses_te else cu_seqlens,
-            rotary_pos_emb=angle_T11D,
+            rotary_pos_emb=rotary,
             packed_seq_params=packed,
             padding_mask=None if padding_L is None else padding_L[None],
         )
@@ -101,29 +118,12 @@ class PolicyModel(GPTModel):
         return self.output_layer.weight
 
 
-def rope_frequencies(model: ModelConfig) -> Tensor:
-    """Inverse frequencies [head_dim / 2] fp32, with Llama 3's scaling where the model has it (Llama 3.1 report)."""
-    exponent = torch.arange(0, model.head_dim, 2, dtype=torch.int64).float() / model.head_dim
-    frequency = 1.0 / (model.rope_theta**exponent)
-    scaling = model.rope_scaling
-    if scaling is None:
-        return frequency
-    wavelength = 2 * math.pi / frequency
-    low = scaling.original_max_positions / scaling.low_freq_factor
-    high = scaling.original_max_positions / scaling.high_freq_factor
-    smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    blended = (1 - smooth) * frequency / scaling.factor + smooth * frequency
-    scaled = torch.where(wavelength > low, frequency / scaling.factor, frequency)
-    return torch.where((wavelength <= low) & (wavelength >= high), blended, scaled)
-
-
-def choose_layers(wanted: str, *, on_cuda: bool) -> str:
-    """What `engine.layers` means here: TransformerEngine's layers on CUDA where they import, torch's elsewhere."""
+def choose_layers(wanted: str, model: ModelConfig, *, on_cuda: bool) -> str:
+    """What `engine.layers` means here: TransformerEngine's layers on CUDA where they import and can compute the model,
+    torch's elsewhere."""
     if wanted != "auto":
         return wanted
-    if not on_cuda:
+    if not on_cuda or not model.is_plain or model.mlp_bias != model.out_bias:
         return "torch"
     try:
         import transformer_engine.pytorch  # noqa: F401
@@ -175,10 +175,11 @@ def transformer_config(
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm_eps,
         "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": model.out_bias or model.mlp_bias,
+        "activation_func": ACTIVATIONS[model.activation],
+        # Attention of our own has its own biases; TransformerEngine's has those of the MLP.
+        "add_bias_linear": model.mlp_bias or (model.moe is not None and model.moe.bias),
         "add_qkv_bias": model.qkv_bias,
-        "qk_layernorm": model.qk_norm,
+        "qk_layernorm": model.qk_norm == "head",
         "window_size": (model.sliding_window - 1, 0) if model.sliding_window else None,
         # The two passes of a step must compute the same function.
         "hidden_dropout": 0.0,
@@ -202,6 +203,8 @@ def transformer_config(
         "use_cpu_initialization": not on_cuda,
         "perform_initialization": False,
     }
+    if model.activation == "clamped_swiglu":
+        fields |= {"glu_linear_offset": 1.0, "activation_func_clamp_value": SWIGLU_LIMIT}
     fields |= _pipeline_fields(model, pipeline, virtual) | _expert_fields(model, expert)
     if recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -233,6 +236,7 @@ def _expert_fields(model: ModelConfig, expert: int) -> dict[str, Any]:
         "moe_router_topk": moe.top_k,
         # Softmax over the chosen experts alone is softmax over all with the chosen ones' shares summing to one.
         "moe_router_pre_softmax": not moe.normalize,
+        "moe_router_topk_scaling_factor": None if moe.scale == 1.0 else moe.scale,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",  # `models.experts` has a loss of its own
         "moe_layer_freq": [int(model.has_experts(layer)) for layer in range(model.num_layers)],
@@ -255,6 +259,11 @@ def build_chunks(
             "engine.layers is transformer_engine: a model with a bias in only one of attention output and MLP "
             "needs engine.layers torch"
         )
+    if layers == "transformer_engine" and not model.is_plain:
+        raise UserError(
+            f"engine.layers is transformer_engine: it lacks what the layers of {model.family} compute; "
+            "allowed: auto, torch"
+        )
     count = config.virtual_pipeline_model_parallel_size or 1
     chunks = []
     for place in range(count):
@@ -270,11 +279,10 @@ def build_chunks(
             parallel_output=True,
             share_embeddings_and_output_weights=model.tied,
             position_embedding_type="rope",
-            rotary_base=int(model.rope_theta),
+            rotary_base=int(model.rope.theta),
             vp_stage=place if count > 1 else None,
         )
         _mark_shards(chunk)
-        _drop_biases(chunk, model)
         chunks.append(chunk)
     return chunks
 
@@ -293,20 +301,9 @@ def _mark_shards(chunk: PolicyModel) -> None:
             # Whole on their ranks; copies are found by the expert-data group, also where experts are not cut at all.
             for parameter in module.parameters():
                 parameter.allreduce = False
+                parameter.sequence_parallel = False  # tensor ranks hold different experts
     for parameter in chunk.parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-
-
-def _drop_biases(chunk: PolicyModel, model: ModelConfig) -> None:
-    """Megatron has one switch for the biases of attention output, MLPs and router; a model may have some of them."""
-    if model.mlp_bias == model.out_bias:
-        return
-    for layer in chunk.decoder.layers:
-        holders = [layer.self_attention.linear_proj]
-        if model.out_bias:
-            holders = [one for one in layer.mlp.modules() if hasattr(one, "bias")]
-        for module in holders:
-            module.register_parameter("bias", None)
 
 
 def _block_spec(
@@ -319,7 +316,7 @@ def _block_spec(
     kinds = {experts: make(model, experts=experts) for experts in {model.has_experts(number) for number in numbers}}
     specs = [kinds[model.has_experts(number)] for number in numbers]
     if layers != "transformer_engine":
-        return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+        return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_norm(model))
     from megatron.core.extensions.transformer_engine import TENorm  # only there where TransformerEngine is
 
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TENorm)
@@ -329,25 +326,29 @@ def _te_layer(model: ModelConfig, *, experts: bool) -> ModuleSpec:
     """TransformerEngine's layer with our router."""
     count = model.moe.num_experts if experts and model.moe is not None else None
     layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=count, moe_grouped_gemm=False, qk_layernorm=model.qk_norm
+        num_experts=count, moe_grouped_gemm=False, qk_layernorm=model.qk_norm == "head"
     )
-    if experts:
-        layer.submodules.mlp.submodules.router = BalancedRouter
+    if experts and model.moe is not None:
+        layer.submodules.mlp.submodules.router = partial(BalancedRouter, moe=model.moe)
     return layer
 
 
 def _torch_layer(model: ModelConfig, *, experts: bool) -> ModuleSpec:
     """Megatron's local layer with our attention, norms and router."""
     count = model.moe.num_experts if experts and model.moe is not None else None
-    layer: ModuleSpec = get_gpt_layer_local_spec(
-        num_experts=count, moe_grouped_gemm=False, qk_layernorm=model.qk_norm, normalization="RMSNorm"
-    )
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if model.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if experts:
-        layer.submodules.mlp.submodules.router = BalancedRouter
+    layer: ModuleSpec = get_gpt_layer_local_spec(num_experts=count, moe_grouped_gemm=False, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = _norm(model) if model.pre_norm else IdentityOp
+    attention = GroupedAttention if model.latent is None else LatentAttention
+    parts.self_attention = ModuleSpec(module=attention, params={"model": model})
+    if experts and model.moe is not None:
+        parts.mlp.submodules.router = partial(BalancedRouter, moe=model.moe)
+        if model.moe.bias:
+            parts.mlp.submodules.experts.submodules.linear_fc2 = OwnOutputLinear
+    elif model.post_norm or model.residual_scale != 1.0:
+        parts.mlp = ModuleSpec(module=ResidualMLP, params={"model": model}, submodules=parts.mlp.submodules)
     return layer
+
+
+def _norm(model: ModelConfig) -> ModuleSpec:
+    return ModuleSpec(module=RMSNorm, params={"offset": model.norm_offset, "in_fp32": model.norm_fp32})

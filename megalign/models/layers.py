@@ -1,19 +1,22 @@
-"""Layers of our own in plain torch: RMSNorm that admits sequence parallelism, and attention over packed rows.
+"""Layers of our own in plain torch: norms that admit sequence parallelism, and attention over packed rows.
 
 Megatron's torch norms refuse sequence parallelism, and its local attention has no packed input and no context
 parallelism. Axes: T token positions of a row, L those that this context rank holds, N heads, K key/value heads, D head
-dimension.
+dimension, V that of values.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,49 +26,167 @@ except ImportError:
     varlen_attn = None  # type: ignore[assignment]
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight with the statistics in fp32 or better, as Hugging Face's Llama does it."""
+class RMSNorm(MegatronModule):
+    """x / rms(x) * (offset + weight) with the statistics in fp32 or better.
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
+    In half precision the quotient is rounded before it is multiplied, as in Llama, or after it with `in_fp32`, as in
+    Gemma and OLMo.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        offset: float = 0.0,
+        in_fp32: bool = False,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.eps, self.offset, self.in_fp32 = eps, offset, in_fp32
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Under sequence parallelism each tensor rank sees its own tokens, so Megatron must sum this gradient.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+        full = x.dtype in (torch.float32, torch.float64)
+        weight = self.weight if full or not self.in_fp32 else self.weight.float()
+        if self.offset:
+            weight = self.offset + weight
+        if full:
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        if self.in_fp32:
+            return F.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
+        return weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
 
 
-class PackedAttention(MegatronModule):
-    """Causal attention inside each slot of a packed row; Megatron's `core_attention` interface.
+class SplitRMSNorm(MegatronModule):
+    """RMSNorm over a dimension that tensor ranks share, of which each has its part of the weight."""
 
-    The slots' borders (`cu_seqlens`, int32 [slots + 1]) come in as `attention_mask`, because that is the one tensor
-    that Megatron hands through blocks, layers and recomputation unchanged. Under context parallelism they are those of
-    the whole row, of which each rank holds `data.batch.context_part`; keys and values are gathered.
+    def __init__(self, config: TransformerConfig, size: int, *, eps: float, group: dist.ProcessGroup) -> None:
+        super().__init__(config=config)
+        self.eps, self.tp_group = eps, group
+        self.whole = size * group.size()
+        self.weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., this rank's part] -> the same."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        squares = wide.square().sum(dim=-1, keepdim=True)
+        if self.tp_group.size() > 1:
+            squares = _SumBothWays.apply(squares, self.tp_group)
+        return (wide * torch.rsqrt(squares / self.whole + self.eps) * self.weight.to(wide.dtype)).to(x.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's description of the weight for `dist_checkpointing`."""
+        return split_over_tensor_ranks(self, ("weight",), prefix, sharded_offsets, metadata)
+
+
+class _SumBothWays(torch.autograd.Function):
+    """Sum over ranks, each of which uses the sum for its own part of what follows: gradients are summed likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = mine.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        total = upstream[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def split_over_tensor_ranks(
+    module: MegatronModule,
+    names: tuple[str, ...],
+    prefix: str,
+    sharded_offsets: tuple[Any, ...],
+    metadata: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Megatron's description of a module's own parameters `names`, cut along their first dimension."""
+    found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        {name: module.get_parameter(name) for name in names},
+        prefix,
+        dict.fromkeys(names, 0),
+        sharded_offsets,
+        tp_group=module.tp_group,
+        dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+    )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer's attention weighs positions; None: what it is in Llama."""
+
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+
+class PackedAttention:
+    """Causal attention inside each slot of a packed row.
+
+    The slots' borders (`cu_seqlens`, int32 [slots + 1]) under context parallelism are those of the whole row, of which
+    each rank holds `data.batch.context_part`; keys and values are gathered.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: Any = None, **_: Any) -> None:
-        super().__init__(config=config)
-        self.window = config.window_size[0] + 1 if config.window_size is not None else None
-        self.context: dist.ProcessGroup | None = None if pg_collection is None else pg_collection.cp
+    def __init__(self, scores: Scores, context: dist.ProcessGroup | None) -> None:
+        self.scores, self.context = scores, context
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
-        """query [L, 1, N, D], key and value [L, 1, K, D] -> [L, 1, N * D]."""
-        query_LND, key_LKD, value_LKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        flash = query.is_cuda and varlen_attn is not None and query.dtype in (torch.bfloat16, torch.float16)
+    def __call__(
+        self, query_LND: Tensor, key_LKD: Tensor, value_LKD: Tensor, cu_seqlens: Tensor, sinks_N: Tensor | None = None
+    ) -> Tensor:
+        """query [L, N, D], key [L, K, D], value [L, K, V] -> [L, N, V]; sinks_N: see `_attend`."""
+        plain = self.scores.softcap is None and sinks_N is None and key_LKD.shape == value_LKD.shape
+        half = query_LND.dtype in (torch.bfloat16, torch.float16)
+        flash = query_LND.is_cuda and varlen_attn is not None and half and plain
         if self.context is not None and self.context.size() > 1:
-            both = torch.stack((key_LKD, value_LKD), dim=1)
-            key_T, value_T = _whole_row(both, attention_mask, self.context).unbind(1)
-            mine = (query_LND, key_T, value_T, attention_mask, self.window, self.context)
-            context = _varlen_by_run(*mine) if flash else _by_run(*mine)
-        elif flash:
-            context = _varlen(query_LND, key_LKD, value_LKD, attention_mask, self.window)
-        else:
-            context = _by_slot(query_LND, key_LKD, value_LKD, attention_mask, self.window)
-        return context.reshape(context.shape[0], 1, -1)
+            both = torch.cat((key_LKD, value_LKD), dim=-1)
+            sizes = [key_LKD.shape[-1], value_LKD.shape[-1]]
+            key_T, value_T = _whole_row(both, cu_seqlens, self.context).split(sizes, dim=-1)
+            if flash:
+                return _varlen_by_run(query_LND, key_T, value_T, cu_seqlens, self.scores, self.context)
+            return _by_run(query_LND, key_T, value_T, cu_seqlens, self.scores, sinks_N, self.context)
+        if flash:
+            return _varlen(query_LND, key_LKD, value_LKD, cu_seqlens, self.scores)
+        return _by_slot(query_LND, key_LKD, value_LKD, cu_seqlens, self.scores, sinks_N)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores, sinks_N: Tensor | None
+) -> Tensor:
+    """[B, N, queries, D], [B, K, keys, D] and [B, K, keys, V] -> [B, N, queries, V]; mask [queries, keys] or causal.
+
+    Soft caps: cap * tanh(score / cap). A sink is a score beside those of the positions, whose weight goes to nothing.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if scores.softcap is None and sinks_N is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped, scale=scores.scale
+        )
+    if grouped:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    score = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
+    if scores.softcap is not None:
+        score = scores.softcap * torch.tanh(score / scores.softcap)
+    if mask is None:
+        mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+    score = score.masked_fill(~mask, float("-inf"))
+    if sinks_N is not None:
+        sink = sinks_N.to(score.dtype).view(1, -1, 1, 1).expand(*score.shape[:-1], 1)
+        score = torch.cat((score, sink), dim=-1)
+    exact = score if score.dtype == torch.float64 else score.float()
+    share = exact.softmax(dim=-1).to(value.dtype)
+    return (share if sinks_N is None else share[..., :-1]) @ value
 
 
 class _Gather(torch.autograd.Function):
@@ -113,9 +234,15 @@ def _runs(cu_seqlens: Tensor, group: dist.ProcessGroup) -> list[tuple[int, int, 
 
 
 def _by_run(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int | None, group: dist.ProcessGroup
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scores: Scores,
+    sinks_N: Tensor | None,
+    group: dist.ProcessGroup,
 ) -> Tensor:
-    """SDPA run by run: queries [L, N, D] of this rank, keys and values [T, K, D] of the whole row."""
+    """Attention run by run: queries [L, N, D] of this rank, keys and values [T, K, D] of the whole row."""
     runs = _runs(cu_seqlens, group)
     slots = cu_seqlens.diff().tolist()
     # split, not slices of the row, for the reason in `_by_slot`; a slot's own slices are as long as what they skip.
@@ -125,16 +252,14 @@ def _by_run(
         k, v = keys[place // 2][:seen], values[place // 2][:seen]
         position = torch.arange(seen - size, seen, device=query.device)[:, None]
         distance = position - torch.arange(seen, device=query.device)
-        mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        mask = (distance >= 0) if scores.window is None else (distance >= 0) & (distance < scores.window)
         q, k, v = (one.transpose(0, 1)[None] for one in (queries, k, v))
-        grouped = q.shape[1] != k.shape[1]
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        out.append(context[0].transpose(0, 1))
+        out.append(_attend(q, k, v, mask, scores, sinks_N)[0].transpose(0, 1))
     return torch.cat(out)
 
 
 def _varlen_by_run(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int | None, group: dist.ProcessGroup
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scores: Scores, group: dist.ProcessGroup
 ) -> Tensor:
     """The same by torch's variable-length flash attention, which aligns a run's last query with its last key."""
     runs = _runs(cu_seqlens, group)
@@ -143,12 +268,13 @@ def _varlen_by_run(
     borders = [torch.tensor([0, *sizes]).cumsum(0) for sizes in ([one[0] for one in runs], [one[2] for one in runs])]
     query_borders, key_borders = (one.to(query.device, torch.int32) for one in borders)
     longest = max(one[0] for one in runs), max(one[2] for one in runs)
-    return _flash(query, key, value, (query_borders, key_borders), longest, window)
+    return _flash(query, key, value, (query_borders, key_borders), longest, scores)
 
 
-def _by_slot(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
-    """SDPA slot by slot; neighbours of equal length go together as one batch."""
-    grouped = query.shape[1] != key.shape[1]
+def _by_slot(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scores: Scores, sinks_N: Tensor | None
+) -> Tensor:
+    """Attention slot by slot; neighbours of equal length go together as one batch."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     runs = [(length, len(list(equal))) for length, equal in itertools.groupby(lengths)]
     sizes = [length * count for length, count in runs]
@@ -157,8 +283,7 @@ def _by_slot(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, wind
     parts = zip(runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
     for (length, count), *slots in parts:
         q, k, v = (slot.unflatten(0, (count, length)).transpose(1, 2) for slot in slots)
-        mask = _window_mask(length, window, q.device)
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        context = _attend(q, k, v, _window_mask(length, scores.window, q.device), scores, sinks_N)
         out.append(context.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -172,10 +297,10 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
     return (distance >= 0) & (distance < window)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scores: Scores) -> Tensor:
     """torch's variable-length flash attention (CUDA, half precision)."""
     longest = int(cu_seqlens.diff().max())
-    return _flash(query, key, value, (cu_seqlens, cu_seqlens), (longest, longest), window)
+    return _flash(query, key, value, (cu_seqlens, cu_seqlens), (longest, longest), scores)
 
 
 def _flash(
@@ -184,9 +309,10 @@ def _flash(
     value: Tensor,
     borders: tuple[Tensor, Tensor],
     longest: tuple[int, int],
-    window: int | None,
+    scores: Scores,
 ) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    left = -1 if window is None else window - 1
-    return varlen_attn(query, key, value, *borders, *longest, window_size=(left, 0))  # type: ignore[no-any-return,return-value]
+    left = -1 if scores.window is None else scores.window - 1
+    found = varlen_attn(query, key, value, *borders, *longest, scale=scores.scale, window_size=(left, 0))
+    return found  # type: ignore[no-any-return,return-value]

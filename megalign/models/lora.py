@@ -68,7 +68,7 @@ class Adapter(nn.Module):
         for number, piece in enumerate(self.rule.pieces):
             rows, columns = piece.shape(model)
             self.rows.append(rows // size if self.cut_dim == 0 else rows)
-            if lora_target(piece.name) not in lora.targets:
+            if not piece.is_whole or lora_target(piece.name) not in lora.targets:
                 continue
             self.names[number] = name = piece.name.format(**place).removesuffix(".weight")
             a_RH = _uniform(lora.rank, columns, f"{seed} {name}")
@@ -187,7 +187,7 @@ def add_adapters(
     found = {
         name: Adapter(name, model, lora, ranks, like=layer.weight.detach(), seed=seed)  # type: ignore[union-attr, arg-type, operator]
         for name, layer in layers.items()
-        if any(lora_target(piece.name) in lora.targets for piece in find_rule(name, model)[0].pieces)
+        if any(p.is_whole and lora_target(p.name) in lora.targets for p in find_rule(name, model)[0].pieces)
     }
     adapters = Adapters(found)
     for name, layer in layers.items():

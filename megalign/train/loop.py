@@ -122,7 +122,7 @@ def _prepare(
     """Everything up to the first step; `weights` is a converted checkpoint whose weights stand for model.path's."""
     report.say(
         f"ranks {world.size}: {layout_text(groups)}; "
-        f"{layers_of(cfg, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
+        f"{layers_of(cfg, inputs.model, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
     )
 
     def feed_of(records: Records, *, held_out: bool) -> DatasetFeed:

@@ -82,9 +82,9 @@ def layout_text(groups: Groups) -> str:
     return text + (f", experts over {groups.expert_size}" if groups.expert_size > 1 else "")
 
 
-def layers_of(cfg: JobConfig, world: World) -> str:
+def layers_of(cfg: JobConfig, model: ModelConfig, world: World) -> str:
     """The layer kind the job runs with."""
-    return choose_layers(cfg.engine.layers, on_cuda=world.device.type == "cuda")
+    return choose_layers(cfg.engine.layers, model, on_cuda=world.device.type == "cuda")
 
 
 def build_engine(
@@ -97,7 +97,7 @@ def build_engine(
     options = EngineOptions(
         dtype=dtype_of(cfg),
         device=world.device,
-        layers=layers_of(cfg, world),
+        layers=layers_of(cfg, model, world),
         sequence_parallel=cfg.parallel.sequence,
         recompute=cfg.engine.recompute if trainable else "none",
         temperature=cfg.rollout.temperature if cfg.rollout is not None else 1.0,

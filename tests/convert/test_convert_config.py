@@ -6,7 +6,8 @@ import pytest
 import transformers
 from tiny_checkpoints import CASES, LLAMA3_ROPE, SIZES
 
-from megalign.convert import RopeScaling, read_model_config
+from megalign.convert import read_model_config
+from megalign.convert.model_config import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from megalign.schema import UserError
 
 MINIMAL = {
@@ -44,8 +45,8 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path, model_type):
     assert cfg.head_dim == (getattr(theirs, "head_dim", None) or 8)
     assert cfg.max_positions == theirs.max_position_embeddings
     assert cfg.norm_eps == theirs.rms_norm_eps
-    assert cfg.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert cfg.rope_scaling is None and theirs.rope_parameters["rope_type"] == "default"
+    assert cfg.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert cfg.rope.scaling is None and theirs.rope_parameters["rope_type"] == "default"
     assert cfg.tied == theirs.tie_word_embeddings
     assert cfg.sliding_window == (getattr(theirs, "sliding_window", None) or None)
     assert (cfg.moe is None) == (not hasattr(theirs, "num_experts_per_tok"))
@@ -67,12 +68,12 @@ def test_what_transformers_saved(checkpoints, case):
     assert (cfg.vocab_size, cfg.padded_vocab_size, cfg.max_positions) == (131, 256, 64)
     assert cfg.head_dim == fields.get("head_dim", 4)
     assert cfg.sliding_window == fields.get("sliding_window")
-    assert cfg.qk_norm == (model_type == "qwen3")
+    assert cfg.qk_norm == ("head" if model_type == "qwen3" else None)
     assert cfg.qkv_bias == (model_type == "qwen2" or fields.get("attention_bias", False))
     assert cfg.out_bias == fields.get("attention_bias", False)
     assert cfg.mlp_bias == fields.get("mlp_bias", False)
-    assert cfg.rope_theta == (500000.0 if "rope_parameters" in fields else 5000.0)
-    assert cfg.rope_scaling == (RopeScaling(8.0, 1.0, 4.0, 32) if "rope_parameters" in fields else None)
+    assert cfg.rope.theta == (500000.0 if "rope_parameters" in fields else 5000.0)
+    assert cfg.rope.scaling == (Llama3Scaling(8.0, 1.0, 4.0, 32) if "rope_parameters" in fields else None)
 
 
 def test_rope_of_older_checkpoints(tmp_path):
@@ -81,9 +82,9 @@ def test_rope_of_older_checkpoints(tmp_path):
     del old["rope_parameters"]
     assert read(tmp_path, **old) == read(tmp_path, **llama(rope_parameters=LLAMA3_ROPE))
     del scaling["original_max_position_embeddings"]
-    assert read(tmp_path, **old).rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
-    assert read(tmp_path, **{**old, "rope_scaling": None}).rope_scaling is None
-    assert read(tmp_path, **{**old, "rope_scaling": {"type": "default"}}).rope_theta == 500000.0
+    assert read(tmp_path, **old).rope.scaling == Llama3Scaling(8.0, 1.0, 4.0, 64)
+    assert read(tmp_path, **{**old, "rope_scaling": None}).rope.scaling is None
+    assert read(tmp_path, **{**old, "rope_scaling": {"type": "default"}}).rope.theta == 500000.0
 
 
 def test_windows_of_qwen(tmp_path):
@@ -95,23 +96,46 @@ def test_windows_of_qwen(tmp_path):
     assert window(use_sliding_window=True, sliding_window=8, max_window_layers=2) is None
     assert window(use_sliding_window=True, sliding_window=None, max_window_layers=0) is None
     assert window(use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2) == 8
-    with pytest.raises(UserError, match="use_sliding_window is True; only all layers or none may slide"):
-        window(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    mixed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    cfg = read(tmp_path, architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SIZES, **mixed)
+    assert [cfg.window(layer) for layer in range(2)] == [None, 8]
+
+
+def test_kinds_of_scaling(tmp_path):
+    def scaling(**fields):
+        return read(tmp_path, **llama(rope_parameters={"rope_theta": 100.0, **fields})).rope.scaling
+
+    assert scaling(rope_type="linear", factor=2.0) == LinearScaling(2.0)
+    # 0.1 ln 4 + 1; with both weights given their quotient: (0.1 x 2 ln 4 + 1) / (0.1 ln 4 + 1)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    assert scaling(**yarn) == YarnScaling(4.0, 16, attention_factor=pytest.approx(1.1386294))
+    both = scaling(**yarn, mscale=2.0, mscale_all_dim=1.0, beta_fast=8, truncate=False)
+    assert both == YarnScaling(4.0, 16, 8.0, 1.0, truncate=False, attention_factor=pytest.approx(1.2772589 / 1.1386294))
+    assert scaling(**yarn, attention_factor=0.5).attention_factor == 0.5
+    # 64 positions for 16 are a factor of 4; sqrt(1 + ln 4 / ln 16) is sqrt(1.5)
+    long = {"rope_type": "longrope", "short_factor": [1, 2], "long_factor": [3, 4]}
+    found = scaling(**long, original_max_position_embeddings=16)
+    assert found == LongScaling((1.0, 2.0), (3.0, 4.0), 16, pytest.approx(1.5**0.5))
 
 
 REFUSED = {
-    "architectures is ['GemmaForCausalLM']; known: Llama": {"architectures": ["GemmaForCausalLM"]},
+    "architectures is ['GemmaForCausalLM']; known: Deepseek": {"architectures": ["GemmaForCausalLM"]},
     "architectures is ['LlamaForSequenceClassification']; known": {"architectures": ["LlamaForSequenceClassification"]},
-    "model_type is 'gpt2'; known: llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe": {
+    "model_type is 'gpt2'; known: deepseek_v2, deepseek_v3, gemma2, gemma3_text, glm, glm4, gpt_oss, granite, llama": {
         "architectures": None,
         "model_type": "gpt2",
     },
     "model_type is 'mistral'; LlamaForCausalLM has 'llama'": {"model_type": "mistral"},
-    "hidden_act is 'gelu'; allowed: silu": {"hidden_act": "gelu"},
+    "hidden_act is 'gelu'; allowed: silu, gelu_pytorch_tanh": {"hidden_act": "gelu"},
     "attention_dropout is 0.1; allowed: 0": {"attention_dropout": 0.1},
     "quantization_config is {'bits': 4}; quantised": {"quantization_config": {"bits": 4}},
-    "rope_parameters.rope_type is 'yarn'; allowed: default, llama3": {"rope_parameters": {"rope_type": "yarn"}},
-    "rope_scaling.type is 'linear'; allowed: default, llama3": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "rope_parameters.rope_type is 'dynamic'; allowed: default, linear, llama3, longrope, yarn": {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}
+    },
+    "rope_scaling.factor is missing; a number": {"rope_scaling": {"type": "linear"}},
+    "rope_parameters.short_factor is [1.0]; needed: a list of 2 numbers > 0": {
+        "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 1.0]}
+    },
     "rope_parameters.factor is missing; a number": {"rope_parameters": {"rope_type": "llama3"}},
     "rope_parameters.high_freq_factor is 1.0; it must be above": {
         "rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}
@@ -123,7 +147,7 @@ REFUSED = {
     "rope_parameters is 'big'; allowed: an object": {"rope_parameters": "big"},
     "num_key_value_heads is 4; it must divide num_attention_heads, 6": {"num_key_value_heads": 4},
     "num_attention_heads is 7; it must divide hidden_size, 24": {"num_attention_heads": 7, "num_key_value_heads": 7},
-    "head_dim is 5; rotary positions need an even one": {"head_dim": 5},
+    "5 of head_dim 5 dimensions rotate": {"head_dim": 5},
     "hidden_size is 24.0; allowed: a whole number >= 1": {"hidden_size": 24.0},
     "vocab_size is -1; allowed: a whole number >= 1": {"vocab_size": -1},
     "num_hidden_layers is missing": {"num_hidden_layers": None},

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import EXPERT_CASES, SIZES, write_checkpoint
 
-from megalign.convert import MoeConfig, audit, load_shard, megatron_names, read_model_config, to_hf, unshard
+from megalign.convert import Assembler, MoeConfig, audit, load_shard, megatron_names, read_model_config, unshard
 from megalign.schema import UserError
 
 ARCHITECTURES = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}
@@ -119,7 +119,7 @@ def test_what_transformers_saved(checkpoints, case):
     assert cfg.ffn_size == fields.get("intermediate_size", 40)
     assert cfg.head_dim == fields.get("head_dim", 4)
     assert cfg.sliding_window == fields.get("sliding_window")
-    assert cfg.qk_norm == (model_type == "qwen3_moe")
+    assert cfg.qk_norm == ("head" if model_type == "qwen3_moe" else None)
     assert cfg.qkv_bias == (case in ("qwen2-moe", "qwen3-moe-bias"))
     assert cfg.out_bias == (case == "qwen3-moe-bias")
     assert cfg.norm_eps == (1e-5 if model_type == "mixtral" else 1e-6)
@@ -129,13 +129,13 @@ def test_what_transformers_saved(checkpoints, case):
 def test_published_configurations(tmp_path):
     mixtral = read(tmp_path, MIXTRAL_8X7B)
     assert mixtral.moe == MoeConfig(8, 2, 14336)
-    assert (mixtral.head_dim, mixtral.rope_theta, mixtral.qkv_bias, mixtral.sliding_window) == (128, 1e6, False, None)
+    assert (mixtral.head_dim, mixtral.rope.theta, mixtral.qkv_bias, mixtral.sliding_window) == (128, 1e6, False, None)
     qwen2 = read(tmp_path, QWEN_MOE_A2_7B)
     assert qwen2.moe == MoeConfig(60, 4, 1408, normalize=False, shared_ffn_size=5632, shared_gate=True)
     assert (qwen2.ffn_size, qwen2.qkv_bias, qwen2.out_bias, qwen2.sliding_window) == (5632, True, False, None)
     qwen3 = read(tmp_path, QWEN3_235B_A22B)
     assert qwen3.moe == MoeConfig(128, 8, 1536)
-    assert (qwen3.ffn_size, qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias) == (12288, 128, True, False)
+    assert (qwen3.ffn_size, qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias) == (12288, 128, "head", False)
     names = megatron_names(qwen3, layers=range(94), first=True, last=True)
     # a layer: 2 norms, 2 of queries and keys, 2 of attention, the router and two matrices an expert
     assert len(names) == len(set(names)) == 3 + 94 * (7 + 2 * 128)
@@ -168,8 +168,7 @@ def test_windows(tmp_path):
     assert window("qwen2_moe", max_window_layers=0).sliding_window is None
     assert window("qwen2_moe", layer_types=["sliding_attention"] * 2).sliding_window == 8
     assert window("qwen2_moe", use_sliding_window=False).sliding_window is None
-    with pytest.raises(UserError, match="use_sliding_window is True; only all layers or none may slide"):
-        window("qwen2_moe")
+    assert window("qwen2_moe").full_layers == (1,)
     assert window("qwen3_moe", max_window_layers=1).sliding_window == 8
     assert window("qwen3_moe", sliding_window=None).sliding_window is None
     assert window("qwen3_moe", use_sliding_window=False).sliding_window is None
@@ -245,7 +244,7 @@ def test_names_of_a_rank(checkpoints):
         "decoder.layers.1.mlp.experts.local_experts.0.linear_fc1.bias",
     ]:
         with pytest.raises(ValueError, match="is not a parameter of this qwen2_moe model"):
-            to_hf(name, torch.zeros(1), cfg)
+            Assembler(cfg).add(name, torch.zeros(1))
 
 
 def same(found, expected):

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from test_model_layers import config, slow_attention
+from test_model_layers import slow_attention
 
 from megalign.data.batch import context_part, pack
 from megalign.data.group import Response, Sequence
-from megalign.models.layers import PackedAttention
+from megalign.models.layers import PackedAttention, Scores
 from megalign.runtime.distributed import process_group, spawn
 
 CASES = [
@@ -43,18 +43,13 @@ def check_ranks(size):
             numbered = SimpleNamespace(
                 **{
                     name: getattr(batch, name)
-                    for name in ("cu_seqlens", "position_T", "real_T", "scored_N", "target_N")
+                    for name in ("cu_seqlens", "position_T", "length_T", "real_T", "scored_N", "target_N")
                 },
                 token_T=torch.arange(batch.num_positions),
             )
             held = context_part(numbered, world.rank, size).token_L
             mine = [one.detach()[held].requires_grad_() for one in whole]
-            attention = PackedAttention(
-                config(window_size=None if window is None else (window - 1, 0)),
-                layer_number=1,
-                pg_collection=SimpleNamespace(cp=dist.group.WORLD),
-            )
-            out = attention(*(one[:, None] for one in mine), batch.cu_seqlens).squeeze(1)
+            out = PackedAttention(Scores(window), dist.group.WORLD)(*mine, batch.cu_seqlens).flatten(1)
             torch.testing.assert_close(out, answer[held], rtol=1e-12, atol=1e-12)
             for gradient, right in zip(torch.autograd.grad(out, mine, upstream[held]), answers, strict=True):
                 torch.testing.assert_close(gradient, right[held], rtol=1e-11, atol=1e-11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from megalign.data.batch import pack
 from megalign.data.group import Response, Sequence
 from megalign.engines.groups import make_groups
 from megalign.engines.megatron import EngineOptions, MegatronEngine
-from megalign.models.gpt import choose_layers, rope_frequencies, split_layers
+from megalign.models.gpt import choose_layers, split_layers
+from megalign.models.rope import frequencies
 from megalign.runtime.distributed import process_group
 
 LLAMA3_ROPE = {
@@ -75,7 +77,7 @@ def test_packed_hidden_states_equal_those_of_transformers_one_by_one(model_type,
         engine.load_weights(tmp_path)
         for members, pad_rows in (((0, 1, 2, 3), False), ((1, 0), True), ((3,), False)):
             batch = pack(sequences, members, pad_rows=pad_rows)
-            hidden_T1H = engine.chunks[0](batch.token_T, batch.position_T, batch.cu_seqlens, 200)
+            hidden_T1H = engine.chunks[0](batch.token_T, batch.position_T, batch.length_T, batch.cu_seqlens, 200)
             for slot, member in enumerate(members):
                 first = int(batch.cu_seqlens[slot])
                 mine = hidden_T1H[first : first + len(ids[member]), 0]
@@ -85,15 +87,18 @@ def test_packed_hidden_states_equal_those_of_transformers_one_by_one(model_type,
 
 def test_frequencies_equal_those_of_transformers(tmp_path):
     reference = save_random("llama", tmp_path)
-    mine = rope_frequencies(read_model_config(tmp_path))
+    mine = frequencies(read_model_config(tmp_path).rope)
     torch.testing.assert_close(mine, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
     plain = 10000.0 ** (-torch.arange(0, 6, 2) / 6)
     assert not torch.allclose(mine, plain), "the scaling did nothing"
 
 
-def test_layers_are_torch_where_there_is_no_cuda():
-    assert choose_layers("auto", on_cuda=False) == "torch"
-    assert choose_layers("transformer_engine", on_cuda=False) == "transformer_engine"
+def test_layers_are_torch_where_there_is_no_cuda(tmp_path):
+    save_random("llama", tmp_path)
+    model = read_model_config(tmp_path)
+    assert choose_layers("auto", model, on_cuda=False) == "torch"
+    assert choose_layers("transformer_engine", model, on_cuda=False) == "transformer_engine"
+    assert choose_layers("auto", replace(model, sinks=True), on_cuda=True) == "torch"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,41 @@
 """Importing this package registers every family."""
 
-from megalign.convert.families import llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
+from megalign.convert.families import (
+    deepseek,
+    gemma2,
+    gemma3,
+    glm,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 
-__all__ = ["llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
+__all__ = [
+    "deepseek",
+    "gemma2",
+    "gemma3",
+    "glm",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+]

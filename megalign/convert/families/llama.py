@@ -1,6 +1,6 @@
 """Llama 1 to 3.x, and everything else saved under its architecture."""
 
-from megalign.convert.rules import (
+from megalign.convert.families.parts import (
     ATTENTION,
     FIRST,
     LAST,
@@ -10,9 +10,8 @@ from megalign.convert.rules import (
     OUT_BIAS,
     QKV_BIAS,
     ROTARY_BUFFER,
-    Family,
-    register,
 )
+from megalign.convert.rules import Family, register
 
 LLAMA = register(
     Family(

@@ -1,16 +1,17 @@
 """Mistral: no biases; up to version 0.1 every layer attends inside a sliding window."""
 
 from megalign.convert.config_file import ConfigFile
-from megalign.convert.rules import ATTENTION, FIRST, LAST, MLP, NORMS, ROTARY_BUFFER, Family, register
+from megalign.convert.families.parts import ATTENTION, FIRST, LAST, MLP, NORMS, ROTARY_BUFFER
+from megalign.convert.rules import Family, Window, register
 
 
-def window(config: ConfigFile) -> int | None:
+def window(config: ConfigFile) -> Window:
     """The window of all layers; only an explicit null turns it off, as in transformers."""
     if config.value("sliding_window") is None:
-        return None
+        return None, ()
     if len(set(config.value("layer_types") or ())) > 1:
         config.refuse("layer_types", "only all layers or none may slide")
-    return config.whole("sliding_window")
+    return config.whole("sliding_window"), ()
 
 
 MISTRAL = register(

@@ -2,8 +2,9 @@
 
 from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.mistral import window
+from megalign.convert.families.parts import ATTENTION, FIRST, LAST, NORMS, ROTARY_BUFFER, experts, moe_config
 from megalign.convert.model_config import MoeConfig
-from megalign.convert.rules import ATTENTION, FIRST, LAST, NORMS, ROTARY_BUFFER, Family, experts, moe_config, register
+from megalign.convert.rules import Family, register
 
 
 def moe(config: ConfigFile) -> MoeConfig:

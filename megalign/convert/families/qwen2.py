@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: biases on query, key and value alone."""
 
-from megalign.convert.rules import (
+from megalign.convert.families.parts import (
     ATTENTION,
     FIRST,
     LAST,
@@ -8,10 +8,9 @@ from megalign.convert.rules import (
     NORMS,
     QKV_BIAS,
     ROTARY_BUFFER,
-    Family,
-    register,
-    window_by_layer,
+    window_by_switch,
 )
+from megalign.convert.rules import Family, register
 
 QWEN2 = register(
     Family(
@@ -25,7 +24,7 @@ QWEN2 = register(
             "sliding_window": 4096,
             "max_window_layers": 28,
         },
-        window=window_by_layer,
+        window=window_by_switch,
         ignorable=(ROTARY_BUFFER,),
     )
 )

@@ -4,8 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from megalign.convert.config_file import ConfigFile
-from megalign.convert.model_config import MoeConfig
-from megalign.convert.rules import (
+from megalign.convert.families.parts import (
     ATTENTION,
     FIRST,
     LAST,
@@ -14,13 +13,13 @@ from megalign.convert.rules import (
     QKV_BIAS,
     ROTARY_BUFFER,
     SHARED_EXPERT,
-    Family,
     dense_layers,
     experts,
     moe_config,
-    register,
-    window_by_layer,
+    window_by_switch,
 )
+from megalign.convert.model_config import MoeConfig
+from megalign.convert.rules import Family, register
 
 
 def moe(config: ConfigFile) -> MoeConfig:
@@ -48,7 +47,7 @@ QWEN2_MOE = register(
             "moe_intermediate_size": 1408,
             "shared_expert_intermediate_size": 5632,
         },
-        window=partial(window_by_layer, slides=lambda layer, bound: layer % 2 == 0 and layer < bound),
+        window=partial(window_by_switch, slides=lambda layer, bound: layer % 2 == 0 and layer < bound),
         moe=moe,
         ignorable=(ROTARY_BUFFER,),
     )

@@ -1,6 +1,6 @@
 """Qwen3, dense: queries and keys normalised by head, a head size of its own."""
 
-from megalign.convert.rules import (
+from megalign.convert.families.parts import (
     ATTENTION,
     FIRST,
     LAST,
@@ -10,10 +10,9 @@ from megalign.convert.rules import (
     QK_NORM,
     QKV_BIAS,
     ROTARY_BUFFER,
-    Family,
-    register,
-    window_by_layer,
+    window_by_switch,
 )
+from megalign.convert.rules import Family, register
 
 QWEN3 = register(
     Family(
@@ -28,7 +27,7 @@ QWEN3 = register(
             "sliding_window": 4096,
             "max_window_layers": 28,
         },
-        window=window_by_layer,
+        window=window_by_switch,
         ignorable=(ROTARY_BUFFER,),
     )
 )

@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from megalign.convert.config_file import ConfigFile
-from megalign.convert.model_config import MoeConfig
-from megalign.convert.rules import (
+from megalign.convert.families.parts import (
     ATTENTION,
     FIRST,
     LAST,
@@ -14,19 +13,19 @@ from megalign.convert.rules import (
     QK_NORM,
     QKV_BIAS,
     ROTARY_BUFFER,
-    Family,
     dense_layers,
     experts,
     moe_config,
-    register,
 )
+from megalign.convert.model_config import MoeConfig
+from megalign.convert.rules import Family, Window, register
 
 
-def window(config: ConfigFile) -> int | None:
+def window(config: ConfigFile) -> Window:
     """The window of all layers: unlike Qwen3's, it does not begin at `max_window_layers`."""
     if not config.flag("use_sliding_window") or config.value("sliding_window") is None:
-        return None
-    return config.whole("sliding_window")
+        return None, ()
+    return config.whole("sliding_window"), ()
 
 
 def moe(config: ConfigFile) -> MoeConfig:
