@@ -189,5 +189,9 @@ def write_family(folder: Path, case: str, *, dtype: torch.dtype = torch.float32,
         for name, tensor in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 tensor.copy_(torch.randn(tensor.shape, generator=random) * 0.1)
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype)
+    for name, tensor in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # published checkpoints keep it so
+            tensor.data = tensor.data.float()
+    model.save_pretrained(folder)
     return folder

@@ -1,8 +1,10 @@
 """Turn a Hugging Face checkpoint into a Megatron `torch_dist` one, which loads at any layout. Needs no GPU.
 
     python tools/hf_to_megatron.py HF_DIR OUT_DIR
+    python tools/hf_to_megatron.py HF_DIR --dry-run
 
-HF_DIR may be hf://org/name. Exit code: 0, or 2 for wrong input.
+HF_DIR may be hf://org/name or hf://org/name@revision. Interrupted, it goes on where it was when started again. Exit
+code: 0; 2 for wrong input, 75 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -13,28 +15,39 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megalign.runtime.quiet import quiet_libraries
-from megalign.runtime.status import guarded
+from megalign.convert.report import tensor_map
+from megalign.convert.transfer import How, hf_to_megatron
+from megalign.runtime.progress import ByteBar
+from megalign.runtime.status import resumable
+from megalign.schema import UserError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_dir", help="Hugging Face directory, or hf://org/name")
-    parser.add_argument("out_dir", type=Path, help="new or empty directory")
+    parser.add_argument("out_dir", type=Path, nargs="?", help="new or empty directory")
+    parser.add_argument("--workers", type=int, default=2, help="threads, each of which holds one tensor (2)")
+    parser.add_argument("--file-gb", type=float, default=5.0, help="size of the files, in 10^9 bytes (5)")
+    parser.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, plain tensors only")
+    parser.add_argument("--dry-run", action="store_true", help="check the checkpoint, print the tensor map and stop")
     args = parser.parse_args()
     console = Console(stderr=True)
-    quiet_libraries()
 
     def convert() -> int:
-        # Imported here: Megatron takes seconds, and --help should not wait for it.
-        from megalign.engines.offline import hf_to_megatron
-
-        with console.status(f"{args.hf_dir} -> {args.out_dir}"):
-            hf_to_megatron(args.hf_dir, args.out_dir)
+        if args.dry_run:
+            Console(width=max(Console().width, 160)).print(tensor_map(args.hf_dir, allow_pickle=args.allow_pickle))
+            return 0
+        if args.out_dir is None:
+            raise UserError("OUT_DIR is missing; needed: a new or empty directory, or --dry-run")
+        if args.workers < 1 or args.file_gb <= 0:
+            raise UserError("--workers must be 1 or more, --file-gb more than 0")
+        with ByteBar(f"{args.hf_dir} -> {args.out_dir}", console) as bar:
+            how = How(args.workers, int(args.file_gb * 1e9), args.allow_pickle, bar.begin, bar.wrote)
+            hf_to_megatron(args.hf_dir, args.out_dir, how)
         console.print(f"{args.out_dir} is written")
         return 0
 
-    return guarded(convert)
+    return resumable(convert)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python tools/megatron_to_hf.py CKPT_DIR OUT_HF_DIR
 
-CKPT_DIR is for example RUN_DIR/checkpoints/step_00000100. Exit code: 0, or 2 for wrong input.
+CKPT_DIR is for example RUN_DIR/checkpoints/step_00000100. Interrupted, it goes on where it was when started again. Exit
+code: 0; 2 for wrong input, 75 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -11,33 +12,44 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from megalign.runtime.quiet import quiet_libraries
-from megalign.runtime.status import guarded
+from megalign.convert.report import tensor_map_back
+from megalign.convert.transfer import How, megatron_to_hf
+from megalign.runtime.progress import ByteBar
+from megalign.runtime.status import resumable
+from megalign.schema import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint directory")
-    parser.add_argument("out_dir", type=Path, help="new or empty directory")
+    parser.add_argument("out_dir", type=Path, nargs="?", help="new or empty directory")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the written tensors (as they are stored)")
+    parser.add_argument("--workers", type=int, default=2, help="threads, each of which holds one tensor (2)")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="size of the files, in 10^9 bytes (5)")
+    parser.add_argument("--dry-run", action="store_true", help="check the checkpoint, print the tensor map and stop")
     args = parser.parse_args()
     console = Console(stderr=True)
-    quiet_libraries()
 
     def convert() -> int:
-        # Imported here: Megatron takes seconds, and --help should not wait for it.
-        from megalign.engines.offline import megatron_to_hf
-
-        columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed} tensors"), TimeElapsedColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(f"{args.checkpoint} -> {args.out_dir}", total=None)
-            megatron_to_hf(args.checkpoint, args.out_dir, progress=lambda done: bar.update(task, completed=done))
+        if args.dry_run:
+            Console(width=max(Console().width, 160)).print(tensor_map_back(args.checkpoint))
+            return 0
+        if args.out_dir is None:
+            raise UserError("OUT_HF_DIR is missing; needed: a new or empty directory, or --dry-run")
+        if args.workers < 1 or args.shard_gb <= 0:
+            raise UserError("--workers must be 1 or more, --shard-gb more than 0")
+        with ByteBar(f"{args.checkpoint} -> {args.out_dir}", console) as bar:
+            how = How(args.workers, int(args.shard_gb * 1e9), begin=bar.begin, wrote=bar.wrote)
+            megatron_to_hf(args.checkpoint, args.out_dir, how, dtype=DTYPES.get(args.dtype))
         console.print(f"{args.out_dir} is written")
         return 0
 
-    return guarded(convert)
+    return resumable(convert)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalign.convert.config_file import read_json
 from megalign.convert.model_config import ModelConfig
 from megalign.convert.rules import EMBED, FAMILIES, Piece, find_rule
+from megalign.convert.safetensors_file import NAMES, Spec
+from megalign.convert.stored import (
+    FP8,
+    INDEX,
+    PICKLE_INDEX,
+    STORED,
+    StoredFiles,
+    check_scale,
+    dequantised,
+)
 from megalign.schema import UserError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD = "lm_head.weight"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,22 +38,23 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def resolve_model(path: str) -> Path:
+DOWNLOADED = ("config.json", "generation_config.json", INDEX, "*.safetensors", *TOKENIZER_FILES)
+
+
+def resolve_model(path: str, *, allow_pickle: bool = False) -> Path:
     """A local checkpoint directory; `hf://org/name[@revision]` is downloaded (or found in the cache) first."""
-    folder = _download(path) if path.startswith("hf://") else Path(path).expanduser()
+    folder = _download(path, allow_pickle) if path.startswith("hf://") else Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"{path} is not a directory; needed: a Hugging Face checkpoint directory or hf://org/name")
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no config.json; needed: a Hugging Face checkpoint directory")
-    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
-        raise UserError(f"{path} holds neither {SINGLE} nor {INDEX}; only safetensors are read, never pickles")
+    StoredFiles.find(folder, allow_pickle=allow_pickle)
     return folder
 
 
-def _download(path: str) -> Path:
+def _download(path: str, allow_pickle: bool) -> Path:
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", path)
     if not match:
         raise UserError(f"{path} is not a model on the hub; needed: hf://org/name or hf://org/name@revision")
@@ -60,7 +67,7 @@ def _download(path: str) -> Path:
             snapshot_download(
                 match[1],
                 revision=match[2],
-                allow_patterns=["config.json", "generation_config.json", INDEX, "*.safetensors", *TOKENIZER_FILES],
+                allow_patterns=[*DOWNLOADED, *([PICKLE_INDEX, "pytorch_model*.bin"] if allow_pickle else [])],
                 ignore_patterns=["*/*.safetensors", "consolidated*"],
             )
         )
@@ -72,75 +79,97 @@ def _download(path: str) -> Path:
         ) from None
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {INDEX} names it") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a complete safetensors file: {error}") from None
+class HFSource:
+    """The tensors of a checkpoint, mapped into memory and dequantised: nothing is read before it is used.
 
+    Checks when made, from the headers alone, that each tensor the model needs is there once, in its shape, and that
+    nothing else is there but what the family knows to ignore. `allow_pickle` also reads `pytorch_model.bin`, through
+    torch's unpickler of plain tensors.
+    """
 
-def _weight_files(hf_dir: Path) -> tuple[list[Path], Mapping[str, str]]:
-    """The files that hold weights, and what the index says of them; one unsharded file wins, as in transformers."""
-    if (hf_dir / SINGLE).is_file():
-        return [hf_dir / SINGLE], {}
-    if not (hf_dir / INDEX).is_file():
-        raise UserError(f"{hf_dir} holds neither {SINGLE} nor {INDEX}; only safetensors are read, never pickles")
-    weight_map = read_json(hf_dir / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{hf_dir / INDEX}: weight_map is {weight_map!r}; needed: tensor names and their files")
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{hf_dir / INDEX}: weight_map.{tensor} is {file!r}; needed: a file beside the index")
-    return [hf_dir / file for file in sorted(set(weight_map.values()))], weight_map
+    def __init__(self, hf_dir: Path, cfg: ModelConfig, *, allow_pickle: bool = False) -> None:
+        self.hf_dir, self.cfg = Path(hf_dir), cfg
+        self.stored = StoredFiles(self.hf_dir, allow_pickle=allow_pickle)
+        self.specs = _audit(self.stored, cfg)
+        self.head_checked = not (cfg.tied and HEAD in self.stored.files)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the model, in the dtype of `specs`."""
+        found = self.stored.tensor(name)
+        scales = self.stored.blocks
+        return found if scales is None or found.dtype not in FP8 else dequantised(self.stored, name, found)
+
+    def part(self, piece: Piece, place: Mapping[str, int]) -> Tensor:
+        """A piece of a Megatron tensor, as a view of its file where it is not quantised."""
+        name = piece.name.format(**place)
+        if piece == EMBED and not self.head_checked:
+            _check_tied_copy(self.stored.files[HEAD], self.tensor(name), self.tensor(HEAD))
+            self.head_checked = True
+        return piece.view(self.tensor(name), place, self.cfg)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.stored.close()
 
 
 def audit(hf_dir: Path, cfg: ModelConfig) -> dict[str, Path]:
-    """Where each tensor of the checkpoint lies, after checking from the headers alone that each one the model needs is
-    there once, in its shape, and that nothing else is there but what the family knows to ignore."""
-    hf_dir, family = Path(hf_dir), FAMILIES[cfg.family]
-    needed = _needed_shapes(cfg)
+    """Where each tensor of the checkpoint lies, after the checks that `HFSource` makes."""
+    source = HFSource(hf_dir, cfg)
+    try:
+        return dict(source.stored.files)
+    finally:
+        source.close()
+
+
+def _audit(stored: StoredFiles, cfg: ModelConfig) -> dict[str, Spec]:
+    """The model's tensors as `HFSource.tensor` gives them."""
+    family = FAMILIES[cfg.family]
+    needed = needed_shapes(cfg)
     ignorable = [one.replace("{num_layers}", str(cfg.num_layers)) for one in family.ignorable]
-    ignorable += [re.escape("lm_head.weight")] if cfg.tied else []
-    files, weight_map = _weight_files(hf_dir)
-    found: dict[str, Path] = {}
-    for path in files:
-        with _open(path) as handle:
-            for name in handle.keys():  # noqa: SIM118  (not a mapping)
-                if name in found:
-                    raise UserError(f"{path}: tensor {name} is also in {found[name].name}; each must be there once")
-                found[name] = path
-                if name in needed:
-                    _check_header(path, name, handle.get_slice(name), needed[name])
-                elif not any(re.fullmatch(pattern, name) for pattern in ignorable):
-                    raise UserError(f"{path}: tensor {name} has no place in this {family.architecture} (config.json)")
-    for name, file in weight_map.items():
-        if found.get(name) != hf_dir / file:
-            raise UserError(f"{hf_dir / INDEX}: weight_map.{name} is {file!r}; that file does not hold the tensor")
-    missing = [name for name in needed if name not in found]
+    ignorable += [re.escape(HEAD)] if cfg.tied else []
+    specs = {}
+    for name, path in stored.files.items():
+        if name in needed:
+            specs[name] = Spec(needed[name], _checked_dtype(stored, name, needed[name]))
+        elif not any(re.fullmatch(pattern, name) for pattern in ignorable) and not stored.is_scale(name, needed):
+            raise UserError(f"{path}: tensor {name} has no place in this {family.architecture} (config.json)")
+    missing = [name for name in needed if name not in stored.files]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"{hf_dir}: tensor {missing[0]} is missing{more}; {family.architecture} (config.json) needs it")
-    return found
+        raise UserError(
+            f"{stored.folder}: tensor {missing[0]} is missing{more}; {family.architecture} (config.json) needs it"
+        )
+    return {name: specs[name] for name in needed}
 
 
-def _needed_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _checked_dtype(stored: StoredFiles, name: str, shape: tuple[int, ...]) -> torch.dtype:
+    path, (found, dtype) = stored.files[name], stored.describe(name)
+    if found != shape:
+        raise UserError(f"{path}: tensor {name} has shape {list(found)}; config.json asks for {list(shape)}")
+    if stored.blocks is not None and dtype in FP8:
+        check_scale(stored, name, shape)
+        return stored.dequantised_dtype
+    if dtype not in STORED.values():
+        raise UserError(f"{path}: tensor {name} is stored as {NAMES.get(dtype, dtype)}; allowed: {', '.join(STORED)}")
+    return dtype
+
+
+def needed_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face tensors of a model and their shapes, in the order of the model."""
     shapes: dict[str, tuple[int, ...]] = {}
     experts = range(0 if cfg.moe is None else cfg.moe.num_experts)
-    for rule in FAMILIES[cfg.family].rules:
-        if not rule.copy:
-            for place in rule.places(cfg, range(cfg.num_layers), experts):
-                shapes.update({piece.name.format(**place): piece.stored_shape(cfg) for piece in rule.pieces})
+    rules = [rule for rule in FAMILIES[cfg.family].rules if not rule.copy]
+    before = [rule for rule in rules if "{i}" not in rule.megatron and rule.pieces[0] == EMBED]
+    layered = [rule for rule in rules if "{i}" in rule.megatron]
+    after = [rule for rule in rules if rule not in before and rule not in layered]
+    places = [(rule, place) for rule in before for place in rule.places(cfg, (0,), experts)]
+    places += [
+        (rule, place) for i in range(cfg.num_layers) for rule in layered for place in rule.places(cfg, (i,), experts)
+    ]
+    places += [(rule, place) for rule in after for place in rule.places(cfg, (0,), experts)]
+    for rule, place in places:
+        shapes.update({piece.name.format(**place): piece.stored_shape(cfg) for piece in rule.pieces})
     return shapes
-
-
-def _check_header(path: Path, name: str, header: Any, shape: tuple[int, ...]) -> None:
-    stored = tuple(header.get_shape())
-    if stored != shape:
-        raise UserError(f"{path}: tensor {name} has shape {list(stored)}; config.json asks for {list(shape)}")
-    if header.get_dtype() not in STORED:
-        raise UserError(f"{path}: tensor {name} is stored as {header.get_dtype()}; allowed: {', '.join(STORED)}")
 
 
 def load_shard(
@@ -152,7 +181,7 @@ def load_shard(
     are zero.
     """
     _check_tensor_parallel(cfg, tp_size)
-    return _stream(audit(hf_dir, cfg), cfg, names, tp_rank, tp_size)
+    return _stream(HFSource(hf_dir, cfg), cfg, names, tp_rank, tp_size)
 
 
 def _check_tensor_parallel(cfg: ModelConfig, tp_size: int) -> None:
@@ -168,28 +197,17 @@ def _check_tensor_parallel(cfg: ModelConfig, tp_size: int) -> None:
 
 
 def _stream(
-    places: Mapping[str, Path], cfg: ModelConfig, names: Sequence[str], tp_rank: int, tp_size: int
+    source: HFSource, cfg: ModelConfig, names: Sequence[str], tp_rank: int, tp_size: int
 ) -> Iterator[tuple[str, Tensor]]:
-    with ExitStack() as stack:
-        handles: dict[Path, Any] = {}
-
-        def part(piece: Piece, place: Mapping[str, int], tp_dim: int | None) -> Tensor:
-            stored = piece.name.format(**place)
-            path = places[stored]
-            if path not in handles:
-                handles[path] = stack.enter_context(_open(path))
-            # A view of the mapped file: nothing is read yet.
-            return _cut(piece.view(handles[path].get_tensor(stored), place, cfg), piece, cfg, tp_dim, tp_rank, tp_size)
-
+    try:
         for name in names:
             rule, place = find_rule(name, cfg)
-            pieces = [part(piece, place, rule.tp_dim) for piece in rule.pieces]
-            if cfg.tied and EMBED in rule.pieces and "lm_head.weight" in places:
-                head = part(Piece("lm_head.weight", EMBED.axes), place, rule.tp_dim)
-                _check_tied_copy(places["lm_head.weight"], pieces[0], head)
-            joined = rule.layout.join(pieces, cfg)
+            cut = [_cut(source.part(piece, place), piece, cfg, rule.tp_dim, tp_rank, tp_size) for piece in rule.pieces]
+            joined = rule.layout.join(cut, cfg)
             # A slice may be a view of the mapped file, which whoever gets it must not depend on.
-            yield name, joined.clone(memory_format=torch.contiguous_format) if len(pieces) == 1 else joined
+            yield name, joined.clone(memory_format=torch.contiguous_format) if len(cut) == 1 else joined
+    finally:
+        source.close()
 
 
 def _cut(whole: Tensor, piece: Piece, cfg: ModelConfig, tp_dim: int | None, tp_rank: int, tp_size: int) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import math
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,12 @@ from torch import Tensor
 
 from megalign.convert.config_file import read_json
 from megalign.convert.hf_config import read_model_config
-from megalign.convert.reader import INDEX, SINGLE, TOKENIZER_FILES, audit
+from megalign.convert.model_config import ModelConfig
+from megalign.convert.partial import PartialFolder, sync, write_synced
+from megalign.convert.reader import TOKENIZER_FILES, audit, needed_shapes
+from megalign.convert.rules import FAMILIES
+from megalign.convert.safetensors_file import SafetensorsFile, Spec, plan_shards
+from megalign.convert.stored import INDEX, SINGLE, StoredFiles
 from megalign.schema import UserError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -25,12 +30,14 @@ MARK = ".megalign_export"  # an empty file: only a directory that bears it is ev
 
 
 class HFWriter:
-    """Streams tensors into the checkpoint `folder`, with the configuration and tokenizer of `source`.
+    """Streams tensors, in any order, into the checkpoint `folder`, with the configuration and tokenizer of `source`.
 
     Everything goes to a hidden directory beside `folder`, which takes its name in `close`, after the result passed the
-    audit that reading makes; an exception inside `with` leaves nothing. At most one shard is held in memory.
+    audit that reading makes; an exception inside `with` leaves nothing, unless `key` says that a later writer of the
+    same key may go on with the finished files. No tensor is held once it is written. Safe for several threads.
     An existing `folder` must be empty or, with `overwrite`, an earlier export other than `source`.
-    `dtype` None writes tensors as they come.
+    `specs` says what tensors come; without it they are those of the model in `source`, in `dtype` or, where that is
+    None, in that of the first that comes.
     """
 
     def __init__(
@@ -38,71 +45,99 @@ class HFWriter:
         folder: Path,
         *,
         source: Path,
-        dtype: torch.dtype | None,
+        dtype: torch.dtype | None = None,
+        specs: Mapping[str, Spec] | None = None,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         overwrite: bool = False,
+        key: str | None = None,
     ) -> None:
         self.folder, self.source = Path(folder).absolute(), Path(source)
         check_target(self.folder, self.source, overwrite=overwrite)
-        read_json(self.source / "config.json")
-        self.dtype, self.max_shard_bytes, self.overwrite = dtype, max_shard_bytes, overwrite
-        self.partial = self.folder.with_name(f".{self.folder.name}.partial-{os.getpid()}")
-        self.shard: dict[str, Tensor] = {}
-        self.shard_bytes = 0
-        self.shards: list[list[str]] = []
-        self.added: set[str] = set()
-        self.total_bytes, self.total_numbers = 0, 0
-        self.dtypes: set[torch.dtype] = set()
-        try:
-            self.partial.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.mkdir()
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be written: {error.strerror}") from None
+        self.model = read_model_config(self.source)
+        self.max_shard_bytes, self.overwrite = max_shard_bytes, overwrite
+        self.specs: dict[str, Spec] = {}
+        self.file_of: dict[str, str] = {}
+        self.open: dict[str, SafetensorsFile] = {}
+        self.lock = threading.Lock()
+        self.partial = PartialFolder(self.folder, key=key)
+        if specs is not None or dtype is not None:
+            self._plan(specs if specs is not None else model_specs(self.model, dtype or torch.float32))
+
+    def _plan(self, specs: Mapping[str, Spec]) -> None:
+        """Which file each tensor goes to."""
+        self.specs = dict(specs)
+        shards = plan_shards(self.specs, self.max_shard_bytes)
+        for number, shard in enumerate(shards, start=1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            self.file_of.update(dict.fromkeys(shard, file))
+        self.partial.need(sum(self.specs[name].num_bytes for name in self.missing))
+
+    @property
+    def missing(self) -> list[str]:
+        """Tensors of files that an earlier writer has not finished."""
+        return [name for name, file in self.file_of.items() if file not in self.partial.done]
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; its value is copied, so it may change afterwards."""
-        if name in self.added:
-            raise ValueError(f"{name} was added twice")
-        self.added.add(name)
-        copy = torch.empty(tensor.shape, dtype=self.dtype or tensor.dtype).copy_(tensor.detach())
-        if self.shard and self.shard_bytes + copy.nbytes > self.max_shard_bytes:
-            self._flush()
-        self.shard[name] = copy
-        self.shard_bytes += copy.nbytes
-        self.total_bytes += copy.nbytes
-        self.total_numbers += copy.numel()
-        self.dtypes.add(copy.dtype)
+        """Write one tensor, in the dtype that was announced."""
+        if not self.specs:
+            self._plan(model_specs(self.model, tensor.dtype))
+        if name not in self.specs:
+            raise ValueError(f"{name} is no tensor of this checkpoint")
+        file = self.file_of[name]
+        with self.lock:
+            if file not in self.open:
+                specs = {one: spec for one, spec in self.specs.items() if self.file_of[one] == file}
+                self.open[file] = SafetensorsFile(self.partial.path / file, specs)
+            shard = self.open[file]
+        shard.write(name, tensor.to(self.specs[name].dtype))
+        with self.lock:
+            finished = not shard.missing and not shard.closed
+            if finished:
+                shard.close()
+                self.partial.finish(file)
 
     def add_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         """Put a LoRA adapter into the folder `adapter`, from which `peft` loads it onto `source`."""
-        folder = self.partial / ADAPTER
-        folder.mkdir()
+        folder = self.partial.path / ADAPTER
+        folder.mkdir(exist_ok=True)
         weights, settings = (folder / name for name in ADAPTER_FILES)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
         sync(weights)
-        _write_bytes(settings, (json.dumps(config, indent=2) + "\n").encode())
+        write_synced(settings, (json.dumps(config, indent=2) + "\n").encode())
         sync(folder)
 
     def close(self) -> None:
         """Finish, check and publish the checkpoint."""
         try:
-            self._flush()
-            self._name_shards()
-            self._copy_companions()
+            left = self._left()
+            if left or not self.specs:
+                raise RuntimeError(f"the export to {self.folder} is not a whole checkpoint: {left[:1]} is missing")
+            self._write_index()
+            write_synced(self.partial.path / MARK, b"")
+            for path in companions(self.source):
+                write_synced(self.partial.path / path.relative_to(self.source), path.read_bytes())
             self._write_config()
             try:
-                audit(self.partial, read_model_config(self.partial))
+                audit(self.partial.path, read_model_config(self.partial.path))
             except UserError as error:
                 raise RuntimeError(f"the export to {self.folder} is not a whole checkpoint: {error}") from error
-            self._publish()
-        except BaseException:
-            self.abandon()
+            check_target(self.folder, self.source, overwrite=self.overwrite)  # it may have come up since
+        except BaseException as error:
+            self.abandon(keep=not isinstance(error, UserError | RuntimeError | ValueError))
             raise
+        self.partial.publish()
 
-    def abandon(self) -> None:
-        """Remove what was written; the target stays as it was."""
-        self.shard = {}
-        shutil.rmtree(self.partial, ignore_errors=True)
+    def _left(self) -> list[str]:
+        """Tensors that never came."""
+        unfinished = [name for name in self.missing if self.file_of[name] not in self.open]
+        return unfinished + [name for shard in self.open.values() for name in shard.missing]
+
+    def abandon(self, *, keep: bool = False) -> None:
+        """Remove what was written, or with `keep` leave finished files to a later writer; the target is untouched."""
+        for shard in self.open.values():
+            if not shard.closed:
+                shard.abandon()
+        self.partial.abandon(keep=keep)
 
     def __enter__(self) -> HFWriter:
         return self
@@ -113,64 +148,65 @@ class HFWriter:
         if kind is None:
             self.close()
         else:
-            self.abandon()
+            self.abandon(keep=not isinstance(error, UserError))
 
-    def _flush(self) -> None:
-        if self.shard:
-            path = self.partial / f"{len(self.shards)}.safetensors"
-            save_file(self.shard, path, metadata={"format": "pt"})
-            sync(path)
-            self.shards.append(list(self.shard))
-            self.shard, self.shard_bytes = {}, 0
-
-    def _name_shards(self) -> None:
-        """Final names need the number of shards, which only the end knows."""
-        count = len(self.shards)
-        weight_map = {}
-        for place, names in enumerate(self.shards):
-            file = SINGLE if count == 1 else f"model-{place + 1:05}-of-{count:05}.safetensors"
-            (self.partial / f"{place}.safetensors").rename(self.partial / file)
-            weight_map.update(dict.fromkeys(names, file))
-        if count > 1:
-            metadata = {"total_parameters": self.total_numbers, "total_size": self.total_bytes}
-            index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-            _write_bytes(self.partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-
-    def _copy_companions(self) -> None:
-        (self.partial / MARK).touch()
-        for path in companions(self.source):
-            copy = self.partial / path.relative_to(self.source)
-            copy.parent.mkdir(exist_ok=True)
-            _write_bytes(copy, path.read_bytes())
+    def _write_index(self) -> None:
+        if len(set(self.file_of.values())) > 1:
+            metadata = {
+                "total_parameters": sum(math.prod(spec.shape) for spec in self.specs.values()),
+                "total_size": sum(spec.num_bytes for spec in self.specs.values()),
+            }
+            index = {"metadata": metadata, "weight_map": dict(sorted(self.file_of.items()))}
+            write_synced(self.partial.path / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
     def _write_config(self) -> None:
-        """The source's bytes, unless the weights are of another dtype than it says."""
+        """The source's bytes, unless what is written differs from what they say."""
         path = self.source / "config.json"
-        config = read_json(path)
+        config, changes = read_json(path), config_changes(self.source, self.model)
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-        written = str(next(iter(self.dtypes))).removeprefix("torch.") if len(self.dtypes) == 1 else config.get(key)
-        if config.get(key) == written:
-            _write_bytes(self.partial / "config.json", path.read_bytes())
-        else:
-            text = json.dumps({**config, key: written}, indent=2, ensure_ascii=False) + "\n"
-            _write_bytes(self.partial / "config.json", text.encode())
+        dtypes = {spec.dtype for name, spec in self.specs.items() if name not in fixed_dtypes(self.model)}
+        written = str(next(iter(dtypes))).removeprefix("torch.") if len(dtypes) == 1 else config.get(key)
+        if config.get(key) != written:
+            changes[key] = written
+        write_synced(self.partial.path / "config.json", changed(path, changes))
 
-    def _publish(self) -> None:
-        check_target(self.folder, self.source, overwrite=self.overwrite)  # it may have come up since
-        sync(self.partial)
-        replaced = self.folder.with_name(f".{self.folder.name}.replaced-{os.getpid()}")
-        replaces = self.folder.exists()
-        if replaces:
-            self.folder.rename(replaced)
-        try:
-            self.partial.rename(self.folder)
-        except OSError:
-            if replaces:
-                replaced.rename(self.folder)
-            raise
-        sync(self.folder.parent)
-        if replaces:
-            shutil.rmtree(replaced)
+
+def model_specs(model: ModelConfig, dtype: torch.dtype) -> dict[str, Spec]:
+    """The tensors of a model's checkpoint in one dtype, but those that have one of their own."""
+    fixed = fixed_dtypes(model)
+    return {name: Spec(shape, fixed.get(name, dtype)) for name, shape in needed_shapes(model).items()}
+
+
+def fixed_dtypes(model: ModelConfig) -> dict[str, torch.dtype]:
+    """Of tensors that do not follow the model's."""
+    experts = range(0 if model.moe is None else model.moe.num_experts)
+    return {
+        piece.name.format(**place): rule.dtype
+        for rule in FAMILIES[model.family].rules
+        if rule.dtype is not None
+        for place in rule.places(model, range(model.num_layers), experts)
+        for piece in rule.pieces
+    }
+
+
+def config_changes(source: Path, model: ModelConfig) -> dict[str, Any]:
+    """What config.json must no longer say of an export (None: the field goes): scales, and layers that are not read."""
+    config = read_json(source / "config.json")
+    changes: dict[str, Any] = {"quantization_config": None} if "quantization_config" in config else {}
+    if any((source / name).is_file() for name in (SINGLE, INDEX)):
+        extra = f"model.layers.{model.num_layers}."
+        if any(name.startswith(extra) for name in StoredFiles(source).files):
+            changes |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if config.get(key)}
+    return changes
+
+
+def changed(path: Path, changes: Mapping[str, Any]) -> bytes:
+    """The bytes of a config.json, rewritten only where something changes."""
+    if not changes:
+        return path.read_bytes()
+    config = {**read_json(path), **changes}
+    kept = {key: value for key, value in config.items() if key not in changes or changes[key] is not None}
+    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def companions(source: Path) -> list[Path]:
@@ -202,17 +238,3 @@ def _is_ours(folder: Path) -> bool:
     if adapter.is_dir() and all(path.name in ADAPTER_FILES for path in adapter.iterdir()):
         named.add(ADAPTER)
     return (folder / MARK).is_file() and all(path.name in named for path in folder.iterdir())
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """What is renamed into place must be on the disk before its name is."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

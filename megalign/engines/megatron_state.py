@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import queue
 import re
 import shutil
@@ -19,6 +18,9 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy 
 from torch import Tensor
 
 from megalign.convert import companions, load_shard, megatron_names, unshard
+from megalign.convert.torch_dist import read_index
+from megalign.convert.transfer import HF_FILES
+from megalign.convert.writer import changed, config_changes
 from megalign.models.lora import Lora
 from megalign.schema import UserError
 
@@ -26,17 +28,6 @@ if TYPE_CHECKING:
     from megalign.engines.megatron import MegatronEngine
     from megalign.models.gpt import PolicyModel
 
-HF_FILES = "hf"
-_METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
-INDEX_CLASSES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *((_METADATA, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex")),
-    *((_METADATA, name) for name in ("StorageMeta", "TensorProperties", "TensorStorageMetadata")),
-    (_METADATA, "_MEM_FORMAT_ENCODING"),
-    *((_PLANNER, name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
-}
 # TransformerEngine fuses a norm into the linear layer behind it; the tables know it as a module of its own.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -244,38 +235,18 @@ def save(engine: MegatronEngine, folder: Path, extra: dict[str, Any]) -> None:
     }
     dist_checkpointing.save(_sharded_state(engine, loading=False) | {"extra": extra, "about": about}, str(folder))
     if dist.get_rank() == 0 and engine.source is not None:
-        for path in [engine.source / "config.json", *companions(engine.source)]:
+        (folder / HF_FILES).mkdir(exist_ok=True)
+        config = changed(engine.source / "config.json", config_changes(engine.source, engine.model))
+        (folder / HF_FILES / "config.json").write_bytes(config)
+        for path in companions(engine.source):
             copy = folder / HF_FILES / path.relative_to(engine.source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads a checkpoint's index of tensors, and refuses a pickle that names anything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in INDEX_CLASSES or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def _check_index(folder: Path) -> None:
-    """Refuse a checkpoint whose index, a pickle by torch's format, could run code; torch itself loads it unchecked."""
-    try:
-        with open(folder / ".metadata", "rb") as file:
-            _PlainUnpickler(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{folder}/.metadata: {reason}; needed: the index of a checkpoint that megalign wrote"
-        ) from None
-
-
 def about(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: its weights' dtype, whether an optimizer is inside, its adapters if any."""
-    _check_index(folder)
+    read_index(folder)  # a pickle by torch's format, which torch itself loads unchecked
     found = dist_checkpointing.load_common_state_dict(str(folder)).get("about")
     if found is None:
         raise UserError(f"{folder} was not written by megalign; needed: a checkpoint of a run or of hf_to_megatron.py")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -66,6 +67,22 @@ def guarded(main: Callable[[], int], run_dir_hint: Callable[[], str | None] = la
         return main()
     except UserError as error:
         return refuse(error, run_dir_hint())
+
+
+def resumable(main: Callable[[], int]) -> int:
+    """`guarded` for what goes on where it was: ended by SIGINT or SIGTERM it says so in a line, code 75."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return guarded(main)
+    except KeyboardInterrupt:
+        print("megalign: stopped by a signal; the same command goes on where it was", file=sys.stderr, flush=True)
+        return STOPPED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def refuse(error: UserError, run_dir: str | None) -> int:

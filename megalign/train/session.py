@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,10 +12,10 @@ import torch.distributed as dist
 
 from megalign.config import JobConfig
 from megalign.convert import HFWriter, ModelConfig, hf_state
+from megalign.convert.transfer import write_adapter
 from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups, make_groups
 from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
-from megalign.engines.peft_export import add_adapter
 from megalign.engines.scoring import Cutting
 from megalign.models.gpt import choose_layers
 from megalign.models.lora import Lora
@@ -123,7 +124,7 @@ def export(engine: Engine, model: ModelConfig, source: Path, folder: Path, *, lo
             for name, tensor in hf_state(model, engine.full_tensors()):
                 writer.add(name, tensor)
             if lora is not None:
-                beside = add_adapter(writer, engine, lora)
+                beside = write_adapter(writer, engine.adapter_tensors(), asdict(lora))
     else:
         for _ in engine.full_tensors():
             pass

@@ -128,7 +128,10 @@ REFUSED = {
     "model_type is 'mistral'; LlamaForCausalLM has 'llama'": {"model_type": "mistral"},
     "hidden_act is 'gelu'; allowed: silu, gelu_pytorch_tanh": {"hidden_act": "gelu"},
     "attention_dropout is 0.1; allowed: 0": {"attention_dropout": 0.1},
-    "quantization_config is {'bits': 4}; quantised": {"quantization_config": {"bits": 4}},
+    "quantization_config.quant_method is 'gptq'; allowed: fp8": {"quantization_config": {"quant_method": "gptq"}},
+    "quantization_config.weight_block_size is [128]; needed: rows and columns": {
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}
+    },
     "rope_parameters.rope_type is 'dynamic'; allowed: default, linear, llama3, longrope, yarn": {
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}
     },

@@ -107,7 +107,6 @@ def test_duplicate_head_of_a_tied_model(tmp_path):
     assert torch.equal(part, head[:128])
     head[130] += 1
     save_file({**tensors, **extra}, folder / "model.safetensors")
-    list(load_shard(folder, cfg, [name], tp_rank=0, tp_size=2))  # rows 0 to 127 agree
     with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
         list(load_shard(folder, cfg, [name], tp_rank=1, tp_size=2))
 
@@ -177,8 +176,8 @@ def test_an_exception_leaves_nothing(sharded, tmp_path):
         pytest.raises(KeyError),
         HFWriter(tmp_path / "out", source=sharded, dtype=None, max_shard_bytes=100) as writer,
     ):
-        for place in range(2):
-            writer.add(f"tensor{place}", torch.ones(30))
+        for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight"):
+            writer.add(name, torch.ones(24))
         assert [path.name.startswith(".out.partial") for path in tmp_path.iterdir()] == [True]
         raise KeyError
     assert not list(tmp_path.iterdir())

@@ -67,7 +67,7 @@ def test_a_step_of_rate_zero_gives_the_same_checkpoint_back(checkpoints: Path, t
 
 
 def test_torch_dist_checkpoints_lead_back_bitwise(checkpoints: Path) -> None:
-    from megalign.engines.offline import hf_to_megatron, megatron_to_hf
+    from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
 
     for case in CASES:
         hf_to_megatron(str(checkpoints / case), checkpoints / f"{case}-megatron")

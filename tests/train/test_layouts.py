@@ -25,7 +25,7 @@ from tiny_jobs import (
     write_tokenizer,
 )
 
-from megalign.engines.offline import megatron_to_hf
+from megalign.convert.transfer import megatron_to_hf
 
 STEPS = 4
 LAYOUTS = {
@@ -209,7 +209,7 @@ def test_the_reference_is_the_base_without_adapters(folder, tmp_path):
 
 
 def test_a_converted_checkpoint_may_get_adapters(folder, tmp_path):
-    from megalign.engines.offline import hf_to_megatron
+    from megalign.convert.transfer import hf_to_megatron
 
     hf_to_megatron(str(folder / "deep"), tmp_path / "base")
     run = tmp_path / "run"

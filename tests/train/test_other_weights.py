@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_jobs import hf_logps, metrics, read_lines, records, status, train, write_config, write_lines, write_model
 
-from megalign.engines.offline import hf_to_megatron
+from megalign.convert.transfer import hf_to_megatron
 
 
 @pytest.fixture

@@ -1,0 +1,363 @@
+"""Whole checkpoints between Hugging Face and Megatron's `torch_dist` format, a tensor at a time, without Megatron.
+
+What is written loads at any layout; nothing here asks for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import serialization
+
+from megalign.convert.config_file import read_json
+from megalign.convert.hf_config import read_model_config
+from megalign.convert.model_config import ModelConfig
+from megalign.convert.naming import megatron_names
+from megalign.convert.partial import PartialFolder, write_synced
+from megalign.convert.reader import HFSource, resolve_model
+from megalign.convert.rules import Piece, find_rule
+from megalign.convert.safetensors_file import Spec, plan_shards
+from megalign.convert.torch_dist import (
+    TorchDistFile,
+    TorchDistReader,
+    extra_state_of,
+    place_of,
+    whole_shape,
+    write_index,
+)
+from megalign.convert.writer import (
+    DEFAULT_SHARD_BYTES,
+    HFWriter,
+    changed,
+    check_target,
+    companions,
+    config_changes,
+    fixed_dtypes,
+)
+from megalign.schema import UserError
+
+HF_FILES = "hf"  # in a Megatron checkpoint: what the Hugging Face one had besides weights
+STATE = ("optimizer.", "adapters.", "rng_state", "rerun_state")  # in a run's checkpoint, beside the model
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a conversion runs; nothing of it changes what is written but the sizes of files."""
+
+    workers: int = 1  # threads, each of which holds one tensor
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    allow_pickle: bool = False
+    begin: Callable[[int], None] = lambda total: None  # told all bytes there are to write
+    wrote: Callable[[int], None] = lambda count: None  # told bytes as they are written, by several threads
+    ended: threading.Event = field(default_factory=threading.Event)  # one thread failed: the others need not go on
+
+    def told(self, count: int) -> None:
+        """After each tensor: report it, and stop where another thread has failed."""
+        self.wrote(count)
+        if self.ended.is_set():
+            raise CancelledError
+
+    def run(self, jobs: Iterable[Callable[[], None]]) -> None:
+        """All jobs on the workers; the first that fails, or an interrupt, ends all with its error."""
+        self.ended.clear()
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                for one in as_completed([pool.submit(job) for job in jobs]):
+                    one.result()
+            except BaseException:
+                self.ended.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def hf_to_megatron(hf_dir: str, out_dir: Path, how: How | None = None) -> None:
+    """Write a Hugging Face checkpoint as a Megatron one, in the dtypes it is stored in.
+
+    Interrupted, it leaves nothing under `out_dir`, and goes on with its finished files when called again. Raises
+    UserError for a checkpoint that is damaged or unknown, or a target that is not new or empty; then nothing stays.
+    """
+    how = how or How()
+    folder = resolve_model(hf_dir, allow_pickle=how.allow_pickle)
+    model = read_model_config(folder)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f"{out_dir} exists and is not empty; needed: a new or empty directory")
+    source = HFSource(folder, model, allow_pickle=how.allow_pickle)
+    specs = megatron_specs(source)
+    try:
+        key = _fingerprint("hf_to_megatron", folder, sorted(set(source.stored.files.values())), how.max_shard_bytes)
+        with PartialFolder(out_dir, key=key) as partial:
+            shards = {f"__0_{n}.distcp": names for n, names in enumerate(plan_shards(specs, how.max_shard_bytes))}
+            left = {file: shard for file, shard in shards.items() if file not in partial.done}
+            total = sum(spec.num_bytes for shard in left.values() for spec in shard.values())
+            partial.need(total)
+            how.begin(total)
+            with serialization.config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # half the time
+                how.run(_file_writer(source, partial, *one, how) for one in left.items())
+            dtype = model_dtype(specs, model)
+            about = {"dtype": str(dtype), "optimizer": False, "lora": None}
+            by_key = key_specs(specs, model)
+            write_index(partial.path, by_key, partial.done, {"extra": {}, "about": about})
+            (partial.path / HF_FILES).mkdir(exist_ok=True)
+            config = changed(folder / "config.json", config_changes(folder, model))
+            write_synced(partial.path / HF_FILES / "config.json", config)
+            for path in companions(folder):
+                write_synced(partial.path / HF_FILES / path.relative_to(folder), path.read_bytes())
+    finally:
+        source.close()
+
+
+def _file_writer(
+    source: HFSource, partial: PartialFolder, file: str, shard: Mapping[str, Spec], how: How
+) -> Callable[[], None]:
+    """What writes one file of a Megatron checkpoint."""
+
+    def write() -> None:
+        out = TorchDistFile(partial.path / file)
+        try:
+            for name, spec in shard.items():
+                key, index, _ = place_of(name, source.cfg)
+                out.append(key, index, megatron_tensor(source, name))
+                state = extra_state_of(name, source.cfg)
+                if state is not None:
+                    out.append_empty_state(state)
+                how.told(spec.num_bytes)
+        finally:
+            out.close()
+        partial.finish(file, out.entries)
+
+    return write
+
+
+def megatron_tensor(source: HFSource, name: str) -> Tensor:
+    """A whole Megatron tensor, the padding of the vocabulary included; a view of the file where it is one piece."""
+    cfg = source.cfg
+    rule, place = find_rule(name, cfg)
+    pieces = [source.part(piece, place) for piece in rule.pieces]
+    joined = rule.layout.join(pieces, cfg)
+    if rule.pieces[0].axes[0] == "vocab":
+        padding = joined.new_zeros(cfg.padded_vocab_size - cfg.vocab_size, *joined.shape[1:])
+        joined = torch.cat((joined, padding)) if len(padding) else joined
+    return joined
+
+
+def whole_names(model: ModelConfig) -> list[str]:
+    """All parameters of a model on one rank."""
+    return megatron_names(model, layers=range(model.num_layers), first=True, last=True)
+
+
+def megatron_specs(source: HFSource) -> dict[str, Spec]:
+    """The Megatron tensors of a checkpoint; UserError where tensors that become one are of different dtypes."""
+    specs: dict[str, Spec] = {}
+    by_key: dict[str, tuple[torch.dtype, str]] = {}
+    for name in whole_names(source.cfg):
+        rule, place = find_rule(name, source.cfg)
+        key, _, _ = place_of(name, source.cfg)
+        for piece in rule.pieces:
+            stored = piece.name.format(**place)
+            dtype = source.specs[stored].dtype
+            first, witness = by_key.setdefault(key, (dtype, stored))
+            if dtype != first:
+                raise UserError(
+                    f"{source.hf_dir} stores {witness} as {_word(first)} and {stored} as {_word(dtype)}; "
+                    "needed: one dtype, for they become one tensor"
+                )
+        specs[name] = Spec(whole_shape(name, source.cfg), by_key[key][0])
+    return specs
+
+
+def key_specs(specs: Mapping[str, Spec], model: ModelConfig) -> dict[str, Spec]:
+    """The tensors of a checkpoint's index, in which layers or experts are stacked."""
+    found = {}
+    for name, spec in specs.items():
+        key, _, counts = place_of(name, model)
+        found[key] = Spec((*counts, *spec.shape), spec.dtype)
+    return found
+
+
+def model_dtype(specs: Mapping[str, Spec], model: ModelConfig) -> torch.dtype:
+    """The dtype that most of a model is in."""
+    sizes: dict[torch.dtype, int] = {}
+    for name, spec in specs.items():
+        if find_rule(name, model)[0].dtype is None:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.num_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+@dataclass
+class MegatronSource:
+    """A Megatron checkpoint of ours, read as Hugging Face tensors; adapters are merged into what they are on.
+
+    Checks when made that every tensor of the model is there in its shape, and nothing else that could be one.
+    """
+
+    folder: Path
+    model: ModelConfig = field(init=False)
+    specs: dict[str, Spec] = field(init=False)  # of the Hugging Face tensors
+
+    def __post_init__(self) -> None:
+        config = self.folder / HF_FILES / "config.json"
+        if not (self.folder / "metadata.json").is_file() or not config.is_file():
+            needed = "a directory with metadata.json and hf/config.json, such as RUN_DIR/checkpoints/step_00000100"
+            raise UserError(f"{self.folder} is not a megalign checkpoint; needed: {needed}")
+        self.model = read_model_config(self.folder / HF_FILES)
+        self.reader = TorchDistReader(self.folder)
+        common = self.reader.common()
+        if not isinstance(common.get("about"), dict):
+            raise UserError(
+                f"{self.folder} was not written by megalign; needed: a checkpoint of a run or of hf_to_megatron.py"
+            )
+        self.lora: dict[str, Any] | None = common["about"].get("lora")
+        self._audit()
+        self.parts = _parts(self.model)
+        self.specs = {}
+        for name, parts in self.parts.items():
+            (megatron, _, piece, _), *_ = parts
+            dtype = self.reader.specs[place_of(megatron, self.model)[0]].dtype
+            self.specs[name] = Spec(piece.stored_shape(self.model), dtype)
+
+    def _audit(self) -> None:
+        needed = key_specs(
+            {name: Spec(whole_shape(name, self.model), torch.float32) for name in whole_names(self.model)}, self.model
+        )
+        found = self.reader.specs
+        for key, spec in needed.items():
+            if key not in found:
+                raise UserError(
+                    f"{self.folder}: tensor {key} is missing; {self.model.family} (hf/config.json) needs it"
+                )
+            if found[key].shape != spec.shape:
+                shapes = f"has shape {list(found[key].shape)}; hf/config.json asks for {list(spec.shape)}"
+                raise UserError(f"{self.folder}: tensor {key} {shapes}")
+        extra = [key for key in found if key not in needed and not key.startswith(STATE)]
+        if extra:
+            raise UserError(f"{self.folder}: tensor {extra[0]} has no place in this {self.model.family} model")
+
+    def tensor(self, name: str) -> Tensor:
+        """A Hugging Face tensor in its stored dtype; a view of the file where it is one piece of one tensor."""
+        parts = self.parts[name]
+        if len(parts) == 1 and parts[0][2].is_whole:
+            return self._piece(*parts[0])
+        out = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        for megatron, number, piece, place in parts:
+            piece.view(out, place, self.model).copy_(self._piece(megatron, number, piece, place))
+        return out
+
+    def _piece(self, megatron: str, number: int, piece: Piece, place: Mapping[str, int]) -> Tensor:
+        key, index, _ = place_of(megatron, self.model)
+        rule, _ = find_rule(megatron, self.model)
+        found = rule.layout.split(self.reader.read(key, index), self.model)[number]
+        found = found[: self.model.vocab_size] if piece.axes[0] == "vocab" else found
+        adapter = f"adapters.{piece.name.format(**place).removesuffix('.weight')}"
+        if self.lora is None or f"{adapter}.lora_A.weight" not in self.reader.specs:
+            return found
+        a, b = (self.reader.read(f"{adapter}.lora_{one}.weight").float() for one in "AB")
+        return (found.float() + self.lora["alpha"] / self.lora["rank"] * (b @ a)).to(found.dtype)
+
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """(PEFT's name, values) of each adapter."""
+        for key in self.reader.specs:
+            if key.startswith("adapters."):
+                yield key.removeprefix("adapters."), self.reader.read(key)
+
+
+Part = tuple[str, int, Piece, Mapping[str, int]]  # Megatron tensor, which of its pieces, that piece, its numbers
+
+
+def _parts(model: ModelConfig) -> dict[str, list[Part]]:
+    """What each Hugging Face tensor is made of, in the order of the model."""
+    parts: dict[str, list[Part]] = {}
+    for megatron in whole_names(model):
+        rule, place = find_rule(megatron, model)
+        if not rule.copy:
+            for number, piece in enumerate(rule.pieces):
+                parts.setdefault(piece.name.format(**place), []).append((megatron, number, piece, dict(place)))
+    return parts
+
+
+def megatron_to_hf(
+    checkpoint: Path, out_dir: Path, how: How | None = None, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a checkpoint of a run, or of `hf_to_megatron`, as a Hugging Face directory, in `dtype` or as it is stored.
+
+    Adapters are merged, and lie beside in PEFT's format. Interrupted, it leaves nothing under `out_dir`, and goes on
+    with its finished files when called again. Raises UserError for a directory that is no checkpoint of ours, or a
+    target that is not new or empty.
+    """
+    how = how or How()
+    check_target(out_dir, checkpoint / HF_FILES, overwrite=False)
+    source = MegatronSource(checkpoint)
+    fixed = fixed_dtypes(source.model)
+    specs = {
+        name: spec if dtype is None or name in fixed else Spec(spec.shape, dtype) for name, spec in source.specs.items()
+    }
+    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+    key = _fingerprint("megatron_to_hf", checkpoint, files, how.max_shard_bytes, str(dtype))
+    with HFWriter(
+        out_dir, source=checkpoint / HF_FILES, specs=specs, max_shard_bytes=how.max_shard_bytes, key=key
+    ) as writer:
+        left = writer.missing
+        how.begin(sum(specs[name].num_bytes for name in left))
+
+        def copy(name: str) -> Callable[[], None]:
+            def write() -> None:
+                writer.add(name, source.tensor(name))
+                how.told(specs[name].num_bytes)
+
+            return write
+
+        how.run(copy(name) for name in left)
+        if source.lora is not None:
+            write_adapter(writer, source.adapters(), source.lora)
+
+
+def write_adapter(writer: HFWriter, named: Iterable[tuple[str, Tensor]], lora: Mapping[str, Any]) -> bool:
+    """Add `adapter/` to an export; whether PEFT has a place for it: it has none for adapters of single experts."""
+    tensors: dict[str, Tensor] = {}
+    possible = True
+    for name, tensor in named:
+        possible = possible and ".experts." not in name
+        if possible:
+            tensors[f"base_model.model.{name}"] = tensor.cpu().clone()
+    if possible:
+        writer.add_adapter(tensors, adapter_config(lora, base=str(writer.source)))
+    return possible
+
+
+def adapter_config(lora: Mapping[str, Any], *, base: str) -> dict[str, Any]:
+    """What PEFT's `LoraConfig` reads."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "target_modules": list(lora["targets"]),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _fingerprint(kind: str, folder: Path, files: Sequence[Path], *settings: object) -> str:
+    """The same as long as a conversion would write the same."""
+    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    config = folder / "config.json" if (folder / "config.json").is_file() else folder / HF_FILES / "config.json"
+    text = json.dumps([kind, str(folder.resolve()), seen, read_json(config), [str(one) for one in settings]])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
