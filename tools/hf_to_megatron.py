@@ -22,7 +22,7 @@ from megalign.runtime.status import resumable
 from megalign.schema import UserError
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_dir", help="Hugging Face directory, or hf://org/name")
     parser.add_argument("out_dir", type=Path, nargs="?", help="new or empty directory")
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--file-gb", type=float, default=5.0, help="size of the files, in 10^9 bytes (5)")
     parser.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, plain tensors only")
     parser.add_argument("--dry-run", action="store_true", help="check the checkpoint, print the tensor map and stop")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args(arguments)  # options may stand between the directories
     console = Console(stderr=True)
 
     def convert() -> int:

@@ -24,7 +24,7 @@ from megalign.schema import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint directory")
     parser.add_argument("out_dir", type=Path, nargs="?", help="new or empty directory")
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="threads, each of which holds one tensor (2)")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="size of the files, in 10^9 bytes (5)")
     parser.add_argument("--dry-run", action="store_true", help="check the checkpoint, print the tensor map and stop")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args(arguments)  # options may stand between the directories
     console = Console(stderr=True)
 
     def convert() -> int:

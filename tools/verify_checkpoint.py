@@ -19,12 +19,12 @@ from megalign.runtime.progress import ByteBar
 from megalign.runtime.status import guarded
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path, help="checkpoint directory")
     parser.add_argument("b", type=Path, help="checkpoint directory")
     parser.add_argument("--rows", type=int, default=50, help="of the table (50)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args(arguments)  # options may stand between the directories
 
     def verify() -> int:
         with ByteBar("comparing", Console(stderr=True)) as bar:

@@ -57,12 +57,11 @@ class PartialFolder:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def need(self, num_bytes: int) -> None:
-        """UserError, and nothing stays, where the disk has less than `num_bytes` left."""
+        """UserError where the disk has less than `num_bytes` left."""
         free = shutil.disk_usage(self.path).free
         if num_bytes > free:
-            self.abandon()
-            needed = f"it takes {num_bytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free there"
-            raise UserError(f"{self.folder} cannot be written: {needed}")
+            sizes = f"it takes {num_bytes / 1e6:,.2f} MB, {free / 1e6:,.2f} MB are free there"
+            raise UserError(f"{self.folder} cannot be written: {sizes}")
 
     def finish(self, file: str, says: Any = None) -> None:
         """Note a file that is whole and on the disk, with what to know of it."""

@@ -61,7 +61,11 @@ class HFWriter:
         self.lock = threading.Lock()
         self.partial = PartialFolder(self.folder, key=key)
         if specs is not None or dtype is not None:
-            self._plan(specs if specs is not None else model_specs(self.model, dtype or torch.float32))
+            try:
+                self._plan(specs if specs is not None else model_specs(self.model, dtype or torch.float32))
+            except UserError:
+                self.abandon()
+                raise
 
     def _plan(self, specs: Mapping[str, Spec]) -> None:
         """Which file each tensor goes to."""

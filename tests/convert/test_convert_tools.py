@@ -1,0 +1,328 @@
+"""The conversion tools as a user has them: damaged input is one line and code 2, and nothing of the output is left."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from families import write_family
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import write_checkpoint
+
+from megalign.convert.report import compare
+
+ROOT = Path(__file__).parents[2]
+INDEX = "model.safetensors.index.json"
+DOWN, KEY, EMBED = (
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+    "model.embed_tokens.weight",
+)
+
+
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TOOLS = {name: tool(name) for name in ("hf_to_megatron", "megatron_to_hf", "verify_checkpoint")}
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    return found
+
+
+def reindex(folder: Path, **changes: str | None) -> None:
+    entries = {**weight_map(folder), **changes}
+    kept = {name: file for name, file in entries.items() if file is not None}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": kept}))
+
+
+def retensor(folder: Path, name: str, tensor: torch.Tensor | None, *, file_of: str | None = None) -> None:
+    """Put a tensor, or with None no tensor, under a name, in the file that the index has for it or for another."""
+    path = folder / weight_map(folder)[file_of or name]
+    tensors = load_file(path)
+    tensors.pop(name, None)
+    save_file(tensors if tensor is None else {**tensors, name: tensor}, path, metadata={"format": "pt"})
+
+
+def reconfigure(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def lose(folder: Path) -> None:
+    retensor(folder, DOWN, None)
+    reindex(folder, **{DOWN: None})
+
+
+def quantise(folder: Path, scale: torch.Tensor | None) -> None:
+    """Store a weight in FP8, in blocks of 8 x 8, with its scales or without."""
+    retensor(folder, DOWN, torch.ones(24, 40).to(torch.float8_e4m3fn))
+    reconfigure(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
+    if scale is not None:
+        retensor(folder, f"{DOWN}_scale_inv", scale, file_of=DOWN)
+        reindex(folder, **{f"{DOWN}_scale_inv": weight_map(folder)[DOWN]})
+
+
+def cut(folder: Path, size: int, content: bytes | None = None) -> None:
+    path = folder / weight_map(folder)[DOWN]
+    path.write_bytes((content or path.read_bytes())[:size])
+
+
+def with_pickle(folder: Path) -> None:
+    for path in [*folder.glob("*.safetensors"), folder / INDEX]:
+        path.unlink()
+    torch.save({"weight": shutil.rmtree}, folder / "pytorch_model.bin")
+
+
+BAD_SCALE = torch.ones(3, 5)
+BAD_SCALE[1, 2] = float("nan")
+# what is done to a checkpoint of two layers in many files: what the line says of it
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated shard": (lambda f: cut(f, -10), "is not a complete safetensors file"),
+    "empty shard": (lambda f: cut(f, 0), "is not a complete safetensors file"),
+    "shard of noise": (lambda f: cut(f, 5000, b"\xff" * 5000), "is not a complete safetensors file"),
+    "missing shard": (lambda f: (f / weight_map(f)[DOWN]).unlink(), f"is missing; {INDEX} names it"),
+    "index to nowhere": (lambda f: reindex(f, **{DOWN: "nowhere.safetensors"}), "nowhere.safetensors is missing"),
+    "index to another folder": (lambda f: reindex(f, **{DOWN: "../x.safetensors"}), "needed: a file beside the index"),
+    "index to the wrong file": (
+        lambda f: reindex(f, **{DOWN: weight_map(f)["lm_head.weight"]}),
+        f"weight_map.{DOWN} is 'model-",
+    ),
+    "index without a map": (lambda f: (f / INDEX).write_text("{}"), "weight_map is None; needed: tensor names"),
+    "index that is no JSON": (lambda f: (f / INDEX).write_text('{"weight_map'), f"{INDEX} is not readable JSON"),
+    "no weights": (lambda f: (f / INDEX).unlink(), "holds neither model.safetensors nor"),
+    "wrong shape": (lambda f: retensor(f, DOWN, torch.ones(24, 39)), f"{DOWN} has shape [24, 39]; config.json asks"),
+    "missing tensor": (lose, f"tensor {DOWN} is missing; Qwen2ForCausalLM (config.json) needs it"),
+    "extra tensor": (
+        lambda f: retensor(f, "model.layers.1.mlp.up_proj.bias", torch.ones(40), file_of=DOWN),
+        "tensor model.layers.1.mlp.up_proj.bias has no place in this Qwen2ForCausalLM",
+    ),
+    "tensor in two files": (lambda f: retensor(f, EMBED, torch.ones(131, 24), file_of=DOWN), f"{EMBED} is also in"),
+    "whole numbers": (lambda f: retensor(f, DOWN, torch.ones(24, 40).long()), f"{DOWN} is stored as I64; allowed:"),
+    "dtypes that do not go together": (
+        lambda f: retensor(f, KEY, torch.ones(8, 24, dtype=torch.float64)),
+        f"{KEY} as float64; needed: one dtype",
+    ),
+    "NaN scale": (lambda f: quantise(f, BAD_SCALE), f"{DOWN}_scale_inv is nan at [1, 2]; needed: finite numbers > 0"),
+    "missing scale": (lambda f: quantise(f, None), f"tensor {DOWN}_scale_inv is missing"),
+    "scale of another shape": (lambda f: quantise(f, torch.ones(3, 4)), "has shape [3, 4]; needed: [3, 5]"),
+    "unknown quantisation": (
+        lambda f: reconfigure(f, quantization_config={"quant_method": "gptq"}),
+        "quantization_config.quant_method is 'gptq'; allowed: fp8",
+    ),
+    "unknown architecture": (lambda f: reconfigure(f, architectures=["Qwen9ForCausalLM"]), "architectures is ['Qwen9"),
+    "config of fewer layers": (lambda f: reconfigure(f, num_hidden_layers=1), "has no place in this Qwen2ForCausalLM"),
+    "config of another width": (lambda f: reconfigure(f, intermediate_size=48), "config.json asks for ["),
+    "config of another head": (lambda f: reconfigure(f, tie_word_embeddings=True), "lm_head.weight differs from"),
+    "config of no sense": (
+        lambda f: reconfigure(f, num_attention_heads="six"),
+        "num_attention_heads is 'six'; allowed",
+    ),
+    "config that is no JSON": (lambda f: (f / "config.json").write_text("{,}"), "config.json is not readable JSON"),
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "pickle": (with_pickle, "reads its pickles with --allow-pickle"),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    write_checkpoint(folder / "hf", "qwen2", max_shard_size="10KB")
+    assert TOOLS["hf_to_megatron"].main([str(folder / "hf"), str(folder / "megatron"), "--file-gb", "0.00001"]) == 0
+    return folder
+
+
+def refused(name: str, *arguments: object, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a refusal; nothing is beside what was there before."""
+    before = sorted(out.parent.iterdir())
+    capsys.readouterr()
+    assert TOOLS[name].main([*map(str, arguments), str(out)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    (line,) = told.err.splitlines()
+    assert line.startswith("megalign: error: ")
+    assert sorted(out.parent.iterdir()) == before
+    return line
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_checkpoints(sources: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(sources / "hf", tmp_path / "hf"))
+    damage, says = DAMAGE[name]
+    damage(folder)
+    (tmp_path / "out").mkdir()
+    line = refused("hf_to_megatron", folder, "--file-gb", 1e-5, out=tmp_path / "out" / "there", capsys=capsys)
+    assert says in line
+    assert str(folder) in line
+
+
+def test_a_pickle_that_is_more_than_tensors(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(sources / "hf", tmp_path / "hf"))
+    with_pickle(folder)
+    line = refused("hf_to_megatron", folder, "--allow-pickle", out=tmp_path / "out", capsys=capsys)
+    assert "pytorch_model.bin is not a pickle of plain tensors" in line
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("true",)
+
+
+def file_of_tensors(folder: Path) -> Path:
+    return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+DAMAGE_BACK: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated file": (lambda f: os.truncate(file_of_tensors(f), 100), "cannot be read"),
+    "missing file": (lambda f: file_of_tensors(f).unlink(), "cannot be read"),
+    "file of noise": (
+        lambda f: file_of_tensors(f).write_bytes(b"\xff" * file_of_tensors(f).stat().st_size),
+        "cannot be read",
+    ),
+    "no index": (lambda f: (f / ".metadata").unlink(), "needed: the index of a checkpoint that megalign wrote"),
+    "index of noise": (lambda f: (f / ".metadata").write_bytes(b"noise"), "needed: the index of a checkpoint"),
+    "index that runs code": (lambda f: (f / ".metadata").write_bytes(pickle.dumps(Hostile())), "it names posix.system"),
+    "values that run code": (lambda f: torch.save({"about": Hostile()}, f / "common.pt"), "common.pt"),
+    "no values": (lambda f: (f / "common.pt").unlink(), "common.pt"),
+    "no format": (lambda f: (f / "metadata.json").unlink(), "is not a megalign checkpoint; needed: a directory with"),
+    "config of another width": (
+        lambda f: reconfigure(f / "hf", intermediate_size=48),
+        "tensor decoder.layers.mlp.linear_fc1.weight has shape [2, 80, 24]; hf/config.json asks for [2, 96, 24]",
+    ),
+    "config of another head": (
+        lambda f: reconfigure(f / "hf", tie_word_embeddings=True),
+        "tensor output_layer.weight has no place in this qwen2 model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE_BACK)
+def test_damaged_megatron_checkpoints(
+    sources: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(sources / "megatron", tmp_path / "megatron"))
+    damage, says = DAMAGE_BACK[name]
+    damage(folder)
+    (tmp_path / "out").mkdir()
+    line = refused("megatron_to_hf", folder, out=tmp_path / "out" / "there", capsys=capsys)
+    assert says in line
+    assert str(folder) in line
+
+
+def test_targets_that_are_taken(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("kept")
+    for name, source in (("hf_to_megatron", "hf"), ("megatron_to_hf", "megatron")):
+        for taken in ("file", "full"):
+            line = refused(name, sources / source, out=tmp_path / taken, capsys=capsys)
+            assert f"{taken} exists and is not " in line
+    assert (tmp_path / "full" / "notes").read_text() == "kept"
+
+
+@contextmanager
+def no_file_over(num_bytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_writes_that_fail(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A file may have 4000 bytes, less than one tensor takes: as on a full disk, writing fails after checks passed.
+    for name, source in (("hf_to_megatron", "hf"), ("megatron_to_hf", "megatron")):
+        with no_file_over(4000):
+            line = refused(name, sources / source, out=tmp_path / "out", capsys=capsys)
+        assert "cannot be written: " in line
+
+
+def test_a_disk_without_space(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # The weights take some 40 kB: refused at once on the smaller disk; the larger has no room for what goes with them.
+    for size, says in (("16k", "MB, 0.02 MB are free there"), ("48k", "No space left on device")):
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting needs root")
+        try:
+            for name, source in (("hf_to_megatron", "hf"), ("megatron_to_hf", "megatron")):
+                line = refused(name, sources / source, out=disk / "out", capsys=capsys)
+                assert "cannot be written: " in line and says in line
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_verify(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verify = TOOLS["verify_checkpoint"].main
+    assert verify([str(sources / "hf"), str(sources / "megatron")]) == 0
+    assert "equal bit by bit, 0 differ (largest difference 0), 0 only in A, 0 only in B" in capsys.readouterr().out
+    folder = Path(shutil.copytree(sources / "hf", tmp_path / "hf"))
+    retensor(folder, DOWN, torch.ones(24, 40, dtype=torch.bfloat16))
+    assert verify([str(sources / "megatron"), str(folder)]) == 1
+    told = capsys.readouterr().out
+    assert DOWN in told and "1 differ" in told
+    assert verify([str(folder), str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is not a directory" in capsys.readouterr().err
+
+
+def test_dry_runs_write_nothing(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(sources.rglob("*"))
+    assert TOOLS["hf_to_megatron"].main([str(sources / "hf"), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "decoder.layers.self_attention.linear_qkv.weight[1]" in told and "by group: queries, key, value" in told
+    assert TOOLS["megatron_to_hf"].main([str(sources / "megatron"), "--dry-run"]) == 0
+    assert DOWN in capsys.readouterr().out
+    assert sorted(sources.rglob("*")) == before
+
+
+def started(out: Path, source: Path) -> subprocess.Popen[str]:
+    """The tool in a process of its own, after it has noted a finished file."""
+    command = [sys.executable, str(ROOT / "tools/hf_to_megatron.py"), str(source), str(out), "--file-gb", "0.00001"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    journal = out.with_name(f".{out.name}.partial") / ".progress.json"
+    before = journal.stat().st_mtime_ns if journal.exists() else None
+    until = time.monotonic() + 60
+    while not journal.exists() or journal.stat().st_mtime_ns == before:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.001)
+    return process
+
+
+def test_killed_and_stopped_jobs_go_on(tmp_path: Path) -> None:
+    source, out = write_family(tmp_path / "hf", "deepseek-v3"), tmp_path / "out"
+    process = started(out, source)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not out.exists()
+    process = started(out, source)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    assert told.splitlines()[-1] == "megalign: stopped by a signal; the same command goes on where it was"
+    assert not out.exists()
+    assert TOOLS["hf_to_megatron"].main([str(source), str(out), "--file-gb", "0.00001"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    assert not compare(source, out).differences
