@@ -43,53 +43,50 @@ def unshard(name: str, parts: Sequence[Tensor], cfg: ModelConfig) -> Tensor:
     return rule.layout.join(wholes, cfg)
 
 
-class Assembler:
-    """Turns whole Megatron tensors, in any order, into Hugging Face ones, each as soon as all its parts have come."""
+def hf_parts(name: str, full: Tensor, cfg: ModelConfig) -> list[tuple[str, int | None, Tensor]]:
+    """(Hugging Face tensor, expert, values) of all that a whole Megatron tensor (what `unshard` gives) becomes.
 
-    def __init__(self, cfg: ModelConfig) -> None:
-        self.cfg = cfg
-        self.missing = _pieces_by_tensor(cfg)
-        self.begun: dict[str, Tensor] = {}
-
-    def add(self, name: str, full: Tensor) -> list[tuple[str, Tensor]]:
-        """The tensors that `full` (what `unshard` gives) completes; none for the copy that a tied head is."""
-        cfg = self.cfg
-        rule, place = find_rule(name, cfg)
-        if rule.copy:
-            return []
-        done = []
-        for piece, tensor in zip(rule.pieces, rule.layout.split(full, cfg), strict=True):
-            if tuple(tensor.shape) != piece.shape(cfg):
-                raise ValueError(f"{name} gives {piece.name} of shape {tuple(tensor.shape)}, not {piece.shape(cfg)}")
-            stored = piece.name.format(**place)
-            if piece.is_whole:
-                done.append((stored, tensor))
-                continue
-            if stored not in self.begun:
-                self.begun[stored] = tensor.new_empty(piece.stored_shape(cfg))
-            piece.view(self.begun[stored], place, cfg).copy_(tensor)
-            self.missing[stored] -= 1
-            if not self.missing[stored]:
-                done.append((stored, self.begun.pop(stored)))
-        return done
-
-
-def _pieces_by_tensor(cfg: ModelConfig) -> Counter[str]:
-    """How many pieces each Hugging Face tensor has that is more than one piece."""
-    experts = range(0 if cfg.moe is None else cfg.moe.num_experts)
-    return Counter(
-        piece.name.format(**place)
-        for rule in FAMILIES[cfg.family].rules
-        if not rule.copy and not all(piece.is_whole for piece in rule.pieces)
-        for place in rule.places(cfg, range(cfg.num_layers), experts)
-        for piece in rule.pieces
-    )
+    Tensors that stack all experts come an expert at a time; elsewhere expert is None and the tensor whole. None for the
+    copy that a tied head is. ValueError where a shape is not the model's.
+    """
+    rule, place = find_rule(name, cfg)
+    if rule.copy:
+        return []
+    done: list[tuple[str, int | None, Tensor]] = []
+    shared: dict[str, Tensor] = {}
+    filled: Counter[str] = Counter()
+    for piece, tensor in zip(rule.pieces, rule.layout.split(full, cfg), strict=True):
+        if tuple(tensor.shape) != piece.shape(cfg):
+            raise ValueError(f"{name} gives {piece.name} of shape {tuple(tensor.shape)}, not {piece.shape(cfg)}")
+        stored = piece.name.format(**place)
+        if piece.is_whole:
+            done.append((stored, None, tensor))
+            continue
+        if stored not in shared:
+            shape = piece.stored_shape(cfg)
+            shared[stored] = tensor.new_empty(shape[1:] if piece.of_experts else shape)
+            done.append((stored, place["e"] if piece.of_experts else None, shared[stored]))
+        piece.view_of_one(shared[stored], cfg).copy_(tensor)
+        filled[stored] += tensor.numel()
+    for stored, tensor in shared.items():
+        if filled[stored] != tensor.numel():
+            raise ValueError(f"{name} fills {filled[stored]} of {tensor.numel()} values of {stored}")
+    return done
 
 
 def hf_state(cfg: ModelConfig, named_full: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """A stream of whole Megatron tensors as a stream of Hugging Face ones."""
-    assembler = Assembler(cfg)
+    """A stream of whole Megatron tensors, in any order, as a stream of whole Hugging Face ones."""
+    begun: dict[str, tuple[Tensor, set[int]]] = {}
     for name, full in named_full:
-        yield from assembler.add(name, full)
-    if assembler.begun:
-        raise ValueError(f"parts of {', '.join(assembler.begun)} never came")
+        for stored, expert, tensor in hf_parts(name, full, cfg):
+            if expert is None:
+                yield stored, tensor
+                continue
+            assert cfg.moe is not None
+            whole, seen = begun.setdefault(stored, (tensor.new_empty(cfg.moe.num_experts, *tensor.shape), set()))
+            whole[expert] = tensor
+            seen.add(expert)
+            if len(seen) == cfg.moe.num_experts:
+                yield stored, begun.pop(stored)[0]
+    if begun:
+        raise ValueError(f"parts of {', '.join(begun)} never came")

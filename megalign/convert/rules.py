@@ -100,7 +100,10 @@ class Piece:
 
     def view(self, stored: Tensor, place: Mapping[str, int], cfg: ModelConfig) -> Tensor:
         """This piece as a view of the Hugging Face tensor: to read it from, or to write it to."""
-        found = stored[place["e"]] if self.of_experts else stored
+        return self.view_of_one(stored[place["e"]] if self.of_experts else stored, cfg)
+
+    def view_of_one(self, found: Tensor, cfg: ModelConfig) -> Tensor:
+        """The same, of a single expert's part of the tensor where it stacks those of all."""
         found = found.movedim(-1, 0) if self.transposed else found
         if self.rows:
             sizes = [axis_size(axis, cfg) for axis in self.rows]

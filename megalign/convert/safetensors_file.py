@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +39,20 @@ class Spec:
 
 
 class SafetensorsFile:
-    """A file at `path` that takes exactly the tensors of `specs`; safe for several threads.
+    """A file at `path` that takes exactly the tensors of `specs`, whole or row by row; safe for several threads.
+
+    Several processes may write one file: the one with `create` makes it, then others open it too, and `written` of
+    each tells the first, by `mark`, what came.
 
     Format: the header's length in 8 bytes, the header in JSON, the tensors end to end, wider types first so that all
     are aligned (https://github.com/huggingface/safetensors).
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
-        self.path, self.missing, self.closed = path, dict(specs), False
+    def __init__(self, path: Path, specs: Mapping[str, Spec], *, create: bool = True) -> None:
+        self.path, self.specs, self.closed = path, dict(specs), False
+        self.left = {name: math.prod(spec.shape) for name, spec in specs.items()}  # values that have not come
+        self.written: set[tuple[str, int | None]] = set()
+        self.lock = threading.Lock()
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self.begin: dict[str, int] = {}
         place = 0
@@ -57,21 +64,38 @@ class SafetensorsFile:
         text += b" " * (-len(text) % 8)
         self.first = 8 + len(text)
         try:
-            self.handle = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+            self.handle = os.open(path, os.O_WRONLY | (os.O_CREAT | os.O_TRUNC if create else 0), 0o644)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        self._put(len(text).to_bytes(8, "little") + text, 0)
+        if create:
+            self._put(len(text).to_bytes(8, "little") + text, 0)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; ValueError unless it is one that is still missing, of its shape and dtype."""
-        spec = self.missing.get(name)
-        if spec is None:
-            raise ValueError(f"{name} was added twice, or is none of this file's")
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; announced: {spec.dtype} {spec.shape}")
+    @property
+    def missing(self) -> list[str]:
+        """Tensors that have not come, or not all of them."""
+        return [name for name, count in self.left.items() if count]
+
+    def write(self, name: str, tensor: Tensor, row: int | None = None) -> None:
+        """Write a tensor, or a row of its first dimension; ValueError unless it is missing, of its shape and dtype."""
+        spec = self._expected(name, row)
+        shape = spec.shape if row is None else spec.shape[1:]
+        if tuple(tensor.shape) != shape or tensor.dtype != spec.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; announced: {spec.dtype} {shape}")
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._put(flat.numpy().data, self.first + self.begin[name])
-        del self.missing[name]
+        self._put(flat.numpy().data, self.first + self.begin[name] + (row or 0) * tensor.nbytes)
+        self.mark(name, row)
+
+    def _expected(self, name: str, row: int | None) -> Spec:
+        if name not in self.specs or {(name, row), (name, None)} & self.written:
+            raise ValueError(f"{name} was added twice, or is none of this file's")
+        return self.specs[name]
+
+    def mark(self, name: str, row: int | None = None) -> None:
+        """Note that a tensor, or a row of it, has come; ValueError if it had."""
+        with self.lock:
+            spec = self._expected(name, row)
+            self.written.add((name, row))
+            self.left[name] -= math.prod(spec.shape if row is None else spec.shape[1:])
 
     def _put(self, content: memoryview | bytes, place: int) -> None:
         view = memoryview(content)
@@ -82,10 +106,10 @@ class SafetensorsFile:
                 raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
             view, place = view[count:], place + count
 
-    def close(self) -> None:
-        """Bring the file to the disk; ValueError if a tensor never came."""
+    def close(self, *, partly: bool = False) -> None:
+        """Bring the file to the disk; ValueError if a tensor never came, unless others write it too (`partly`)."""
         try:
-            if self.missing:
+            if self.missing and not partly:
                 raise ValueError(f"{self.path.name}: {', '.join(self.missing)} never came")
             os.fsync(self.handle)
         except OSError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,6 +82,25 @@ class HFWriter:
         """Tensors of files that an earlier writer has not finished."""
         return [name for name, file in self.file_of.items() if file not in self.partial.done]
 
+    def _opened(self, file: str) -> SafetensorsFile:
+        with self.lock:
+            if file not in self.open:
+                specs = {one: spec for one, spec in self.specs.items() if self.file_of[one] == file}
+                self.open[file] = SafetensorsFile(self.partial.path / file, specs)
+            return self.open[file]
+
+    def share(self) -> SharedFiles:
+        """Make every file, for `HFPart`s in other processes to write; `received` must then have what each wrote."""
+        for file in dict.fromkeys(self.file_of.values()):
+            self._opened(file)
+        return SharedFiles(self.partial.path, {file: shard.specs for file, shard in self.open.items()})
+
+    def received(self, written: Mapping[str, Iterable[tuple[str, int | None]]]) -> None:
+        """Note what another process wrote: by file, (tensor, row or None)."""
+        for file, names in written.items():
+            for name, row in names:
+                self.open[file].mark(name, row)
+
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, in the dtype that was announced."""
         if not self.specs:
@@ -88,11 +108,7 @@ class HFWriter:
         if name not in self.specs:
             raise ValueError(f"{name} is no tensor of this checkpoint")
         file = self.file_of[name]
-        with self.lock:
-            if file not in self.open:
-                specs = {one: spec for one, spec in self.specs.items() if self.file_of[one] == file}
-                self.open[file] = SafetensorsFile(self.partial.path / file, specs)
-            shard = self.open[file]
+        shard = self._opened(file)
         shard.write(name, tensor.to(self.specs[name].dtype))
         with self.lock:
             finished = not shard.missing and not shard.closed
@@ -116,6 +132,9 @@ class HFWriter:
             left = self._left()
             if left or not self.specs:
                 raise RuntimeError(f"the export to {self.folder} is not a whole checkpoint: {left[:1]} is missing")
+            for shard in self.open.values():
+                if not shard.closed:  # others have written it
+                    shard.close()
             self._write_index()
             write_synced(self.partial.path / MARK, b"")
             for path in companions(self.source):
@@ -173,6 +192,37 @@ class HFWriter:
         if config.get(key) != written:
             changes[key] = written
         write_synced(self.partial.path / "config.json", changed(path, changes))
+
+
+@dataclass(frozen=True, slots=True)
+class SharedFiles:
+    """Where several processes write one checkpoint: what `HFWriter.share` gives, to be sent to them."""
+
+    folder: Path
+    specs: Mapping[str, Mapping[str, Spec]]  # by file
+
+
+class HFPart:
+    """One process's part of a checkpoint that several write, on a file system that all of them see."""
+
+    def __init__(self, shared: SharedFiles) -> None:
+        self.shared = shared
+        self.file_of = {name: file for file, specs in shared.specs.items() for name in specs}
+        self.open: dict[str, SafetensorsFile] = {}
+
+    def add(self, name: str, tensor: Tensor, row: int | None = None) -> None:
+        """Write a tensor or one row of it; UserError where the file is not to be seen or cannot be written."""
+        file = self.file_of[name]
+        specs = self.shared.specs[file]
+        if file not in self.open:
+            self.open[file] = SafetensorsFile(self.shared.folder / file, specs, create=False)
+        self.open[file].write(name, tensor.to(specs[name].dtype), row)
+
+    def close(self) -> dict[str, list[tuple[str, int | None]]]:
+        """Bring all to the disk; by file, what was written."""
+        for shard in self.open.values():
+            shard.close(partly=True)
+        return {file: list(shard.written) for file, shard in self.open.items()}
 
 
 def model_specs(model: ModelConfig, dtype: torch.dtype) -> dict[str, Spec]:

@@ -134,6 +134,7 @@ class Scorer(Protocol):
 class Engine(Scorer, Protocol):
     """Weights, optimizer and process groups."""
 
+    dtype: torch.dtype
     balances_experts: bool  # whether an auxiliary loss is on, which makes every step a two-pass one
 
     def aux_loss(self) -> float:
@@ -153,6 +154,9 @@ class Engine(Scorer, Protocol):
 
     def full_tensors(self, kind: str = "weight") -> Iterator[tuple[str, Tensor]]:
         """(Megatron name, whole tensor without padding) one at a time, on every rank; kind: weight or grad."""
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(Megatron name, whole weight) of what this rank is to write: over all ranks each weight comes once."""
 
     def adapter_tensors(self, kind: str = "weight") -> Iterator[tuple[str, Tensor]]:
         """(name as in PEFT's files, whole tensor) of each adapter, on every rank; none where all weights train."""

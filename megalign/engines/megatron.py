@@ -73,7 +73,7 @@ class MegatronEngine:
         cpu_shims.install()
         model_parallel_cuda_manual_seed(seed)
         self.model, self.groups, self.options, self.adamw = model, groups, options, adamw
-        self.device = options.device
+        self.device, self.dtype = options.device, options.dtype
         self.source: Path | None = None  # the Hugging Face directory that the weights came from
         self.cut = _batch_shape(model, groups, sequence_parallel=options.sequence_parallel)
         passed = {key: value for key, value in options.megatron.items() if key not in DDP_FIELDS}
@@ -368,6 +368,11 @@ class MegatronEngine:
         """Whole tensors in pipeline order, the same on every rank, one at a time; kind "grad" gives fp32 gradients."""
         self._gather_updates()
         return megatron_state.full_tensors(self, kind)
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(Megatron name, whole weight) of what this rank is to write: over all ranks each weight comes once."""
+        self._gather_updates()
+        return megatron_state.own_tensors(self)
 
     def adapter_tensors(self, kind: str = "weight") -> Iterator[tuple[str, Tensor]]:
         """(name as in PEFT's files, whole tensor) of each adapter, the same on every rank; kind: weight or grad."""

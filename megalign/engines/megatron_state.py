@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy 
 from torch import Tensor
 
 from megalign.convert import companions, load_shard, megatron_names, unshard
+from megalign.convert.rules import find_rule
 from megalign.convert.torch_dist import read_index
 from megalign.convert.transfer import HF_FILES
 from megalign.convert.writer import changed, config_changes
@@ -112,6 +113,34 @@ def full_tensors(engine: MegatronEngine, kind: str) -> Iterator[tuple[str, Tenso
                 local = _whole_gradient(engine, mine[name]) if kind == "grad" else _merged(chunk, name, mine[name])
             for whole_name, full in _whole_tensors(engine, name, mine[name] if here else None, local):
                 yield whole_name, _from_stage(engine, stage, full)
+
+
+def own_tensors(engine: MegatronEngine) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole weight) of what this rank is to write of a checkpoint: over all ranks each weight comes once.
+
+    Tensor ranks run through it together, for whichever has the turn gathers; stages and expert ranks need not wait for
+    each other.
+    """
+    groups, model = engine.groups, engine.model
+    turn = 0
+    for chunk in engine.chunks:
+        for name, parameter in named_parameters(engine, [chunk]).items():
+            if find_rule(name, model)[0].copy:
+                continue
+            if EXPERT.match(name) is not None:
+                if groups.expert_data.rank() == 0:
+                    yield name, unshard(name, [_merged(chunk, name, parameter)], model)
+                continue
+            if groups.data_context.rank() > 0:
+                continue
+            turn = (turn + 1) % groups.tensor_size
+            mine, local = groups.tensor_rank == turn, _merged(chunk, name, parameter).contiguous()
+            parts = [local]
+            if parameter.tensor_model_parallel and groups.tensor_size > 1:  # type: ignore[attr-defined]
+                parts = [torch.empty_like(local) for _ in range(groups.tensor_size)] if mine else []
+                dist.gather(local, parts or None, dst=dist.get_global_rank(groups.tensor, turn), group=groups.tensor)
+            if mine:
+                yield name, unshard(name, parts, model)
 
 
 def adapter_tensors(engine: MegatronEngine, kind: str) -> Iterator[tuple[str, Tensor]]:

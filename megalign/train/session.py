@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megalign.config import JobConfig
-from megalign.convert import HFWriter, ModelConfig, hf_state
+from megalign.convert import HFWriter, ModelConfig, hf_parts
 from megalign.convert.transfer import write_adapter
+from megalign.convert.writer import HFPart, SharedFiles, model_specs
 from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups, make_groups
 from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
@@ -114,21 +116,44 @@ def build_engine(
 
 
 def export(engine: Engine, model: ModelConfig, source: Path, folder: Path, *, lora: Lora | None = None) -> bool:
-    """Write the live weights as a Hugging Face directory, tensor by tensor; called on every rank, written by rank 0.
+    """Write the live weights as a Hugging Face directory, every rank its part; called on every rank.
 
-    Adapters are merged; whether they also lie beside in PEFT's format, known to rank 0.
+    `folder` must be on a file system that all ranks see. Adapters are merged; whether they also lie beside in PEFT's
+    format, known to rank 0.
     """
-    beside = False
-    if dist.get_rank() == 0:
-        with HFWriter(folder, source=source, dtype=None, overwrite=True) as writer:
-            for name, tensor in hf_state(model, engine.full_tensors()):
-                writer.add(name, tensor)
+    main, beside = dist.get_rank() == 0, False
+    specs = model_specs(model, engine.dtype)
+    writer = on_every_rank(lambda: HFWriter(folder, source=source, specs=specs, overwrite=True) if main else None)
+    with writer or nullcontext():
+        shared = on_every_rank(lambda: writer.share() if writer is not None else None)
+        written = _write_part(engine, model, next(one for one in gather(shared) if one is not None))
+        if writer is not None:
+            for one in written:
+                writer.received(one)
             if lora is not None:
                 beside = write_adapter(writer, engine.adapter_tensors(), asdict(lora))
-    else:
-        for _ in engine.full_tensors():
-            pass
-        for _ in engine.adapter_tensors() if lora is not None else ():
-            pass
+        else:
+            for _ in engine.adapter_tensors() if lora is not None else ():
+                pass
     dist.barrier()
     return beside
+
+
+def _write_part(
+    engine: Engine, model: ModelConfig, shared: SharedFiles
+) -> list[dict[str, list[tuple[str, int | None]]]]:
+    """Write this rank's part of an export; what each rank wrote. A failure is told on all, after all are through."""
+    part, problem = HFPart(shared), None
+    for name, full in engine.own_tensors():  # to its end: ranks wait for each other in it
+        try:
+            for stored, expert, tensor in hf_parts(name, full, model) if problem is None else ():
+                part.add(stored, tensor, expert)
+        except UserError as error:
+            problem = error
+
+    def finish() -> dict[str, list[tuple[str, int | None]]]:
+        if problem is not None:
+            raise problem
+        return part.close()
+
+    return gather(on_every_rank(finish))

@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 import torch
+from families import write_family
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
 
 from megalign.convert import HFWriter, audit, load_shard, read_model_config, resolve_model
+from megalign.convert.safetensors_file import Spec
+from megalign.convert.writer import HFPart
 from megalign.schema import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -202,3 +205,42 @@ def test_what_was_added_may_change_afterwards(sharded, tmp_path):
             live.zero_()
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+
+
+def test_several_write_one_checkpoint(tmp_path):
+    source = write_family(tmp_path / "in", "gpt-oss")
+    tensors = load_file(source / "model.safetensors")
+    stack = "model.layers.1.mlp.experts.gate_up_proj"
+    specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+    def write(writer, *, leave_out=None, twice=None):
+        shared = writer.share()
+        parts = [HFPart(shared) for _ in range(3)]
+        for place, (name, tensor) in enumerate(tensors.items()):
+            if name != stack:
+                parts[place % 3].add(name, tensor)
+        for expert in {0, 1, 2, 3} - {leave_out}:
+            parts[expert % 3].add(stack, tensors[stack][expert], expert)
+        if twice is not None:
+            parts[(twice + 1) % 3].add(stack, tensors[stack][twice], twice)
+        for part in parts:
+            writer.received(part.close())
+
+    with HFWriter(tmp_path / "out", source=source, specs=specs, max_shard_bytes=30_000) as writer:
+        write(writer)
+    written = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(path)
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    with (
+        pytest.raises(RuntimeError, match=f"is not a whole checkpoint: .'{stack}'. is missing"),
+        HFWriter(tmp_path / "hole", source=source, specs=specs) as writer,
+    ):
+        write(writer, leave_out=2)
+    with (
+        pytest.raises(ValueError, match=f"{stack} was added twice"),
+        HFWriter(tmp_path / "twice", source=source, specs=specs) as writer,
+    ):
+        write(writer, twice=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

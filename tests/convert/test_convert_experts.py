@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import EXPERT_CASES, SIZES, write_checkpoint
 
-from megalign.convert import Assembler, MoeConfig, audit, load_shard, megatron_names, read_model_config, unshard
+from megalign.convert import MoeConfig, audit, hf_parts, load_shard, megatron_names, read_model_config, unshard
 from megalign.schema import UserError
 
 ARCHITECTURES = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}
@@ -244,7 +244,7 @@ def test_names_of_a_rank(checkpoints):
         "decoder.layers.1.mlp.experts.local_experts.0.linear_fc1.bias",
     ]:
         with pytest.raises(ValueError, match="is not a parameter of this qwen2_moe model"):
-            Assembler(cfg).add(name, torch.zeros(1))
+            hf_parts(name, torch.zeros(1), cfg)
 
 
 def same(found, expected):

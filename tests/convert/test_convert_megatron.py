@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,31 @@ def test_a_step_of_rate_zero_gives_the_same_checkpoint_back(checkpoints: Path, t
     spawn(export_at, tensor * pipeline, str(checkpoints), tensor, pipeline)
     for case in CASES:
         same_checkpoint(checkpoints / case, checkpoints / f"{case}-{tensor}x{pipeline}")
+
+
+def export_that_fails_on_rank_1(folder: str) -> None:
+    """Rank 1 may write nothing: all ranks hear of it, none waits for another, and nothing is left."""
+    from megalign.convert import read_model_config
+    from megalign.engines.groups import make_groups
+    from megalign.engines.megatron import EngineOptions, MegatronEngine
+    from megalign.schema import UserError
+    from megalign.train.session import export
+
+    with process_group(timeout_s=60) as world:
+        groups = make_groups(tensor=2, pipeline=1, timeout_s=20)
+        source = Path(folder) / "qwen2"
+        model = read_model_config(source)
+        engine = MegatronEngine(model, groups, EngineOptions(dtype=torch.bfloat16, device=world.device), adamw=None)
+        engine.load_weights(source)
+        if world.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        with pytest.raises(UserError, match="model.safetensors cannot be written: File too large"):
+            export(engine, model, source, Path(folder) / "failed")
+
+
+def test_an_export_that_fails_on_one_rank_fails_on_all(checkpoints: Path) -> None:
+    spawn(export_that_fails_on_rank_1, 2, str(checkpoints))
+    assert not [path for path in checkpoints.iterdir() if "failed" in path.name]
 
 
 def test_torch_dist_checkpoints_lead_back_bitwise(checkpoints: Path) -> None:

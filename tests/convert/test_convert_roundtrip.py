@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny_checkpoints import CASES, COMPANIONS, EXPERT_CASES, write_checkpoint
 
-from megalign.convert import Assembler, HFWriter, hf_state, load_shard, megatron_names, read_model_config, unshard
+from megalign.convert import HFWriter, hf_parts, hf_state, load_shard, megatron_names, read_model_config, unshard
 
 
 def stored(folder):
@@ -160,20 +160,20 @@ def test_tied_head_is_read_and_not_written(checkpoints):
     cfg = read_model_config(source)
     ((name, head),) = load_shard(source, cfg, ["output_layer.weight"], tp_rank=0, tp_size=1)
     assert torch.equal(head[:131], stored(source)["model.embed_tokens.weight"])
-    assert Assembler(cfg).add(name, unshard(name, [head], cfg)) == []
+    assert hf_parts(name, unshard(name, [head], cfg), cfg) == []
 
 
 def test_padded_tensor_is_not_taken_for_a_whole_one(checkpoints):
     cfg = read_model_config(checkpoints("qwen2"))
     with pytest.raises(ValueError, match=r"lm_head.weight of shape \(256, 24\), not \(131, 24\)"):
-        Assembler(cfg).add("output_layer.weight", torch.zeros(256, 24))
+        hf_parts("output_layer.weight", torch.zeros(256, 24), cfg)
 
 
 def test_unknown_parameter_is_refused(checkpoints):
     cfg = read_model_config(checkpoints("mistral"))
     for name in ["decoder.layers.2.mlp.linear_fc2.weight", "decoder.layers.0.mlp.linear_fc2.bias", "head"]:
         with pytest.raises(ValueError, match="is not a parameter of this mistral model"):
-            Assembler(cfg).add(name, torch.zeros(1))
+            hf_parts(name, torch.zeros(1), cfg)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the kernel tells here which pages were touched")
