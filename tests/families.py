@@ -158,6 +158,59 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, object]]] = {
         },
     ),
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# The families whose layers Megatron-Core has by itself, of which tests/convert and tests/dist have more.
+PLAIN_CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": (
+        "llama",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "llama-tied": (
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+        },
+    ),
+    "mistral": ("mistral", {"sliding_window": 5, "head_dim": 6}),
+    "mistral-tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 10}),
+    "qwen3-tied": ("qwen3", {"head_dim": 6, "tie_word_embeddings": True, "attention_bias": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "mixtral-tied": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 3, "tie_word_embeddings": True}),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
+    ),
+    "qwen2-moe-tied": (
+        "qwen2_moe",
+        {
+            **EXPERTS,
+            "num_experts": 6,
+            "shared_expert_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-moe": ("qwen3_moe", {**EXPERTS, "num_experts": 4, "norm_topk_prob": True, "head_dim": 8}),
+    "qwen3-moe-tied": (
+        "qwen3_moe",
+        {**EXPERTS, "num_experts": 8, "decoder_sparse_step": 2, "head_dim": 6, "tie_word_embeddings": True},
+    ),
+}
 SIZES = {
     "vocab_size": 131,
     "hidden_size": 64,
@@ -171,12 +224,12 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-EXPERT_FAMILIES = ("deepseek_v2", "deepseek_v3", "gpt_oss")
+EXPERT_FAMILIES = ("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def write_family(folder: Path, case: str, *, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
     """Save a case with every parameter and buffer that is stored random: norms are not one, biases not zero."""
-    model_type, fields = FAMILY_CASES[case]
+    model_type, fields = {**FAMILY_CASES, **PLAIN_CASES}[case]
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(model_type, **{**SIZES, **fields, **changes})
     )

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from cases import (
     ADAM_STEPS,
+    ADAPTER_LR,
     ADAPTERS,
     AUX,
     CLIP,
@@ -265,14 +266,14 @@ class Job:
             assert result["same_on_all_ranks"]
             if number == 0:
                 results["gradients"] = {name: tensor.clone() for name, tensor in engine.adapter_tensors("grad")}
-            results["steps"].append((result["loss"], engine.update(LR, clip_norm=CLIP)))
+            results["steps"].append((result["loss"], engine.update(ADAPTER_LR, clip_norm=CLIP)))
         results["adapters"] = {name: tensor.clone() for name, tensor in engine.adapter_tensors()}
         results["weights"] = self.tensors(engine, "weight")
         for name, options in {"full": {"recompute": "full"}, "overlap": OVERLAP_BOTH}.items():
             engine = self.adapted(model, **options)
             self.step(engine, Case(model, "gvpo", *CUTTINGS[0]))
             results[name] = {name: tensor.clone() for name, tensor in engine.adapter_tensors("grad")}
-            engine.update(LR, clip_norm=CLIP)
+            engine.update(ADAPTER_LR, clip_norm=CLIP)
             results[f"{name} next"] = self.step(engine, Case(model, "gvpo", *CUTTINGS[1])).loss
         return results
 

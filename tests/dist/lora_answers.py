@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from answers import Answers
-from cases import ADAM_STEPS, ADAPTERS, CLIP, DECAY, EPS, EXPERTS, LOSSES, LR, step_sequences
+from cases import ADAM_STEPS, ADAPTER_LR, ADAPTERS, CLIP, DECAY, EPS, EXPERTS, LOSSES, step_sequences
 from oracle import SlowAdamW, load_float64, scored_rows, token_scores
 from torch import Tensor, nn
 
@@ -92,7 +92,7 @@ def lora_answer(answers: Answers, name: str, shapes: dict[str, torch.Size]) -> d
         value = answers.loss(name, "gvpo", policy, model)
         gradient = dict(zip(parameters, torch.autograd.grad(value, list(parameters.values())), strict=True))
         gradients = gradients or {key: one.clone() for key, one in gradient.items()}
-        steps.append((float(value.detach()), adamw.step(gradient, lr=LR, clip_norm=CLIP)))
+        steps.append((float(value.detach()), adamw.step(gradient, lr=ADAPTER_LR, clip_norm=CLIP)))
         assert number or steps[0][1] > 0
     return {
         "gradients": gradients,

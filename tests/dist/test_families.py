@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from families import EXPERT_FAMILIES, FAMILY_CASES, write_family
+from families import EXPERT_FAMILIES, FAMILY_CASES, PLAIN_CASES, write_family
 from oracle import as_stored
 
 from megalign.convert import hf_state, read_model_config
@@ -19,6 +19,7 @@ from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
 from megalign.runtime.distributed import process_group, spawn
 
 # 16 positions are what scaled kinds of RoPE call their first training; a window has 3 to 7.
+CASES = {**PLAIN_CASES, **FAMILY_CASES}
 LENGTHS = (37, 7, 16, 23, 2)
 LAYOUTS = {
     "one": {"tensor": 1, "pipeline": 1},
@@ -52,7 +53,7 @@ def reference(folder: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]
 def check(folder: str, layout: str) -> None:
     """Run by every rank of a layout for all cases; raises where anything differs."""
     with process_group(timeout_s=120) as world:
-        for case, (model_type, _) in FAMILY_CASES.items():
+        for case, (model_type, _) in CASES.items():
             routed = model_type in EXPERT_FAMILIES
             axes = LAYOUTS[layout] | ({"expert": 2} if routed and layout != "one" else {})
             groups = make_groups(timeout_s=60, **axes)
@@ -109,7 +110,7 @@ def gathered(mine: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
-    for case in FAMILY_CASES:
+    for case in CASES:
         source = write_family(folder / case, case)
         torch.save(reference(source), source / "answer.pt")
     return folder

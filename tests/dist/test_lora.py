@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DEFAULT, FEW_ADAPTERS, LORA, LR
+from cases import ADAPTER_LR, DEFAULT, FEW_ADAPTERS, LORA
 from lora_answers import LORA_A, LORA_B, lora_answer
 
 from megalign.convert.rules import lora_target
@@ -83,7 +83,7 @@ def test_three_adamw_steps(results, lora_answers, answers, layout):
         assert result[f"{way} next"] == pytest.approx(answer["steps"][1][0], rel=1e-5)
     for name, right in answer["adapters"].items():
         moved = (result["adapters"][name].double() - right).abs().max()
-        assert moved < 0.02 * LR, f"{name} is {moved} off after steps of {LR}"
+        assert moved < 0.02 * ADAPTER_LR, f"{name} is {moved} off after steps of {ADAPTER_LR}"
 
 
 @LAYOUT
