@@ -25,11 +25,12 @@ from rich.table import Table
 from step import DATA, read_pairs, synthetic_pairs
 
 from megalign.convert import ModelConfig
+from megalign.convert.model_config import Rope
 from megalign.data.batch import slot_sizes
 from megalign.data.plan import plan
 
 BUDGET = 4096
-LLAMA_7B = ModelConfig("llama", 32, 4096, 11008, 32, 32, 128, 32000, 4096, 1e-5, 1e4)
+LLAMA_7B = ModelConfig("llama", 32, 4096, 11008, 32, 32, 128, 32000, 4096, 1e-5, Rope(1e4, 128))
 COST = LLAMA_7B.attention_cost
 MOST_PADDING, MOST_IMBALANCE = 0.03, 0.05
 SAMPLES = 8  # responses of a group

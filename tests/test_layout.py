@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from megalign.convert.model_config import ModelConfig, MoeConfig
+from megalign.convert.model_config import ModelConfig, MoeConfig, Rope
 from megalign.layout import Layout, nearest, problem, refusal
 
-DENSE = ModelConfig("llama", 6, 64, 96, 8, 4, 8, 131, 512, 1e-5, 1e4)
+DENSE = ModelConfig("llama", 6, 64, 96, 8, 4, 8, 131, 512, 1e-5, Rope(1e4, 8))
 MOE = replace(DENSE, family="qwen2_moe", moe=MoeConfig(6, 2, 40, shared_ffn_size=24, dense_layers=(0,)))
 ALL_EXPERTS = replace(DENSE, family="mixtral", ffn_size=97, moe=MoeConfig(4, 2, 97))
 

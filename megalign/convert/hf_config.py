@@ -8,9 +8,9 @@ from typing import Literal
 import megalign.convert.families  # noqa: F401  (registers them)
 from megalign.convert.config_file import ConfigFile, read_json
 from megalign.convert.model_config import ModelConfig, Rope
+from megalign.convert.quantised import quantisation
 from megalign.convert.rope_config import read_rope, rope_section
 from megalign.convert.rules import FAMILIES, Family
-from megalign.convert.stored import fp8_blocks
 
 # Those of transformers, for all families, where a config.json leaves the field out.
 COMMON_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_dropout": 0.0}
@@ -83,7 +83,7 @@ def _refuse_unsupported(config: ConfigFile) -> None:
         config.refuse("attention_dropout", "allowed: 0 (both passes of a step must compute the same)")
     if config.value("compression_config") is not None:
         config.refuse("compression_config", "compressed checkpoints are not read; use the bfloat16 one")
-    fp8_blocks(config.path.parent)
+    quantisation(config.path.parent)
 
 
 def _activation(config: ConfigFile, family: Family) -> Literal["silu", "gelu_tanh", "clamped_swiglu"]:

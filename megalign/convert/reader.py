@@ -10,17 +10,9 @@ import torch
 from torch import Tensor
 
 from megalign.convert.model_config import ModelConfig
-from megalign.convert.rules import EMBED, FAMILIES, Piece, find_rule
+from megalign.convert.rules import EMBED, FAMILIES, Piece, Rule, find_rule
 from megalign.convert.safetensors_file import NAMES, Spec
-from megalign.convert.stored import (
-    FP8,
-    INDEX,
-    PICKLE_INDEX,
-    STORED,
-    StoredFiles,
-    check_scale,
-    dequantised,
-)
+from megalign.convert.stored import INDEX, PICKLE_INDEX, STORED, StoredFiles
 from megalign.schema import UserError
 
 HEAD = "lm_head.weight"
@@ -93,19 +85,18 @@ class HFSource:
         self.specs = _audit(self.stored, cfg)
         self.head_checked = not (cfg.tied and HEAD in self.stored.files)
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor of the model, in the dtype of `specs`."""
-        found = self.stored.tensor(name)
-        scales = self.stored.blocks
-        return found if scales is None or found.dtype not in FP8 else dequantised(self.stored, name, found)
-
-    def part(self, piece: Piece, place: Mapping[str, int]) -> Tensor:
-        """A piece of a Megatron tensor, as a view of its file where it is not quantised."""
-        name = piece.name.format(**place)
-        if piece == EMBED and not self.head_checked:
-            _check_tied_copy(self.stored.files[HEAD], self.tensor(name), self.tensor(HEAD))
+    def pieces(self, rule: Rule, place: Mapping[str, int]) -> list[Tensor]:
+        """The pieces of a Megatron tensor, as views of the files where they are not quantised."""
+        names = [piece.name.format(**place) for piece in rule.pieces]
+        if rule.pieces[0] == EMBED and not self.head_checked:
+            _check_tied_copy(self.stored.files[HEAD], self.stored.tensor(names[0]), self.stored.tensor(HEAD))
             self.head_checked = True
-        return piece.view(self.tensor(name), place, self.cfg)
+        found: dict[str, Tensor] = {}  # what several pieces are of is read once
+        for piece, name in zip(rule.pieces, names, strict=True):
+            if name not in found:
+                stored = self.stored
+                found[name] = stored.expert(name, place["e"]) if piece.of_experts else stored.tensor(name)
+        return [piece.view_of_one(found[name], self.cfg) for piece, name in zip(rule.pieces, names, strict=True)]
 
     def close(self) -> None:
         """Let go of the files."""
@@ -122,7 +113,7 @@ def audit(hf_dir: Path, cfg: ModelConfig) -> dict[str, Path]:
 
 
 def _audit(stored: StoredFiles, cfg: ModelConfig) -> dict[str, Spec]:
-    """The model's tensors as `HFSource.tensor` gives them."""
+    """The model's tensors as `StoredFiles.tensor` gives them."""
     family = FAMILIES[cfg.family]
     needed = needed_shapes(cfg)
     ignorable = [one.replace("{num_layers}", str(cfg.num_layers)) for one in family.ignorable]
@@ -131,7 +122,7 @@ def _audit(stored: StoredFiles, cfg: ModelConfig) -> dict[str, Spec]:
     for name, path in stored.files.items():
         if name in needed:
             specs[name] = Spec(needed[name], _checked_dtype(stored, name, needed[name]))
-        elif not any(re.fullmatch(pattern, name) for pattern in ignorable) and not stored.is_scale(name, needed):
+        elif not any(re.fullmatch(pattern, name) for pattern in ignorable):
             raise UserError(f"{path}: tensor {name} has no place in this {family.architecture} (config.json)")
     missing = [name for name in needed if name not in stored.files]
     if missing:
@@ -146,9 +137,6 @@ def _checked_dtype(stored: StoredFiles, name: str, shape: tuple[int, ...]) -> to
     path, (found, dtype) = stored.files[name], stored.describe(name)
     if found != shape:
         raise UserError(f"{path}: tensor {name} has shape {list(found)}; config.json asks for {list(shape)}")
-    if stored.blocks is not None and dtype in FP8:
-        check_scale(stored, name, shape)
-        return stored.dequantised_dtype
     if dtype not in STORED.values():
         raise UserError(f"{path}: tensor {name} is stored as {NAMES.get(dtype, dtype)}; allowed: {', '.join(STORED)}")
     return dtype
@@ -202,7 +190,8 @@ def _stream(
     try:
         for name in names:
             rule, place = find_rule(name, cfg)
-            cut = [_cut(source.part(piece, place), piece, cfg, rule.tp_dim, tp_rank, tp_size) for piece in rule.pieces]
+            wholes = zip(source.pieces(rule, place), rule.pieces, strict=True)
+            cut = [_cut(whole, piece, cfg, rule.tp_dim, tp_rank, tp_size) for whole, piece in wholes]
             joined = rule.layout.join(cut, cfg)
             # A slice may be a view of the mapped file, which whoever gets it must not depend on.
             yield name, joined.clone(memory_format=torch.contiguous_format) if len(cut) == 1 else joined

@@ -14,7 +14,7 @@ from megalign.convert.hf_config import read_model_config
 from megalign.convert.reader import HFSource, resolve_model
 from megalign.convert.rules import QKV, STACK2, Rule, find_rule
 from megalign.convert.safetensors_file import NAMES, Spec
-from megalign.convert.stored import FP8, SCALE, StoredFiles, dequantised
+from megalign.convert.stored import StoredFiles
 from megalign.convert.torch_dist import place_of
 from megalign.convert.transfer import HF_FILES, MegatronSource, megatron_specs
 
@@ -126,20 +126,12 @@ class Comparison:
 
 
 class _Raw:
-    """A Hugging Face directory as it is, without asking what model it is; FP8 weights times their scales."""
+    """A Hugging Face directory as it is, without asking what model it is; quantised weights as what they stand for."""
 
     def __init__(self, folder: Path) -> None:
-        self.stored = StoredFiles(folder)
-        self.specs = {}
-        for name in self.stored.files:
-            if self.stored.blocks is not None and name.endswith(SCALE):
-                continue
-            shape, dtype = self.stored.describe(name)
-            self.specs[name] = Spec(shape, self.stored.dequantised_dtype if dtype in FP8 else dtype)
-
-    def tensor(self, name: str) -> Tensor:
-        found = self.stored.tensor(name)
-        return dequantised(self.stored, name, found) if found.dtype in FP8 else found
+        stored = StoredFiles(folder)
+        self.tensor = stored.tensor
+        self.specs = {name: Spec(*stored.describe(name)) for name in stored.files}
 
 
 def _opened(folder: Path) -> _Raw | MegatronSource:

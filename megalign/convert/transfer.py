@@ -93,7 +93,7 @@ def hf_to_megatron(hf_dir: str, out_dir: Path, how: How | None = None) -> None:
     source = HFSource(folder, model, allow_pickle=how.allow_pickle)
     specs = megatron_specs(source)
     try:
-        key = _fingerprint("hf_to_megatron", folder, sorted(set(source.stored.files.values())), how.max_shard_bytes)
+        key = _fingerprint("hf_to_megatron", folder, sorted(set(source.stored.raw_files.values())), how.max_shard_bytes)
         with PartialFolder(out_dir, key=key) as partial:
             shards = {f"__0_{n}.distcp": names for n, names in enumerate(plan_shards(specs, how.max_shard_bytes))}
             left = {file: shard for file, shard in shards.items() if file not in partial.done}
@@ -141,8 +141,7 @@ def megatron_tensor(source: HFSource, name: str) -> Tensor:
     """A whole Megatron tensor, the padding of the vocabulary included; a view of the file where it is one piece."""
     cfg = source.cfg
     rule, place = find_rule(name, cfg)
-    pieces = [source.part(piece, place) for piece in rule.pieces]
-    joined = rule.layout.join(pieces, cfg)
+    joined = rule.layout.join(source.pieces(rule, place), cfg)
     if rule.pieces[0].axes[0] == "vocab":
         padding = joined.new_zeros(cfg.padded_vocab_size - cfg.vocab_size, *joined.shape[1:])
         joined = torch.cat((joined, padding)) if len(padding) else joined

@@ -12,7 +12,7 @@ from families import EXPERT_FAMILIES, FAMILY_CASES, write_family
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CASES, COMPANIONS, EXPERT_CASES, write_checkpoint
 
-from megalign.convert import read_model_config
+from megalign.convert import load_shard, read_model_config
 from megalign.convert.reader import HFSource
 from megalign.convert.report import compare, tensor_map, tensor_map_back
 from megalign.convert.safetensors_file import Spec
@@ -23,6 +23,9 @@ from megalign.schema import UserError
 
 ALL = [*CASES, *EXPERT_CASES, *FAMILY_CASES]
 IN_BF16 = [case for number, case in enumerate(FAMILY_CASES) if number % 2]  # the others in fp32
+OTHERWISE = {
+    f"{case}-otherwise": case for case in FAMILY_CASES
+}  # in the other dtype; of the rest there are cases of both
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -46,22 +49,24 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if case not in FAMILY_CASES:
             write_checkpoint(folder / case, case)
             continue
-        write_family(folder / case, case, dtype=torch.bfloat16 if case in IN_BF16 else torch.float32)
-        for name, content in COMPANIONS.items():
-            (folder / case / name).parent.mkdir(exist_ok=True)
-            (folder / case / name).write_bytes(content)
+        for name in (case, f"{case}-otherwise"):
+            in_bf16 = (case in IN_BF16) != (name in OTHERWISE)
+            write_family(folder / name, case, dtype=torch.bfloat16 if in_bf16 else torch.float32)
+            for file, content in COMPANIONS.items():
+                (folder / name / file).parent.mkdir(exist_ok=True)
+                (folder / name / file).write_bytes(content)
     return folder
 
 
 @pytest.fixture(scope="module")
 def converted(sources: Path) -> Path:
-    for case in ALL:
+    for case in [*ALL, *OTHERWISE]:
         hf_to_megatron(str(sources / case), sources / f"{case}-megatron", How(2, max_shard_bytes=60_000))
     return sources
 
 
 def test_there_and_back_is_bitwise(converted: Path) -> None:
-    for case in ALL:
+    for case in [*ALL, *OTHERWISE]:
         megatron_to_hf(converted / f"{case}-megatron", converted / f"{case}-back", How(2, max_shard_bytes=50_000))
         same(converted / case, converted / f"{case}-back", *COMPANIONS)
         assert not compare(converted / case, converted / f"{case}-megatron").differences
@@ -276,6 +281,53 @@ def test_blocks_of_fp8_are_multiplied_by_their_scales(sources: Path, tmp_path: P
     assert not compare(quantised, tmp_path / "hf").differences or {
         one.name for one in compare(quantised, tmp_path / "hf").differences
     } == {"model.layers.4.enorm.weight"}
+
+
+def test_experts_in_four_bits_are_what_transformers_makes_of_them(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    source = write_family(tmp_path / "whole", "gpt-oss", dtype=torch.bfloat16, intermediate_size=32)
+    tensors, right, packed = stored(source), {}, tmp_path / "packed"
+    random = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith("experts.gate_up_proj") or name.endswith("down_proj")]:
+        experts, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(256, (experts, rows, columns // 32, 16), generator=random).to(torch.uint8)
+        scales = torch.randint(115, 130, (experts, rows, columns // 32), generator=random).to(torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        right[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    assert len(right) == 8
+    config = json.loads((source / "config.json").read_text())
+    packed.mkdir()
+    (packed / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    save_file(tensors, packed / "model.safetensors")
+    hf_to_megatron(str(packed), tmp_path / "megatron", How(2))
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    back = stored(tmp_path / "hf")
+    assert back.keys() == stored(source).keys()
+    for name, tensor in back.items():
+        assert torch.equal(tensor, right.get(name, tensors.get(name))), name
+    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == config
+    assert not compare(packed, tmp_path / "hf").differences
+    model = read_model_config(packed)
+    fc1 = "decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight"
+    ((_, part),) = load_shard(packed, model, [fc1], tp_rank=1, tp_size=2)  # experts are whole on every tensor rank
+    gate_up = right["model.layers.1.mlp.experts.gate_up_proj"][3].T
+    assert torch.equal(part, torch.cat((gate_up[0::2], gate_up[1::2])))
+
+    def refuse(change: dict[str, torch.Tensor | None], says: str) -> None:
+        changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+        save_file(changed, packed / "model.safetensors")
+        with pytest.raises(UserError, match=says):
+            hf_to_megatron(str(packed), tmp_path / "refused")
+
+    down = "model.layers.2.mlp.experts.down_proj"
+    bad = tensors[f"{down}_scales"].clone()
+    bad[1, 2, 0] = 255
+    refuse({f"{down}_scales": bad}, rf"{down}_scales is 255 \(not a number\) at \[1, 2, 0\]; needed: 0 to 254")
+    refuse({f"{down}_scales": None}, f"tensor {down}_scales is missing; {down}_blocks is stored as MXFP4 and needs it")
+    refuse({f"{down}_scales": bad[:, :, :0]}, rf"{down}_scales has shape \[4, 64, 0\]; needed: \[4, 64, 1\]")
+    refuse({f"{down}_blocks": bad}, rf"{down}_blocks has shape \[4, 64, 1\]; needed: bytes")
+    refuse({f"{down}_blocks": None}, rf"tensor {down}_scales has no place|tensor {down} is missing")
 
 
 def test_pickles_are_read_behind_a_flag(sources: Path, tmp_path: Path) -> None:
