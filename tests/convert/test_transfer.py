@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,6 +22,9 @@ from megalign.convert.torch_dist import TorchDistReader, extra_state_of
 from megalign.convert.transfer import How, hf_to_megatron, key_specs, megatron_specs, megatron_to_hf, whole_names
 from megalign.runtime.distributed import process_group, spawn
 from megalign.schema import UserError
+
+if TYPE_CHECKING:
+    from megalign.engines.megatron import MegatronEngine
 
 ALL = [*CASES, *EXPERT_CASES, *FAMILY_CASES]
 IN_BF16 = [case for number, case in enumerate(FAMILY_CASES) if number % 2]  # the others in fp32
@@ -106,6 +111,21 @@ def keys_of_engines(folder: str) -> None:
             fresh.load_weights(source)
             for (name, mine), (_, right) in zip(engine.full_tensors(), fresh.full_tensors(), strict=True):
                 assert torch.equal(mine, right), (case, name)
+            sampler_has_live_weights(engine, source, case)
+
+
+def sampler_has_live_weights(engine: MegatronEngine, source: Path, case: str) -> None:
+    """What rounds sample with is the model that transformers loads."""
+    import transformers
+
+    from megalign.train.rounds import refresh
+
+    right = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=engine.dtype)
+    sampler = transformers.AutoModelForCausalLM.from_config(right.config, dtype=engine.dtype)
+    refresh(sampler, engine, SimpleNamespace(model=engine.model))  # type: ignore[arg-type]
+    expected = right.state_dict()
+    for name, tensor in sampler.state_dict().items():
+        assert torch.equal(tensor, expected[name]), (case, name)
 
 
 def test_megatron_loads_what_is_written(converted: Path) -> None:
