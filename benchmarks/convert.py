@@ -108,6 +108,7 @@ def load_and_save(source: Path, out: Path) -> None:
     """What a script with transformers alone does; its files are brought to the disk too."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     model.save_pretrained(out, max_shard_size=SHARD_BYTES)
     for path in out.iterdir():
@@ -175,7 +176,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=2, help="threads of a conversion")
     parser.add_argument("--quick", action="store_true", help="0.2 GB, one round")
     args = parser.parse_args(arguments)
-    rounds, console = 1 if args.quick else args.rounds, Console()
+    rounds, console = 1 if args.quick else args.rounds, Console(width=max(Console().width, 120))
     quiet_libraries()
     found: dict[str, list[tuple[float, int, int]]] = {way: [] for way in SOURCE_OF}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary, Progress(console=console) as progress:

@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=DATA, help="JSONL with question and answer")
     parser.add_argument("--steps", type=int, default=40, help="steps of an epoch to look at, at most")
     args = parser.parse_args()
-    console = Console()
+    console = Console(width=max(Console().width, 160))
     if not args.data.is_file():
         console.print(f"{args.data} is not there: synthetic sequences with the length distribution of GSM8K instead")
     ids = read_pairs(args.data) if args.data.is_file() else synthetic_pairs(7473)

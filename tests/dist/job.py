@@ -38,7 +38,7 @@ from cases import (
     step_sequences,
     trajectories,
 )
-from lora_answers import drawn
+from lora_answers import draw_adapters
 from torch import Tensor
 
 from megalign.convert import hf_state, read_model_config
@@ -237,15 +237,7 @@ class Job:
     def adapted(self, model: str, lora: Lora = ADAPTERS, **options: Any) -> MegatronEngine:
         """An engine with drawn adapters."""
         engine = self.engine(model, lora=lora, **options)
-        shapes = {name: tensor.shape for name, tensor in engine.adapter_tensors()}
-        for chunk in engine.chunks:
-            for adapter in chunk.adapters.by_weight.values():
-                for name, parameter, cut in adapter.parts():
-                    value = drawn(name, shapes[name])
-                    if cut is not None:
-                        value = value.chunk(self.groups.tensor_size, dim=cut)[self.groups.tensor_rank]
-                    parameter.data.copy_(value)
-        engine.optimizer.reload_model_params()
+        draw_adapters(engine)
         return engine
 
     def lora(self, model: str) -> dict[str, Any]:

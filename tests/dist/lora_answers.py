@@ -14,6 +14,8 @@ from cases import ADAM_STEPS, ADAPTER_LR, ADAPTERS, CLIP, DECAY, EPS, EXPERTS, L
 from oracle import SlowAdamW, load_float64, scored_rows, token_scores
 from torch import Tensor, nn
 
+from megalign.engines.megatron import MegatronEngine
+
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 STACKED = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 
@@ -21,6 +23,19 @@ STACKED = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 def drawn(name: str, shape: torch.Size) -> Tensor:
     """The value that tests give an adapter's matrix, from its name alone; far from what training would reach."""
     return 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def draw_adapters(engine: MegatronEngine) -> None:
+    """Give an engine's adapters those values, each rank its part."""
+    shapes = {name: tensor.shape for name, tensor in engine.adapter_tensors()}
+    for chunk in engine.chunks:
+        for adapter in chunk.adapters.by_weight.values() if chunk.adapters is not None else ():
+            for name, parameter, cut in adapter.parts():
+                value = drawn(name, shapes[name])
+                if cut is not None:
+                    value = value.chunk(engine.groups.tensor_size, dim=cut)[engine.groups.tensor_rank]
+                parameter.data.copy_(value)
+    engine.optimizer.reload_model_params()
 
 
 def with_peft(path: Path, values: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:

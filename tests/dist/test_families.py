@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,18 @@ import torch
 import torch.distributed as dist
 import transformers
 from families import EXPERT_FAMILIES, FAMILY_CASES, PLAIN_CASES, write_family
+from lora_answers import draw_adapters
 from oracle import as_stored
 
 from megalign.convert import hf_state, read_model_config
-from megalign.data.batch import pack
+from megalign.convert.rules import lora_targets
+from megalign.data.batch import MicroBatch, pack
 from megalign.data.group import Response, Sequence
 from megalign.engines.groups import make_groups
 from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
+from megalign.models.lora import Lora
 from megalign.runtime.distributed import process_group, spawn
+from megalign.train.session import export
 
 # 16 positions are what scaled kinds of RoPE call their first training; a window has 3 to 7.
 CASES = {**PLAIN_CASES, **FAMILY_CASES}
@@ -34,7 +39,7 @@ def sequences() -> list[Sequence]:
     return [Sequence(0, 0, "response", tuple(ids[:1]), Response(tuple(ids[1:]))) for ids in tokens]
 
 
-def reference(folder: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def reference(folder: Path, *, gradients: bool = True) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Logits of each sequence, and gradients of the sum of all log-probs by stored name, as transformers has them."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
@@ -44,10 +49,13 @@ def reference(folder: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]
         ids = torch.tensor([[*sequence.prompt_ids, *sequence.response.ids]])
         logits.append(model(ids, use_cache=False).logits[0])
         total = total + logits[-1][:-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+    logits = [one.detach() for one in logits]
+    if not gradients:
+        return logits, {}
     total.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    stacked = {} if model.config.model_type == "gpt_oss" else as_stored(model, gradients)
-    return [one.detach() for one in logits], stacked or gradients
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    stacked = {} if model.config.model_type == "gpt_oss" else as_stored(model, found)
+    return logits, stacked or found
 
 
 def check(folder: str, layout: str) -> None:
@@ -65,12 +73,34 @@ def check(folder: str, layout: str) -> None:
             engine = MegatronEngine(model, groups, options, adamw=AdamW())
             engine.load_weights(source)
             compare(engine, *torch.load(source / "answer.pt"), case=f"{case} {layout}")
+            if layout == "tp2xpp2" and case in FAMILY_CASES:
+                lora = Lora(2, 1.0, tuple(lora_targets(model)))
+                engine = MegatronEngine(model, groups, replace(options, lora=lora), adamw=AdamW())
+                engine.load_weights(source)
+                merge(engine, source, Path(folder) / f"{case}-merged", case=case)
+
+
+def merge(engine: MegatronEngine, source: Path, merged: Path, *, case: str) -> None:
+    """With adapters on whatever may have them the log-probs are those of transformers with the exported weights."""
+    draw_adapters(engine)
+    export(engine, engine.model, source, merged, lora=engine.options.lora)
+    (found,) = engine.forward([packed(engine)]) or (None,)
+    if found is not None:
+        logits, _ = reference(merged, gradients=False)
+        right_N = torch.cat([one[:-1].log_softmax(-1) for one in logits])
+        right_N = right_N.gather(1, packed(engine).target_N[:, None]).squeeze(1)
+        torch.testing.assert_close(found.logp_N, right_N, rtol=1e-4, atol=1e-4)
+        before, _ = torch.load(source / "answer.pt")
+        assert max(float((a - b).abs().max()) for a, b in zip(before, logits, strict=True)) > 0.1, case
+
+
+def packed(engine: MegatronEngine) -> MicroBatch:
+    cut = engine.cut
+    return pack(sequences(), range(len(LENGTHS)), multiple_of=cut.multiple_of, slot_multiple_of=cut.slot_multiple_of)
 
 
 def compare(engine: MegatronEngine, logits: list[torch.Tensor], gradients: dict[str, torch.Tensor], *, case: str) -> None:
-    cut = engine.cut
-    batch = pack(sequences(), range(len(LENGTHS)), multiple_of=cut.multiple_of, slot_multiple_of=cut.slot_multiple_of)
-    seen = []
+    batch, seen = packed(engine), []
 
     def objective(place, head):
         logp_N = head.logp().logp_N
