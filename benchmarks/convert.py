@@ -1,11 +1,11 @@
 """Time and memory of conversions in both directions, against a plain copy of the same files and against transformers.
 
-    python benchmarks/convert.py [--quick] [--folder /scratch] [--rounds 3] [--workers 2]
+    python benchmarks/convert.py [--quick] [--folder /scratch] [--rounds 6] [--workers 2]
 
 A random Llama in bfloat16 (2.5 GB, its vocabulary not a multiple of what Megatron pads to) is converted to a Megatron
 checkpoint and back. The limit is a copy of the same files, each brought to the disk; `transformers` loads and saves the
 same checkpoint; a bare stream reads tensor by tensor and writes each where it belongs, without any layout. All in one
-run, turn by turn, each in a fresh process that imports first and reads its input once, so that it lies in the page
+run, turn by turn in rotating order, each in a fresh process that imports first and reads its input once, so that it lies in the page
 cache; outputs are on the disk when the clock stops, and are removed before the next turn. Memory is what the kernel
 says, sampled: the peak of RssAnon (mapped files do not count) over what the imports left, and of all resident memory.
 """
@@ -172,7 +172,7 @@ def tried(way: str, folder: Path, workers: int) -> tuple[float, int, int]:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; needs three times the checkpoint (/tmp)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--workers", type=int, default=2, help="threads of a conversion")
     parser.add_argument("--quick", action="store_true", help="0.2 GB, one round")
     args = parser.parse_args(arguments)
@@ -187,9 +187,12 @@ def main(arguments: Sequence[str]) -> int:
         source = HFSource(folder / HF, read_model_config(folder / HF))
         sizes = [spec.num_bytes for spec in source.specs.values()]
         source.close()
-        for _ in range(rounds):
-            for way, runs in found.items():
-                runs.append(tried(way, folder, args.workers))
+        ways = list(found)
+        for number in range(rounds):
+            for way in (
+                ways[number % len(ways) :] + ways[: number % len(ways)]
+            ):  # whoever is first finds another machine
+                found[way].append(tried(way, folder, args.workers))
                 progress.advance(task)
     report(console, found, sum(sizes), max(sizes), args.workers)
     return 0

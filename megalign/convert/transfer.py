@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ class How:
         self.ended.clear()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
-                for one in as_completed([pool.submit(job) for job in jobs]):
+                # In a copy of this thread's context: torch keeps its settings there.
+                for one in as_completed([pool.submit(copy_context().run, job) for job in jobs]):
                     one.result()
             except BaseException:
                 self.ended.set()
