@@ -5,9 +5,10 @@
 A random Llama in bfloat16 (2.5 GB, its vocabulary not a multiple of what Megatron pads to) is converted to a Megatron
 checkpoint and back. The limit is a copy of the same files, each brought to the disk; `transformers` loads and saves the
 same checkpoint; a bare stream reads tensor by tensor and writes each where it belongs, without any layout. All in one
-run, turn by turn in rotating order, each in a fresh process that imports first and reads its input once, so that it lies in the page
-cache; outputs are on the disk when the clock stops, and are removed before the next turn. Memory is what the kernel
-says, sampled: the peak of RssAnon (mapped files do not count) over what the imports left, and of all resident memory.
+run, turn by turn in rotating order (whoever comes first finds another machine), each in a fresh process that imports
+first and reads its input once, so that it lies in the page cache; outputs are on the disk when the clock stops, and are
+removed before the next turn. Memory is what the kernel says, sampled: the peak of RssAnon (mapped files do not count)
+over what the imports left, and of all resident memory.
 """
 
 from __future__ import annotations

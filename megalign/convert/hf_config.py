@@ -13,7 +13,9 @@ from megalign.convert.rope_config import read_rope, rope_section
 from megalign.convert.rules import FAMILIES, Family
 
 # Those of transformers, for all families, where a config.json leaves the field out.
-COMMON_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_dropout": 0.0}
+COMMON_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+
+NOISE = ("attention_dropout", "resid_pdrop", "embd_pdrop", "router_jitter_noise")
 
 
 def read_model_config(hf_dir: Path) -> ModelConfig:
@@ -62,6 +64,16 @@ def read_model_config(hf_dir: Path) -> ModelConfig:
     return family.details(config, cfg)
 
 
+def noise_left_out(hf_dir: Path) -> str:
+    """Which noise of training a config.json asks for, in words, or nothing.
+
+    None is ever applied, because both passes of a step must compute the same.
+    """
+    fields = read_json(Path(hf_dir) / "config.json")
+    found = [f"{key} {fields[key]}" for key in NOISE if fields.get(key)]
+    return f"not applied, though config.json asks for it: {', '.join(found)}" if found else ""
+
+
 def _family(config: ConfigFile) -> Family:
     """By architecture, which also tells a language model from a classifier; by model_type where it is not written."""
     architectures = config.value("architectures")
@@ -79,8 +91,6 @@ def _family(config: ConfigFile) -> Family:
 
 
 def _refuse_unsupported(config: ConfigFile) -> None:
-    if config.value("attention_dropout"):
-        config.refuse("attention_dropout", "allowed: 0 (both passes of a step must compute the same)")
     if config.value("compression_config") is not None:
         config.refuse("compression_config", "compressed checkpoints are not read; use the bfloat16 one")
     quantisation(config.path.parent)

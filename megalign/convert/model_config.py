@@ -104,6 +104,7 @@ class ModelConfig:
     norm_eps: float
     rope: Rope
     sliding_rope: Rope | None = None  # of layers with a window, where it is another
+    rope_fp32: bool = False  # in half precision queries and keys are rounded only when they have turned
     no_rope_layers: tuple[int, ...] = ()
     tied: bool = False
     qkv_bias: bool = False
@@ -161,6 +162,7 @@ class ModelConfig:
         """Whether every layer is as in Llama, Qwen3 or Mixtral: nothing but what all libraries' layers compute."""
         extra = (
             self.sliding_rope,
+            self.rope_fp32,
             self.no_rope_layers,
             self.full_layers,
             self.post_norm,

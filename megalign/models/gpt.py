@@ -57,6 +57,7 @@ class PolicyModel(GPTModel):
         super().__init__(**kwargs)
         self.uses_te = layers == "transformer_engine"
         self.rotary, self.embedding_scale = Rotary(model.ropes), model.embedding_scale
+        self.rope_dtype = torch.float32 if model.rope_fp32 else self.config.params_dtype
         self.adapters: Adapters | None = None
 
     def forward(  # type: ignore[override]
@@ -92,7 +93,7 @@ class PolicyModel(GPTModel):
             )
             rotary = self.rotary.angles(position)
         else:
-            rotary = self.rotary(position, length, self.config.params_dtype)
+            rotary = self.rotary(position, length, self.rope_dtype)
         return self.decoder(  # type: ignore[no-any-return]
             hidden_states=embedded,
             attention_mask=None if self.uses_te else cu_seqlens,

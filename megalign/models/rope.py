@@ -84,7 +84,7 @@ class Rotary:
 
 
 def turn(x_LND: Tensor, cos_sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Turn the first 2 * (last of cos_sin [2, L, dim / 2]) dimensions of every head."""
+    """Turn the first 2 * (last of cos_sin [2, L, dim / 2]) dimensions of every head, in the wider of both dtypes."""
     cos, sin = cos_sin[:, :, None]
     dim = 2 * cos.shape[-1]
     turning, still = x_LND[..., :dim], x_LND[..., dim:]
@@ -94,4 +94,5 @@ def turn(x_LND: Tensor, cos_sin: Tensor, *, interleaved: bool) -> Tensor:
     else:
         a, b = turning.chunk(2, dim=-1)
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    turned = turned.to(x_LND.dtype)
     return turned if not still.shape[-1] else torch.cat((turned, still), dim=-1)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from megalign.config import JobConfig, dump_config, total_steps
 from megalign.convert import ModelConfig
+from megalign.convert.hf_config import noise_left_out
 from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups
 from megalign.engines.megatron import MegatronEngine
@@ -124,6 +125,8 @@ def _prepare(
         f"ranks {world.size}: {layout_text(groups)}; "
         f"{layers_of(cfg, inputs.model, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
     )
+    if left_out := noise_left_out(inputs.hf_dir):
+        report.say(left_out)
 
     def feed_of(records: Records, *, held_out: bool) -> DatasetFeed:
         report.say(records.dataset.report.line())

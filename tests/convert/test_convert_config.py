@@ -1,13 +1,18 @@
 """config.json is read as transformers reads it, and refused where the model would differ."""
 
 import json
+import math
 
 import pytest
+import torch
 import transformers
 from tiny_checkpoints import CASES, LLAMA3_ROPE, SIZES
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megalign.convert import read_model_config
+from megalign.convert.hf_config import noise_left_out
 from megalign.convert.model_config import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
+from megalign.models import rope
 from megalign.schema import UserError
 
 MINIMAL = {
@@ -127,7 +132,6 @@ REFUSED = {
     },
     "model_type is 'mistral'; LlamaForCausalLM has 'llama'": {"model_type": "mistral"},
     "hidden_act is 'gelu'; allowed: silu, gelu_pytorch_tanh": {"hidden_act": "gelu"},
-    "attention_dropout is 0.1; allowed: 0": {"attention_dropout": 0.1},
     "quantization_config.quant_method is 'gptq'; allowed: fp8": {"quantization_config": {"quant_method": "gptq"}},
     "quantization_config.weight_block_size is [128]; needed: rows and columns": {
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}
@@ -176,3 +180,81 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="config.json holds list; a JSON object is needed"):
         read_model_config(tmp_path)
+
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "attention_factor": None}
+
+
+def of(model_type, **changes):
+    """A small config.json of a family that has layers of several types."""
+    architecture = {"olmo3": "Olmo3", "gemma3_text": "Gemma3", "gpt_oss": "GptOss", "smollm3": "SmolLM3"}[model_type]
+    fields = {key: value for key, value in SIZES.items() if key != "rope_parameters"} | {"head_dim": 8}
+    fields |= {"num_local_experts": 4, "num_experts_per_tok": 2} if model_type == "gpt_oss" else {}
+    return {"architectures": [f"{architecture}ForCausalLM"], "model_type": model_type, **fields, **changes}
+
+
+@pytest.mark.parametrize("model_type", ["olmo3", "gemma3_text"])
+def test_older_scaling_is_of_full_layers_alone(tmp_path, model_type):
+    written = of(model_type, rope_scaling=YARN, original_max_position_embeddings=16, layer_types=["full_attention"] * 2)
+    cfg = read(tmp_path, **written)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, None, layer_type="full_attention")
+    assert torch.allclose(rope.frequencies(cfg.rope), frequencies, rtol=1e-6)
+    assert cfg.rope.scaling.attention_factor == pytest.approx(factor) and factor > 1.2
+    assert cfg.sliding_rope.scaling is None
+
+
+REFUSED_BY_TYPE = {
+    "rope_parameters is {'rope_type': 'default', 'rope_theta': 1.0}; needed: full_attention and sliding": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1.0}
+    },
+    "rope_scaling is {'rope_type': 'yarn'": {
+        "rope_parameters": {"full_attention": {"rope_type": "default"}},
+        "rope_scaling": YARN,
+    },
+    "rope_parameters.full_attention.truncate is False; allowed: true": {
+        "rope_parameters": {"full_attention": {**YARN, "truncate": False}}
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", ["olmo3", "gemma3_text"])
+@pytest.mark.parametrize("message", REFUSED_BY_TYPE)
+def test_refusals_of_positions_by_layer_type(tmp_path, model_type, message):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, **of(model_type, **REFUSED_BY_TYPE[message]))
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {message}")
+
+
+def test_nulls_of_gpt_oss_are_defaults(tmp_path):
+    plain = read(tmp_path, **of("gpt_oss"))
+    assert plain.rope.scaling == YarnScaling(32.0, 4096, truncate=False, attention_factor=0.1 * math.log(32) + 1)
+    assert read(tmp_path, **of("gpt_oss", rope_parameters=None)) == plain
+    assert read(tmp_path, **of("gpt_oss", rope_scaling=None)) == plain
+
+
+def test_windows_that_are_switched_off_and_listed(tmp_path):
+    listed = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+    assert read(tmp_path, **of("smollm3", use_sliding_window=True, **listed)).full_layers == (1,)
+    with pytest.raises(UserError, match="use_sliding_window is False; needed: true, for layer_types has sliding"):
+        read(tmp_path, **of("smollm3", use_sliding_window=False, **listed))
+
+
+def test_mistral_with_layer_types_is_ministral(tmp_path):
+    mistral = {**llama(), "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4}
+    kinds = ["full_attention", "sliding_attention"]
+    for layer_types, expected in ((None, (4, ())), (kinds, (4, (0,))), (["full_attention"] * 2, (None, ()))):
+        cfg = read(tmp_path, **mistral, layer_types=layer_types)
+        assert (cfg.sliding_window, cfg.full_layers) == expected
+    named = {"architectures": ["MinistralForCausalLM"], "model_type": "ministral", "layer_types": kinds}
+    cfg = read(tmp_path, **{**mistral, **named})
+    assert (cfg.family, cfg.sliding_window, cfg.full_layers) == ("ministral", 4, (0,))
+
+
+def test_noise_of_training_is_never_applied(tmp_path):
+    plain = read(tmp_path, **llama(attention_dropout=0.0))
+    assert noise_left_out(tmp_path) == ""
+    assert read(tmp_path, **llama(attention_dropout=0.1, embd_pdrop=0.2)) == plain
+    assert (
+        noise_left_out(tmp_path) == "not applied, though config.json asks for it: attention_dropout 0.1, embd_pdrop 0.2"
+    )

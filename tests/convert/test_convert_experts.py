@@ -176,7 +176,6 @@ def test_windows(tmp_path):
 
 
 REFUSED = [
-    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1; allowed: 0"),
     ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5; it must be at most num_experts, 4"),
     ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1; with shares that sum to one it must be"),
     ("mixtral", {"num_local_experts": 8}, "num_experts is 4; it must agree with num_local_experts, 8"),

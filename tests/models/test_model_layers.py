@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megalign.convert.model_config import Rope
 from megalign.models.layers import PackedAttention, RMSNorm, Scores
+from megalign.models.rope import Rotary, turn
 
 
 def config(**fields):
@@ -73,3 +76,18 @@ def test_norm_in_half_precision_keeps_its_statistics_in_float32():
 @pytest.mark.parametrize("parallel", [True, False])
 def test_norm_tells_megatron_whether_tensor_ranks_see_different_tokens(parallel):
     assert RMSNorm(config(sequence_parallel=parallel), 4).weight.sequence_parallel is parallel
+
+
+@pytest.mark.parametrize(("family", "tables"), [("llama", torch.bfloat16), ("olmo2", torch.float32)])
+def test_turning_rounds_where_transformers_does(family, tables):
+    modeling = import_module(f"transformers.models.{family}.modeling_{family}")
+    random = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(50, heads, 16, generator=random).bfloat16() for heads in (4, 2))
+    position = torch.arange(50)
+    cos_sin = Rotary((Rope(1000.0, 16),))(position, torch.full((50,), 50), tables)[0]
+    cos, sin = torch.cat((cos_sin, cos_sin), dim=-1)[:, None]
+    right = modeling.apply_rotary_pos_emb(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin)
+    for mine, theirs in zip((query, key), right, strict=True):
+        turned = turn(mine, cos_sin, interleaved=False)
+        assert turned.dtype == torch.bfloat16
+        assert torch.equal(turned, theirs[0].transpose(0, 1))

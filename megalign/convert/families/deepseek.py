@@ -15,10 +15,14 @@ from megalign.convert.rope_config import read_rope, rope_section, yarn_mscale
 from megalign.convert.rules import HF, LAYER, Axis, Family, Piece, Rule, register
 
 
-def rope(config: ConfigFile, head_dim: int) -> Rope:
-    """Of the part of each head that turns; V2 has no `rope_interleave` and always interleaves."""
-    interleaved = config.value("rope_interleave") is None or config.flag("rope_interleave")
-    return read_rope(config, rope_section(config), head_dim=config.whole("qk_rope_head_dim"), interleaved=interleaved)
+def rope_v2(config: ConfigFile, head_dim: int) -> Rope:
+    """Of the part of each head that turns, neighbours together whatever `rope_interleave` says."""
+    return read_rope(config, rope_section(config), head_dim=config.whole("qk_rope_head_dim"), interleaved=True)
+
+
+def rope_v3(config: ConfigFile, head_dim: int) -> Rope:
+    """The same, by `rope_interleave`."""
+    return replace(rope_v2(config, head_dim), interleaved=config.flag("rope_interleave"))
 
 
 def moe(config: ConfigFile) -> MoeConfig | None:
@@ -80,6 +84,11 @@ def details(config: ConfigFile, cfg: ModelConfig) -> ModelConfig:
     if cfg.rope.scaling is not None and section is not None and section.value("mscale_all_dim"):
         scale *= yarn_mscale(section.number("factor"), section.number("mscale_all_dim")) ** 2
     return replace(cfg, attention_scale=scale)
+
+
+def details_v2(config: ConfigFile, cfg: ModelConfig) -> ModelConfig:
+    """V2 turns in fp32."""
+    return replace(details(config, cfg), rope_fp32=True)
 
 
 def _direct(cfg: ModelConfig) -> bool:
@@ -147,9 +156,9 @@ DEEPSEEK_V2 = register(
             "routed_scaling_factor": 1.0,
             "topk_method": "greedy",
         },
-        rope=rope,
+        rope=rope_v2,
         moe=moe_v2,
-        details=details,
+        details=details_v2,
         ignorable=(ROTARY_BUFFER,),
     )
 )
@@ -173,7 +182,7 @@ DEEPSEEK_V3 = register(
             "routed_scaling_factor": 2.5,
             "rope_interleave": True,
         },
-        rope=rope,
+        rope=rope_v3,
         moe=moe_v3,
         details=details,
         ignorable=(ROTARY_BUFFER, r"model\.layers\.{num_layers}\..*"),

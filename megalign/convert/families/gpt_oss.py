@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.parts import ATTENTION, FIRST, LAST, NORMS, OUT_BIAS, QKV_BIAS, moe_config, windows
-from megalign.convert.model_config import ModelConfig, MoeConfig
+from megalign.convert.model_config import ModelConfig, MoeConfig, Rope
+from megalign.convert.rope_config import read_rope, rope_section
 from megalign.convert.rules import HF, LAYER, STACK2, Family, Piece, Rule, Window, register
 
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
@@ -13,6 +14,13 @@ SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 def window(config: ConfigFile) -> Window:
     """Even layers slide, where `layer_types` says nothing else."""
     return windows(config, lambda layer: layer % 2 == 0)
+
+
+def rope(config: ConfigFile, head_dim: int) -> Rope:
+    """A null says as little as nothing: then they are scaled as in the published models."""
+    written = {key: value for key, value in config.fields.items() if key != "rope_parameters" or value is not None}
+    config = ConfigFile(config.path, written, config.defaults)
+    return read_rope(config, rope_section(config), head_dim=head_dim)
 
 
 def moe(config: ConfigFile) -> MoeConfig:
@@ -91,6 +99,7 @@ GPT_OSS = register(
             },
         },
         window=window,
+        rope=rope,
         moe=moe,
         details=details,
         activation="clamped_swiglu",

@@ -1,16 +1,21 @@
 """Mixtral: every layer routes to experts; their shares sum to one."""
 
 from megalign.convert.config_file import ConfigFile
-from megalign.convert.families.mistral import window
+from megalign.convert.families.mistral import window_of_all
 from megalign.convert.families.parts import ATTENTION, FIRST, LAST, NORMS, ROTARY_BUFFER, experts, moe_config
 from megalign.convert.model_config import MoeConfig
-from megalign.convert.rules import Family, register
+from megalign.convert.rules import Family, Window, register
+
+
+def window(config: ConfigFile) -> Window:
+    """The window of all layers."""
+    if len(set(config.value("layer_types") or ())) > 1:
+        config.refuse("layer_types", "only all layers or none may slide")
+    return window_of_all(config)
 
 
 def moe(config: ConfigFile) -> MoeConfig:
     """The experts; `intermediate_size` is that of one of them."""
-    if config.value("router_jitter_noise"):
-        config.refuse("router_jitter_noise", "allowed: 0 (both passes of a step must compute the same)")
     return moe_config(config, ffn="intermediate_size", normalize=True)
 
 

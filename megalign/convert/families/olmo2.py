@@ -10,7 +10,7 @@ from megalign.convert.rules import HF, LAYER, Family, Piece, Rule, register
 
 def details(config: ConfigFile, cfg: ModelConfig) -> ModelConfig:
     """Where the norms are."""
-    return replace(cfg, pre_norm=False, post_norm=True, norm_fp32=True, qk_norm="all")
+    return replace(cfg, pre_norm=False, post_norm=True, norm_fp32=True, rope_fp32=True, qk_norm="all")
 
 
 OLMO2 = register(

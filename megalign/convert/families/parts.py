@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from megalign.convert.config_file import ConfigFile
 from megalign.convert.model_config import ModelConfig, MoeConfig, Rope
-from megalign.convert.rope_config import read_rope, rope_section
+from megalign.convert.rope_config import ORIGINAL, read_rope
 from megalign.convert.rules import EMBED, HF, LAYER, QKV, STACK2, Axis, Piece, Rule, Window
 
 
@@ -39,14 +39,24 @@ def window_by_switch(
 def rope_by_kind(config: ConfigFile, kind: str, head_dim: int, *, theta_key: str = "rope_theta") -> Rope:
     """The positions of `full_attention` or `sliding_attention` layers, which have parameters of their own.
 
-    Before transformers 5 `rope_scaling` was for the full ones alone.
+    Before transformers 5 `rope_scaling` was for the full ones alone. Refused is what transformers reads otherwise than
+    it is written.
     """
-    section = rope_section(config)
-    if section is not None and any(isinstance(value, dict) or value is None for value in section.fields.values()):
-        section = section.section(kind) if section.value(kind) is not None else None
-    elif kind == "sliding_attention":
-        section = None
-    return read_rope(config, section, head_dim=head_dim, theta_key=theta_key)
+    section = None
+    if config.value("rope_parameters"):
+        both = config.section("rope_parameters")
+        if not {"full_attention", "sliding_attention"} & both.fields.keys():
+            config.refuse("rope_parameters", "needed: full_attention and sliding_attention, with parameters each")
+        if config.value("rope_scaling"):
+            config.refuse("rope_scaling", "allowed: nothing beside rope_parameters")
+        section = both.section(kind) if both.value(kind) is not None else None
+    elif config.value("rope_scaling") and kind == "full_attention":
+        section = config.section("rope_scaling")
+    if section is not None and section.value("truncate") is False:
+        section.refuse("truncate", "allowed: true, where layers have parameters by their type")
+    inside = {key: value for key, value in config.fields.items() if key != ORIGINAL}  # it is the section's alone
+    outer = ConfigFile(config.path, inside, config.defaults, config.prefix)
+    return read_rope(outer, section, head_dim=head_dim, theta_key=theta_key)
 
 
 def moe_config(config: ConfigFile, *, ffn: str, normalize: bool, experts: str | None = None) -> MoeConfig:

@@ -2,7 +2,7 @@
 
 from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.parts import FIRST, FUSED_ATTENTION, FUSED_MLP, LAST, NORMS
-from megalign.convert.model_config import ModelConfig, Rope
+from megalign.convert.model_config import Rope
 from megalign.convert.rope_config import read_rope, rope_section
 from megalign.convert.rules import Family, Window, register
 
@@ -15,14 +15,6 @@ def window(config: ConfigFile) -> Window:
 def rope(config: ConfigFile, head_dim: int) -> Rope:
     """Partial in Phi-4-mini."""
     return read_rope(config, rope_section(config), head_dim=head_dim, partial=True)
-
-
-def details(config: ConfigFile, cfg: ModelConfig) -> ModelConfig:
-    """Nothing more, but dropout is refused."""
-    for key in ("resid_pdrop", "embd_pdrop"):
-        if config.value(key):
-            config.refuse(key, "allowed: 0 (both passes of a step must compute the same)")
-    return cfg
 
 
 PHI3 = register(
@@ -38,6 +30,5 @@ PHI3 = register(
         },
         window=window,
         rope=rope,
-        details=details,
     )
 )

@@ -22,6 +22,8 @@ def no_rope_layers(config: ConfigFile) -> tuple[int, ...]:
 
 def window(config: ConfigFile) -> Window:
     """Behind a switch; layers without positions slide, where `layer_types` says nothing else."""
+    if "sliding_attention" in (config.value("layer_types") or ()) and not config.flag("use_sliding_window"):
+        config.refuse("use_sliding_window", "needed: true, for layer_types has sliding_attention")
     if not config.flag("use_sliding_window") or config.value("sliding_window") is None:
         return None, ()
     without = no_rope_layers(config)
