@@ -190,9 +190,8 @@ def main(arguments: Sequence[str]) -> int:
         source.close()
         ways = list(found)
         for number in range(rounds):
-            for way in (
-                ways[number % len(ways) :] + ways[: number % len(ways)]
-            ):  # whoever is first finds another machine
+            first = number % len(ways)
+            for way in ways[first:] + ways[:first]:
                 found[way].append(tried(way, folder, args.workers))
                 progress.advance(task)
     report(console, found, sum(sizes), max(sizes), args.workers)
@@ -202,7 +201,7 @@ def main(arguments: Sequence[str]) -> int:
 def report(
     console: Console, found: dict[str, list[tuple[float, int, int]]], total: int, largest: int, workers: int
 ) -> None:
-    """Medians, with the range of the times' ratios turn by turn."""
+    """Medians and their ratios, with the range of the ratios in single rounds."""
     allowed = MOST_TENSORS * largest + MOST_MORE
     table = Table(
         title=f"{total / 1e9:.2f} GB of bfloat16, largest tensor {largest / 1e6:.0f} MB, {workers} workers; "
@@ -216,8 +215,10 @@ def report(
         seconds, anonymous, resident = zip(*runs, strict=True)
         ratio = span = ""
         if way in LIMIT_OF:
-            ratios = [a[0] / b[0] for a, b in zip(runs, found[LIMIT_OF[way]], strict=True)]
-            ratio, span = f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}"
+            limit = [run[0] for run in found[LIMIT_OF[way]]]
+            ratios = [a / b for a, b in zip(seconds, limit, strict=True)]
+            ratio = f"{statistics.median(seconds) / statistics.median(limit):.2f}"
+            span = f"{min(ratios):.2f} - {max(ratios):.2f}"
         memory = (f"{max(anonymous) / 1e6:.0f}", f"{max(resident) / 1e6:.0f}")
         table.add_row(way, f"{statistics.median(seconds):.1f}", ratio, span, *memory)
     console.print(table)

@@ -125,6 +125,14 @@ def write_synced(path: Path, content: bytes) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def write_at(handle: int, content: memoryview | bytes, place: int) -> None:
+    """All of `content` into an open file, from byte `place` on."""
+    view = memoryview(content)
+    while view:
+        count = os.pwrite(handle, view, place)
+        view, place = view[count:], place + count
+
+
 def sync(path: Path) -> None:
     """What is renamed into place must be on the disk before its name is."""
     handle = os.open(path, os.O_RDONLY)

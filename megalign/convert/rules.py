@@ -113,17 +113,25 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How Megatron lays a rule's pieces into one tensor; `split` undoes `join`, on parts as on wholes."""
+    """How Megatron lays a rule's pieces into one tensor: runs of their rows, `blocks`, in its order.
 
-    join: Callable[[Sequence[Tensor], ModelConfig], Tensor]
+    `split` undoes `join`, on parts as on wholes.
+    """
+
+    blocks: Callable[[Sequence[Tensor], ModelConfig], Sequence[Tensor]]
     split: Callable[[Tensor, ModelConfig], Sequence[Tensor]]
 
+    def join(self, pieces: Sequence[Tensor], cfg: ModelConfig) -> Tensor:
+        """The Megatron tensor; a view where it is one piece."""
+        blocks = self.blocks(pieces, cfg)
+        return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
 
-def _join_qkv(pieces: Sequence[Tensor], cfg: ModelConfig) -> Tensor:
+
+def _qkv_blocks(pieces: Sequence[Tensor], cfg: ModelConfig) -> Sequence[Tensor]:
     """[query rows, ...], [key rows, ...], [value rows, ...] -> by key-value group: its queries, its key, its value."""
     num_groups = pieces[1].shape[0] // cfg.head_dim
-    grouped = [piece.reshape(num_groups, -1, *piece.shape[1:]) for piece in pieces]
-    return torch.cat(grouped, dim=1).flatten(0, 1)
+    grouped = [piece.chunk(num_groups) for piece in pieces]
+    return [rows for group in zip(*grouped, strict=True) for rows in group]
 
 
 def _split_qkv(tensor: Tensor, cfg: ModelConfig) -> Sequence[Tensor]:
@@ -132,9 +140,9 @@ def _split_qkv(tensor: Tensor, cfg: ModelConfig) -> Sequence[Tensor]:
     return [piece.flatten(0, 1) for piece in grouped.split(rows, dim=1)]
 
 
-WHOLE = Layout(join=lambda pieces, cfg: pieces[0], split=lambda tensor, cfg: [tensor])
-STACK2 = Layout(join=lambda pieces, cfg: torch.cat(list(pieces)), split=lambda tensor, cfg: tensor.chunk(2))
-QKV = Layout(join=_join_qkv, split=_split_qkv)
+WHOLE = Layout(blocks=lambda pieces, cfg: pieces, split=lambda tensor, cfg: [tensor])
+STACK2 = Layout(blocks=lambda pieces, cfg: pieces, split=lambda tensor, cfg: tensor.chunk(2))
+QKV = Layout(blocks=_qkv_blocks, split=_split_qkv)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megalign.convert.partial import write_at
 from megalign.schema import UserError
 
 DTYPES = {
@@ -98,13 +99,10 @@ class SafetensorsFile:
             self.left[name] -= math.prod(spec.shape if row is None else spec.shape[1:])
 
     def _put(self, content: memoryview | bytes, place: int) -> None:
-        view = memoryview(content)
-        while view:
-            try:
-                count = os.pwrite(self.handle, view, place)
-            except OSError as error:
-                raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
-            view, place = view[count:], place + count
+        try:
+            write_at(self.handle, content, place)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def close(self, *, partly: bool = False) -> None:
         """Bring the file to the disk; ValueError if a tensor never came, unless others write it too (`partly`)."""

@@ -31,9 +31,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.serialization import skip_data
 
 from megalign.convert.model_config import ModelConfig
-from megalign.convert.partial import write_synced
+from megalign.convert.partial import write_at, write_synced
 from megalign.convert.rules import find_rule
 from megalign.convert.safetensors_file import Spec
 from megalign.schema import UserError
@@ -99,6 +100,24 @@ def extra_state_of(name: str, cfg: ModelConfig) -> str | None:
     return f"{key.removesuffix('.weight')}._extra_state/shard_{number}_{count}"
 
 
+class _WithHole(io.RawIOBase):
+    """A file as `torch.save` writes to it when it skips a tensor's data: `hole` is where they belong."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self.file, self.hole = file, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        return self.file.write(content)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.hole = self.file.tell()
+        return self.file.seek(offset, whence)
+
+
 class TorchDistFile:
     """One file of a checkpoint: tensors and small objects, appended; `entries` says where they are."""
 
@@ -110,29 +129,40 @@ class TorchDistFile:
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
-    def append(self, key: str, index: tuple[int, ...], tensor: Tensor) -> None:
-        """A chunk of what lies under `key`: at `index` of its first dimensions."""
-        flat = tensor.contiguous().reshape(-1)
-        if flat.numel() and flat.untyped_storage().nbytes() != flat.nbytes:
-            # `torch.save` would write all that the view is of; numpy has it alone, without a copy.
-            flat = torch.from_numpy(flat.view(torch.uint8).numpy()).view(tensor.dtype)
-        chunk = flat.view((1,) * len(index) + tuple(tensor.shape))
-        begin = self._save(chunk)
-        self.entries.append([key, [*index, *[0] * tensor.dim()], list(chunk.shape), begin, self.file.tell() - begin])
+    def append(self, key: str, index: tuple[int, ...], spec: Spec, blocks: Sequence[Tensor]) -> None:
+        """A chunk of what lies under `key`: at `index` of its first dimensions; given as runs of its rows, in order."""
+        if sum(block.nbytes for block in blocks) != spec.num_bytes or any(one.dtype != spec.dtype for one in blocks):
+            raise ValueError(f"{key} is announced as {spec}, and comes as {[(one.shape, one.dtype) for one in blocks]}")
+        # Never touched, so it takes no memory: the blocks go to the file without being joined first.
+        chunk = torch.empty((1,) * len(index) + spec.shape, dtype=spec.dtype)
+        begin, hole = self.file.tell(), _WithHole(self.file)
+        with skip_data():
+            self._save(chunk, hole)
+        place = hole.hole
+        for block in blocks:
+            flat = block.contiguous().reshape(-1).view(torch.uint8)
+            self._put(flat.numpy().data, place)
+            place += block.nbytes
+        self.entries.append([key, [*index, *[0] * len(spec.shape)], list(chunk.shape), begin, self.file.tell() - begin])
 
     def append_empty_state(self, key: str) -> None:
-        begin = self._save([None])
+        begin = self.file.tell()
+        self._save([None], self.file)
         self.entries.append([key, None, None, begin, self.file.tell() - begin])
 
-    def _save(self, value: Any) -> int:
-        begin = self.file.tell()
+    def _save(self, value: Any, file: Any) -> None:
         try:
-            torch.save(value, self.file)
+            torch.save(value, file)
         except (OSError, RuntimeError) as error:
             # A full disk shows as a broken zip writer.
             reason = error.strerror if isinstance(error, OSError) else "No space left on device, or it failed"
             raise UserError(f"{self.path} cannot be written: {reason}") from None
-        return begin
+
+    def _put(self, content: memoryview, place: int) -> None:
+        try:
+            write_at(self.file.fileno(), content, place)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
         """Bring the file to the disk."""

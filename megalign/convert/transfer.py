@@ -10,14 +10,12 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import serialization
 
 from megalign.convert.config_file import read_json
 from megalign.convert.hf_config import read_model_config
@@ -72,8 +70,7 @@ class How:
         self.ended.clear()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
-                # In a copy of this thread's context: torch keeps its settings there.
-                for one in as_completed([pool.submit(copy_context().run, job) for job in jobs]):
+                for one in as_completed([pool.submit(job) for job in jobs]):
                     one.result()
             except BaseException:
                 self.ended.set()
@@ -102,8 +99,7 @@ def hf_to_megatron(hf_dir: str, out_dir: Path, how: How | None = None) -> None:
             total = sum(spec.num_bytes for shard in left.values() for spec in shard.values())
             partial.need(total)
             how.begin(total)
-            with serialization.config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # half the time
-                how.run(_file_writer(source, partial, *one, how) for one in left.items())
+            how.run(_file_writer(source, partial, *one, how) for one in left.items())
             dtype = model_dtype(specs, model)
             about = {"dtype": str(dtype), "optimizer": False, "lora": None}
             by_key = key_specs(specs, model)
@@ -127,7 +123,7 @@ def _file_writer(
         try:
             for name, spec in shard.items():
                 key, index, _ = place_of(name, source.cfg)
-                out.append(key, index, megatron_tensor(source, name))
+                out.append(key, index, spec, megatron_blocks(source, name))
                 state = extra_state_of(name, source.cfg)
                 if state is not None:
                     out.append_empty_state(state)
@@ -139,15 +135,14 @@ def _file_writer(
     return write
 
 
-def megatron_tensor(source: HFSource, name: str) -> Tensor:
-    """A whole Megatron tensor, the padding of the vocabulary included; a view of the file where it is one piece."""
+def megatron_blocks(source: HFSource, name: str) -> list[Tensor]:
+    """A whole Megatron tensor as runs of its rows, the padding of the vocabulary included; views of the file mostly."""
     cfg = source.cfg
     rule, place = find_rule(name, cfg)
-    joined = rule.layout.join(source.pieces(rule, place), cfg)
+    blocks = list(rule.layout.blocks(source.pieces(rule, place), cfg))
     if rule.pieces[0].axes[0] == "vocab":
-        padding = joined.new_zeros(cfg.padded_vocab_size - cfg.vocab_size, *joined.shape[1:])
-        joined = torch.cat((joined, padding)) if len(padding) else joined
-    return joined
+        blocks.append(blocks[0].new_zeros(cfg.padded_vocab_size - cfg.vocab_size, *blocks[0].shape[1:]))
+    return blocks
 
 
 def whole_names(model: ModelConfig) -> list[str]:
