@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any, get_args
 
@@ -14,6 +15,13 @@ class UserError(Exception):
 
     The message names the file or section, the field, the value that came and what is allowed.
     """
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in a line of 200 characters; of torch's refusals of pickles what matters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    found = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) [\w.]+", text)
+    return (found[0] if found else text)[:200]
 
 
 class Strict(BaseModel):

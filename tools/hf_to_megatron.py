@@ -10,6 +10,7 @@ code: 0; 2 for wrong input, 75 stopped by a signal.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from megalign.convert.report import tensor_map
 from megalign.convert.transfer import How, hf_to_megatron
 from megalign.runtime.progress import ByteBar
-from megalign.runtime.status import resumable
+from megalign.runtime.status import stoppable
 from megalign.schema import UserError
 
 
@@ -39,15 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if args.out_dir is None:
             raise UserError("OUT_DIR is missing; needed: a new or empty directory, or --dry-run")
-        if args.workers < 1 or args.file_gb <= 0:
-            raise UserError("--workers must be 1 or more, --file-gb more than 0")
+        if args.workers < 1 or not 0 < args.file_gb < math.inf:
+            raise UserError("--workers must be 1 or more, --file-gb a number more than 0")
         with ByteBar(f"{args.hf_dir} -> {args.out_dir}", console) as bar:
             how = How(args.workers, int(args.file_gb * 1e9), args.allow_pickle, bar.begin, bar.wrote)
             hf_to_megatron(args.hf_dir, args.out_dir, how)
         console.print(f"{args.out_dir} is written")
         return 0
 
-    return resumable(convert)
+    return stoppable(convert, afterwards="; the same command goes on where it was")
 
 
 if __name__ == "__main__":

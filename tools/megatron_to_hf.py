@@ -9,6 +9,7 @@ code: 0; 2 for wrong input, 75 stopped by a signal.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from megalign.convert.report import tensor_map_back
 from megalign.convert.transfer import How, megatron_to_hf
 from megalign.runtime.progress import ByteBar
-from megalign.runtime.status import resumable
+from megalign.runtime.status import stoppable
 from megalign.schema import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,15 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if args.out_dir is None:
             raise UserError("OUT_HF_DIR is missing; needed: a new or empty directory, or --dry-run")
-        if args.workers < 1 or args.shard_gb <= 0:
-            raise UserError("--workers must be 1 or more, --shard-gb more than 0")
+        if args.workers < 1 or not 0 < args.shard_gb < math.inf:
+            raise UserError("--workers must be 1 or more, --shard-gb a number more than 0")
         with ByteBar(f"{args.checkpoint} -> {args.out_dir}", console) as bar:
             how = How(args.workers, int(args.shard_gb * 1e9), begin=bar.begin, wrote=bar.wrote)
             megatron_to_hf(args.checkpoint, args.out_dir, how, dtype=DTYPES.get(args.dtype))
         console.print(f"{args.out_dir} is written")
         return 0
 
-    return resumable(convert)
+    return stoppable(convert, afterwards="; the same command goes on where it was")
 
 
 if __name__ == "__main__":

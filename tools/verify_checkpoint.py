@@ -3,7 +3,8 @@
     python tools/verify_checkpoint.py A B
 
 A Megatron checkpoint is compared under the Hugging Face names of its weights, its adapters merged. Prints a table of
-what differs and a summary. Exit code: 0 if every tensor is equal bit by bit, 1 if not, 2 for wrong input.
+what differs and a summary. Exit code: 0 if every tensor is equal bit by bit, 1 if not, 2 for wrong input, 75
+stopped by a signal.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from megalign.convert.report import compare
 from megalign.runtime.progress import ByteBar
-from megalign.runtime.status import guarded
+from megalign.runtime.status import stoppable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(result.summary(), soft_wrap=True, highlight=False)
         return 1 if result.differences else 0
 
-    return guarded(verify)
+    return stoppable(verify)
 
 
 if __name__ == "__main__":

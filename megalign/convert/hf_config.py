@@ -11,10 +11,12 @@ from megalign.convert.model_config import ModelConfig, Rope
 from megalign.convert.quantised import quantisation
 from megalign.convert.rope_config import read_rope, rope_section
 from megalign.convert.rules import FAMILIES, Family
+from megalign.schema import UserError
 
 # Those of transformers, for all families, where a config.json leaves the field out.
 COMMON_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 
+MOST = 10_000  # layers, and experts
 NOISE = ("attention_dropout", "resid_pdrop", "embd_pdrop", "router_jitter_noise")
 
 
@@ -61,6 +63,10 @@ def read_model_config(hf_dir: Path) -> ModelConfig:
         activation=_activation(config, family),
         moe=family.moe(config),
     )
+    num_experts = 0 if cfg.moe is None else cfg.moe.num_experts
+    for what, count in (("layers", cfg.num_layers), ("experts", num_experts)):
+        if count > MOST:
+            raise UserError(f"{path} asks for {count} {what}; allowed: at most {MOST}")
     return family.details(config, cfg)
 
 
@@ -82,9 +88,10 @@ def _family(config: ConfigFile) -> Family:
             config.refuse("model_type", f"known: {', '.join(sorted(FAMILIES))}")
         return FAMILIES[config.value("model_type")]
     by_architecture = {family.architecture: family for family in FAMILIES.values()}
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in by_architecture:
+    known = isinstance(architectures, list) and [one for one in by_architecture if architectures == [one]]
+    if not known:
         config.refuse("architectures", f"known: {', '.join(sorted(by_architecture))}")
-    family = by_architecture[architectures[0]]
+    family = by_architecture[known[0]]
     if config.value("model_type") not in (None, family.name):
         config.refuse("model_type", f"{family.architecture} has {family.name!r}")
     return family

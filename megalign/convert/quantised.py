@@ -121,6 +121,8 @@ def find_quantised(folder: Path, files: Mapping[str, Path], describe: Describe) 
         one: Quantised
         if config.value("quant_method") == "fp8" and describe(name)[1] == FP8:
             shape, block = describe(name)[0], tuple(config.value("weight_block_size"))
+            if len(shape) != 2:
+                raise UserError(f"{path}: tensor {name} in F8_E4M3 has shape {list(shape)}; needed: a matrix")
             needed = tuple(-(-size // part) for size, part in zip(shape, block))
             one = Fp8Weight(files.get(name + SCALE, path), name, shape, (block[0], block[1]), dtype)
             _check_scale(folder, files, describe, name + SCALE, needed, f"{name} is stored as F8_E4M3")

@@ -37,7 +37,10 @@ DOWNLOADED = ("config.json", "generation_config.json", INDEX, "*.safetensors", *
 
 def resolve_model(path: str, *, allow_pickle: bool = False) -> Path:
     """A local checkpoint directory; `hf://org/name[@revision]` is downloaded (or found in the cache) first."""
-    folder = _download(path, allow_pickle) if path.startswith("hf://") else Path(path).expanduser()
+    try:
+        folder = _download(path, allow_pickle) if path.startswith("hf://") else Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path} names no user's home directory") from None
     if not folder.is_dir():
         raise UserError(f"{path} is not a directory; needed: a Hugging Face checkpoint directory or hf://org/name")
     if not (folder / "config.json").is_file():
@@ -52,7 +55,6 @@ def _download(path: str, allow_pickle: bool) -> Path:
         raise UserError(f"{path} is not a model on the hub; needed: hf://org/name or hf://org/name@revision")
     # Imported here: it takes a second, and local directories do without it.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(
@@ -63,7 +65,7 @@ def _download(path: str, allow_pickle: bool) -> Path:
                 ignore_patterns=["*/*.safetensors", "consolidated*"],
             )
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{path} could not be downloaded ({reason}); check name, revision, access rights and network, "
@@ -217,7 +219,7 @@ def _cut(whole: Tensor, piece: Piece, cfg: ModelConfig, tp_dim: int | None, tp_r
 
 def _check_tied_copy(path: Path, embedding: Tensor, head: Tensor) -> None:
     """A stored head beside tie_word_embeddings is harmless as a duplicate; transformers unties one that differs."""
-    if not torch.equal(embedding, head):
+    if embedding.dtype != head.dtype or not torch.equal(embedding, head):
         raise UserError(
             f"{path}: lm_head.weight differs from {EMBED.name} although tie_word_embeddings is true in config.json; "
             "set it to false, or drop lm_head.weight"

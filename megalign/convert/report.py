@@ -13,10 +13,11 @@ from torch import Tensor
 from megalign.convert.hf_config import read_model_config
 from megalign.convert.reader import HFSource, resolve_model
 from megalign.convert.rules import QKV, STACK2, Rule, find_rule
-from megalign.convert.safetensors_file import NAMES, Spec
+from megalign.convert.safetensors_file import DTYPES, NAMES, Spec
 from megalign.convert.stored import StoredFiles
 from megalign.convert.torch_dist import place_of
 from megalign.convert.transfer import HF_FILES, MegatronSource, megatron_specs
+from megalign.schema import UserError
 
 CHUNK = 1 << 22  # numbers that are compared at a time
 
@@ -132,6 +133,9 @@ class _Raw:
         stored = StoredFiles(folder)
         self.tensor = stored.tensor
         self.specs = {name: Spec(*stored.describe(name)) for name in stored.files}
+        for name, spec in self.specs.items():
+            if not isinstance(spec.dtype, torch.dtype):
+                raise UserError(f"{stored.files[name]}: tensor {name} is stored as {spec.dtype}; known: {list(DTYPES)}")
 
 
 def _opened(folder: Path) -> _Raw | MegatronSource:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from megalign.convert.config_file import read_json
 from megalign.convert.quantised import Mxfp4Experts, find_quantised
 from megalign.convert.safetensors_file import DTYPES
-from megalign.schema import UserError
+from megalign.schema import UserError, reason_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -29,6 +29,7 @@ class StoredFiles:
         self.handles: dict[Path, Any] = {}
         self.files: dict[str, Path] = {}
         paths, weight_map, index = self.find(folder, allow_pickle=allow_pickle)
+        self.pickled = index == PICKLE_INDEX
         for path in paths:
             for name in self._open(path, index).keys():  # noqa: SIM118  (not always a mapping)
                 if name in self.files:
@@ -91,7 +92,7 @@ class StoredFiles:
 
     def _open(self, path: Path, index: str) -> Any:
         if path not in self.handles:
-            self.handles[path] = _unpickled(path) if path.suffix == ".bin" else _opened(path, index)
+            self.handles[path] = _unpickled(path) if self.pickled else _opened(path, index)
         return self.handles[path]
 
     def close(self) -> None:
@@ -100,6 +101,8 @@ class StoredFiles:
 
 
 def _opened(path: Path, index: str) -> Any:
+    if path.exists() and not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be read: Permission denied")
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
@@ -117,11 +120,12 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {PICKLE_INDEX} names it") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a pickle of plain tensors: {' '.join(str(error).split())[:150]}") from None
-    if not isinstance(found, dict) or not all(isinstance(one, Tensor) for one in found.values()):
+    except Exception as error:
+        raise UserError(f"{path} is not a pickle of plain tensors: {reason_of(error)}") from None
+    pairs = found.items() if isinstance(found, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in pairs):
         raise UserError(f"{path} is not a pickle of plain tensors; needed: a dictionary of them by name")
-    return found
+    return dict(found)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

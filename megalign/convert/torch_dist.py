@@ -37,7 +37,7 @@ from megalign.convert.model_config import ModelConfig
 from megalign.convert.partial import write_at, write_synced
 from megalign.convert.rules import find_rule
 from megalign.convert.safetensors_file import Spec
-from megalign.schema import UserError
+from megalign.schema import UserError, reason_of
 
 INDEX, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 FORMAT_TEXT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -220,11 +220,12 @@ def read_index(folder: Path) -> Metadata:
             found = _PlainUnpickler(file).load()
         if not isinstance(found, Metadata):
             raise pickle.UnpicklingError(f"it holds {type(found).__name__}")
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{folder}/.metadata: {reason}; needed: the index of a checkpoint that megalign wrote"
-        ) from None
+        for info in found.storage_data.values():
+            if not isinstance(info.relative_path, str) or min(info.offset, info.length) < 0:
+                raise pickle.UnpicklingError(f"it holds {info}")
+    except Exception as error:
+        needed = "needed: the index of a checkpoint that megalign wrote"
+        raise UserError(f"{folder}/.metadata: {reason_of(error)}; {needed}") from None
     return found
 
 
@@ -245,8 +246,22 @@ class TorchDistReader:
         path = self.folder / COMMON
         try:
             return dict(torch.load(path, weights_only=True))
-        except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+        except Exception as error:
+            raise UserError(f"{path} cannot be read: {reason_of(error)}") from None
+
+    def check_objects(self) -> None:
+        """UserError where one of the small objects beside the tensors is more than plain values.
+
+        torch's own loader unpickles them without looking.
+        """
+        for place, info in self.index.storage_data.items():
+            if isinstance(self.index.state_dict_metadata.get(place.fqn), BytesStorageMetadata):
+                try:
+                    inside = _Window(self._mapped(info.relative_path), info.offset, info.length)
+                    torch.load(cast(IO[bytes], inside), map_location="cpu", weights_only=True)
+                except Exception as error:
+                    file = self.folder / info.relative_path
+                    raise UserError(f"{file}: {place.fqn} cannot be read: {reason_of(error)}") from None
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
         """What lies under `key` at `index` of its first dimensions; a view of the file where it is in one chunk."""
@@ -303,17 +318,8 @@ class TorchDistReader:
             return torch.frombuffer(
                 self._mapped(info.relative_path), dtype=dtype, count=math.prod(shape), offset=first
             ).view(shape)
-        except (
-            OSError,
-            KeyError,
-            ValueError,
-            RuntimeError,
-            EOFError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}: tensor {key} cannot be read: {reason}") from None
+        except Exception as error:
+            raise UserError(f"{path}: tensor {key} cannot be read: {reason_of(error)}") from None
 
     def _mapped(self, file: str) -> mmap.mmap:
         if file not in self.maps:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalign import __version__
 from megalign.convert.config_file import read_json
 from megalign.convert.hf_config import read_model_config
 from megalign.convert.model_config import ModelConfig
@@ -38,13 +39,14 @@ from megalign.convert.writer import (
     HFWriter,
     changed,
     check_target,
-    companions,
     config_changes,
     fixed_dtypes,
+    read_companions,
 )
 from megalign.schema import UserError
 
 HF_FILES = "hf"  # in a Megatron checkpoint: what the Hugging Face one had besides weights
+MERGED_AT_ONCE = 1 << 24  # values
 STATE = ("optimizer.", "adapters.", "rng_state", "rerun_state")  # in a run's checkpoint, beside the model
 
 
@@ -87,12 +89,17 @@ def hf_to_megatron(hf_dir: str, out_dir: Path, how: How | None = None) -> None:
     how = how or How()
     folder = resolve_model(hf_dir, allow_pickle=how.allow_pickle)
     model = read_model_config(folder)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} exists and is not empty; needed: a new or empty directory")
+    check_target(out_dir, folder, overwrite=False)
+    beside = read_companions(folder)
     source = HFSource(folder, model, allow_pickle=how.allow_pickle)
-    specs = megatron_specs(source)
     try:
-        key = _fingerprint("hf_to_megatron", folder, sorted(set(source.stored.raw_files.values())), how.max_shard_bytes)
+        specs = megatron_specs(source)
+
+        def fingerprint() -> str:
+            files = sorted(set(source.stored.raw_files.values()))
+            return _fingerprint("hf_to_megatron", folder, files, how.max_shard_bytes)
+
+        key = fingerprint()
         with PartialFolder(out_dir, key=key) as partial:
             shards = {f"__0_{n}.distcp": names for n, names in enumerate(plan_shards(specs, how.max_shard_bytes))}
             left = {file: shard for file, shard in shards.items() if file not in partial.done}
@@ -100,15 +107,14 @@ def hf_to_megatron(hf_dir: str, out_dir: Path, how: How | None = None) -> None:
             partial.need(total)
             how.begin(total)
             how.run(_file_writer(source, partial, *one, how) for one in left.items())
+            _refuse_change(folder, key, fingerprint())
             dtype = model_dtype(specs, model)
             about = {"dtype": str(dtype), "optimizer": False, "lora": None}
             by_key = key_specs(specs, model)
             write_index(partial.path, by_key, partial.done, {"extra": {}, "about": about})
-            (partial.path / HF_FILES).mkdir(exist_ok=True)
             config = changed(folder / "config.json", config_changes(folder, model))
-            write_synced(partial.path / HF_FILES / "config.json", config)
-            for path in companions(folder):
-                write_synced(partial.path / HF_FILES / path.relative_to(folder), path.read_bytes())
+            for name, content in {"config.json": config, **beside}.items():
+                write_synced(partial.path / HF_FILES / name, content)
     finally:
         source.close()
 
@@ -212,6 +218,10 @@ class MegatronSource:
                 f"{self.folder} was not written by megalign; needed: a checkpoint of a run or of hf_to_megatron.py"
             )
         self.lora: dict[str, Any] | None = common["about"].get("lora")
+        kinds = {"rank": int, "alpha": float, "targets": list | tuple}
+        good = self.lora is None or all(isinstance(self.lora.get(key), kind) for key, kind in kinds.items())
+        if not good:
+            raise UserError(f"{self.folder}/common.pt: about.lora is {self.lora!r}; needed: rank, alpha, targets")
         self._audit()
         self.parts = _parts(self.model)
         self.specs = {}
@@ -256,7 +266,12 @@ class MegatronSource:
         if self.lora is None or f"{adapter}.lora_A.weight" not in self.reader.specs:
             return found
         a, b = (self.reader.read(f"{adapter}.lora_{one}.weight").float() for one in "AB")
-        return (found.float() + self.lora["alpha"] / self.lora["rank"] * (b @ a)).to(found.dtype)
+        merged = torch.empty_like(found)
+        band = max(1, MERGED_AT_ONCE // found.shape[1])  # rows, so that fp32 copies stay small
+        for first in range(0, len(found), band):
+            rows = slice(first, first + band)
+            merged[rows] = found[rows].float() + self.lora["alpha"] / self.lora["rank"] * (b[rows] @ a)
+        return merged
 
     def adapters(self) -> Iterator[tuple[str, Tensor]]:
         """(PEFT's name, values) of each adapter."""
@@ -295,8 +310,12 @@ def megatron_to_hf(
     specs = {
         name: spec if dtype is None or name in fixed else Spec(spec.shape, dtype) for name, spec in source.specs.items()
     }
-    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-    key = _fingerprint("megatron_to_hf", checkpoint, files, how.max_shard_bytes, str(dtype))
+
+    def fingerprint() -> str:
+        files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+        return _fingerprint("megatron_to_hf", checkpoint, files, how.max_shard_bytes, str(dtype))
+
+    key = fingerprint()
     with HFWriter(
         out_dir, source=checkpoint / HF_FILES, specs=specs, max_shard_bytes=how.max_shard_bytes, key=key
     ) as writer:
@@ -311,6 +330,7 @@ def megatron_to_hf(
             return write
 
         how.run(copy(name) for name in left)
+        _refuse_change(checkpoint, key, fingerprint())
         if source.lora is not None:
             write_adapter(writer, source.adapters(), source.lora)
 
@@ -351,8 +371,13 @@ def _fingerprint(kind: str, folder: Path, files: Sequence[Path], *settings: obje
     """The same as long as a conversion would write the same."""
     seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     config = folder / "config.json" if (folder / "config.json").is_file() else folder / HF_FILES / "config.json"
-    text = json.dumps([kind, str(folder.resolve()), seen, read_json(config), [str(one) for one in settings]])
-    return hashlib.sha256(text.encode()).hexdigest()
+    said = [kind, __version__, str(folder.resolve()), seen, read_json(config), [str(one) for one in settings]]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _refuse_change(folder: Path, before: str, after: str) -> None:
+    if before != after:
+        raise UserError(f"{folder} has changed while it was read; needed: a checkpoint that nobody writes to")
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -60,7 +63,8 @@ class HFWriter:
         self.file_of: dict[str, str] = {}
         self.open: dict[str, SafetensorsFile] = {}
         self.lock = threading.Lock()
-        self.partial = PartialFolder(self.folder, key=key)
+        self.beside = read_companions(self.source)
+        self.partial = PartialFolder(self.folder, key=key, replace=overwrite)
         if specs is not None or dtype is not None:
             try:
                 self._plan(specs if specs is not None else model_specs(self.model, dtype or torch.float32))
@@ -109,7 +113,7 @@ class HFWriter:
             raise ValueError(f"{name} is no tensor of this checkpoint")
         file = self.file_of[name]
         shard = self._opened(file)
-        shard.write(name, tensor.to(self.specs[name].dtype))
+        shard.write(name, converted(name, tensor, self.specs[name].dtype))
         with self.lock:
             finished = not shard.missing and not shard.closed
             if finished:
@@ -121,8 +125,12 @@ class HFWriter:
         folder = self.partial.path / ADAPTER
         folder.mkdir(exist_ok=True)
         weights, settings = (folder / name for name in ADAPTER_FILES)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
-        sync(weights)
+        try:
+            found = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(found, weights, metadata={"format": "pt"})
+            sync(weights)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{weights} cannot be written: {error}") from None
         write_synced(settings, (json.dumps(config, indent=2) + "\n").encode())
         sync(folder)
 
@@ -137,8 +145,8 @@ class HFWriter:
                     shard.close()
             self._write_index()
             write_synced(self.partial.path / MARK, b"")
-            for path in companions(self.source):
-                write_synced(self.partial.path / path.relative_to(self.source), path.read_bytes())
+            for name, content in self.beside.items():
+                write_synced(self.partial.path / name, content)
             self._write_config()
             try:
                 audit(self.partial.path, read_model_config(self.partial.path))
@@ -146,7 +154,7 @@ class HFWriter:
                 raise RuntimeError(f"the export to {self.folder} is not a whole checkpoint: {error}") from error
             check_target(self.folder, self.source, overwrite=self.overwrite)  # it may have come up since
         except BaseException as error:
-            self.abandon(keep=not isinstance(error, UserError | RuntimeError | ValueError))
+            self.abandon(keep=not isinstance(error, UserError | RuntimeError | ValueError | OSError))
             raise
         self.partial.publish()
 
@@ -171,7 +179,7 @@ class HFWriter:
         if kind is None:
             self.close()
         else:
-            self.abandon(keep=not isinstance(error, UserError))
+            self.abandon(keep=not isinstance(error, UserError | OSError))
 
     def _write_index(self) -> None:
         if len(set(self.file_of.values())) > 1:
@@ -186,11 +194,11 @@ class HFWriter:
         """The source's bytes, unless what is written differs from what they say."""
         path = self.source / "config.json"
         config, changes = read_json(path), config_changes(self.source, self.model)
-        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         dtypes = {spec.dtype for name, spec in self.specs.items() if name not in fixed_dtypes(self.model)}
-        written = str(next(iter(dtypes))).removeprefix("torch.") if len(dtypes) == 1 else config.get(key)
-        if config.get(key) != written:
-            changes[key] = written
+        if len(dtypes) == 1:
+            written = str(next(iter(dtypes))).removeprefix("torch.")
+            changes |= {key: written for key in keys if config.get(key) != written}
         write_synced(self.partial.path / "config.json", changed(path, changes))
 
 
@@ -216,13 +224,30 @@ class HFPart:
         specs = self.shared.specs[file]
         if file not in self.open:
             self.open[file] = SafetensorsFile(self.shared.folder / file, specs, create=False)
-        self.open[file].write(name, tensor.to(specs[name].dtype), row)
+        self.open[file].write(name, converted(name, tensor, specs[name].dtype), row)
 
     def close(self) -> dict[str, list[tuple[str, int | None]]]:
         """Bring all to the disk; by file, what was written."""
         for shard in self.open.values():
             shard.close(partly=True)
         return {file: list(shard.written) for file, shard in self.open.items()}
+
+    def abandon(self) -> None:
+        """Let go of the files."""
+        for shard in self.open.values():
+            if not shard.closed:
+                shard.abandon()
+
+
+def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; UserError where that has no place for its values."""
+    if tensor.dtype == dtype:
+        return tensor
+    found = tensor.to(dtype)
+    if torch.isinf(found).sum() > torch.isinf(tensor).sum():
+        largest = float(tensor[torch.isfinite(tensor)].abs().max())
+        raise UserError(f"tensor {name} holds {largest:g}, more than {dtype} can; needed: a wider dtype")
+    return found
 
 
 def model_specs(model: ModelConfig, dtype: torch.dtype) -> dict[str, Spec]:
@@ -265,14 +290,30 @@ def changed(path: Path, changes: Mapping[str, Any]) -> bytes:
 
 def companions(source: Path) -> list[Path]:
     """A checkpoint's files besides weights and config.json: generation settings, tokenizer, chat templates."""
-    patterns = ("generation_config.json", *TOKENIZER_FILES)
-    return [path for pattern in patterns for path in sorted(source.glob(pattern))]
+    found = []
+    for pattern in ("generation_config.json", *TOKENIZER_FILES):
+        inside, _, name = pattern.rpartition("/")
+        folder = source / inside
+        # By their names: one that is listed and cannot be read must not be passed over.
+        listed = sorted(os.listdir(folder)) if folder.is_dir() else []
+        found += [folder / one for one in listed if fnmatch(one, name)]
+    return found
+
+
+def read_companions(source: Path) -> dict[str, bytes]:
+    """Their contents, by their places; UserError for one that cannot be read."""
+    try:
+        return {str(path.relative_to(source)): path.read_bytes() for path in companions(source)}
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
     """UserError unless `folder` may be written to: new, empty, or with `overwrite` an earlier export."""
     if not folder.exists() and not folder.is_symlink():
         return
+    if folder.is_mount():
+        raise UserError(f"{folder} is a disk of its own, which cannot be renamed; needed: a new directory inside it")
     if not folder.is_dir() or folder.is_symlink():
         raise UserError(f"{folder} exists and is not a directory; needed: a new or empty directory")
     if folder.resolve() == source.resolve():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megalign.convert import companions, load_shard, megatron_names, unshard
 from megalign.convert.rules import find_rule
-from megalign.convert.torch_dist import read_index
+from megalign.convert.torch_dist import TorchDistReader, read_index
 from megalign.convert.transfer import HF_FILES
 from megalign.convert.writer import changed, config_changes
 from megalign.models.lora import Lora
@@ -298,6 +298,7 @@ def load(engine: MegatronEngine, folder: Path) -> dict[str, Any]:
 
     One without adapters leaves an engine's as they are; else they must be the same.
     """
+    TorchDistReader(folder).check_objects()
     adapters = saved_lora(folder)
     if adapters is not None and adapters != engine.options.lora:
         raise ValueError(f"{folder} holds adapters {adapters}, the engine {engine.options.lora}")

@@ -69,20 +69,35 @@ def guarded(main: Callable[[], int], run_dir_hint: Callable[[], str | None] = la
         return refuse(error, run_dir_hint())
 
 
-def resumable(main: Callable[[], int]) -> int:
-    """`guarded` for what goes on where it was: ended by SIGINT or SIGTERM it says so in a line, code 75."""
+def stoppable(main: Callable[[], int], *, afterwards: str = "") -> int:
+    """`guarded` for a tool: files that cannot be used are bad input too, and a signal is one line and code 75.
+
+    afterwards: what the line says that the same command will do.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(*_: object) -> None:
+        for one in signals:  # the first ends the job; what is cleaned up then must not be cut short
+            signal.signal(one, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def watched() -> int:
+        try:
+            return main()
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise UserError(f"{error.filename}: {error.strerror}") from None
+
+    before = [signal.signal(one, interrupt) for one in signals]
     try:
-        return guarded(main)
+        return guarded(watched)
     except KeyboardInterrupt:
-        print("megalign: stopped by a signal; the same command goes on where it was", file=sys.stderr, flush=True)
+        print(f"megalign: stopped by a signal{afterwards}", file=sys.stderr, flush=True)
         return STOPPED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
 
 
 def refuse(error: UserError, run_dir: str | None) -> int:

@@ -152,8 +152,11 @@ def _write_part(
             problem = error
 
     def finish() -> dict[str, list[tuple[str, int | None]]]:
-        if problem is not None:
-            raise problem
-        return part.close()
+        try:
+            if problem is not None:
+                raise problem
+            return part.close()
+        finally:
+            part.abandon()
 
     return gather(on_every_rank(finish))

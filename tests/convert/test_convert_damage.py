@@ -174,6 +174,17 @@ def test_target_that_is_taken(sharded, folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model", "out"]
 
 
+def test_what_killed_exports_left_is_removed(sharded, tmp_path):
+    (tmp_path / ".out.partial-dead").mkdir()
+    (tmp_path / ".out.partial-dead" / "model.safetensors").write_text("half")
+    alive = HFWriter(tmp_path / "out", source=sharded, dtype=torch.bfloat16)
+    copy_all(sharded, tmp_path / "out")
+    left = [path for path in tmp_path.iterdir() if path.name != "out"]
+    assert left == [alive.partial.path]
+    alive.abandon()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_an_exception_leaves_nothing(sharded, tmp_path):
     with (
         pytest.raises(KeyError),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ import transformers
 from safetensors.torch import load_file
 from tiny_checkpoints import CASES, COMPANIONS, write_checkpoint
 
+from megalign.convert.torch_dist import read_index
+from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
 from megalign.runtime.distributed import process_group, spawn
 
 ROOT = Path(__file__).parents[2]
@@ -85,16 +89,37 @@ def export_that_fails_on_rank_1(folder: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         with pytest.raises(UserError, match="model.safetensors cannot be written: File too large"):
             export(engine, model, source, Path(folder) / "failed")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with pytest.raises(UserError, match="_extra_state/shard_0_2 cannot be read: .*posix.system"):
+            engine.load(Path(folder) / "hostile")
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch ran",)
+
+
+def make_hostile(folder: Path) -> None:
+    """Let one of a checkpoint's small objects, which torch unpickles without looking, run a command."""
+    index = read_index(folder)
+    place = next(one for one in index.storage_data if one.fqn.endswith("_extra_state/shard_0_2"))
+    torch.save([Hostile()], folder / "__9_0.distcp")
+    length = (folder / "__9_0.distcp").stat().st_size
+    index.storage_data[place] = replace(
+        index.storage_data[place], relative_path="__9_0.distcp", offset=0, length=length
+    )
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
 
 
 def test_an_export_that_fails_on_one_rank_fails_on_all(checkpoints: Path) -> None:
+    hf_to_megatron(str(checkpoints / "qwen2"), checkpoints / "hostile")
+    make_hostile(checkpoints / "hostile")
     spawn(export_that_fails_on_rank_1, 2, str(checkpoints))
+    assert not Path("ran").exists()
     assert not [path for path in checkpoints.iterdir() if "failed" in path.name]
 
 
 def test_torch_dist_checkpoints_lead_back_bitwise(checkpoints: Path) -> None:
-    from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
-
     for case in CASES:
         hf_to_megatron(str(checkpoints / case), checkpoints / f"{case}-megatron")
         megatron_to_hf(checkpoints / f"{case}-megatron", checkpoints / f"{case}-back")

@@ -24,13 +24,16 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
 
 from megalign.convert.report import compare
+from megalign.convert.transfer import How, hf_to_megatron, megatron_to_hf
+from megalign.schema import UserError
 
 ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
-DOWN, KEY, EMBED = (
+DOWN, KEY, EMBED, NORM = (
     "model.layers.1.mlp.down_proj.weight",
     "model.layers.0.self_attn.k_proj.weight",
     "model.embed_tokens.weight",
+    "model.norm.weight",
 )
 
 
@@ -140,6 +143,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "config that is no JSON": (lambda f: (f / "config.json").write_text("{,}"), "config.json is not readable JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "more layers than there can be": (lambda f: reconfigure(f, num_hidden_layers=10**9), "asks for 1000000000 layers"),
+    "names of no sense": (lambda f: reconfigure(f, architectures=[["Qwen2ForCausalLM"]]), "architectures is [['Qwen2"),
+    "tokenizer that leads nowhere": (
+        lambda f: ((f / "tokenizer.json").unlink(), (f / "tokenizer.json").symlink_to("nowhere")),
+        "tokenizer.json cannot be read: No such file or directory",
+    ),
+    "index to a pickle": (
+        lambda f: (torch.save({DOWN: torch.ones(24, 40)}, f / "x.bin"), reindex(f, **{DOWN: "x.bin"})),
+        "x.bin is not a complete safetensors file",
+    ),
+    "FP8 that is no matrix": (
+        lambda f: (quantise(f, torch.ones(3, 5)), retensor(f, NORM, torch.ones(24).to(torch.float8_e4m3fn))),
+        f"{NORM} in F8_E4M3 has shape [24]; needed: a matrix",
+    ),
     "pickle": (with_pickle, "reads its pickles with --allow-pickle"),
 }
 
@@ -202,7 +219,7 @@ DAMAGE_BACK: dict[str, tuple[Callable[[Path], object], str]] = {
     "no index": (lambda f: (f / ".metadata").unlink(), "needed: the index of a checkpoint that megalign wrote"),
     "index of noise": (lambda f: (f / ".metadata").write_bytes(b"noise"), "needed: the index of a checkpoint"),
     "index that runs code": (lambda f: (f / ".metadata").write_bytes(pickle.dumps(Hostile())), "it names posix.system"),
-    "values that run code": (lambda f: torch.save({"about": Hostile()}, f / "common.pt"), "common.pt"),
+    "values that run code": (lambda f: torch.save({"about": Hostile()}, f / "common.pt"), "common.pt cannot be read: "),
     "no values": (lambda f: (f / "common.pt").unlink(), "common.pt"),
     "no format": (lambda f: (f / "metadata.json").unlink(), "is not a megalign checkpoint; needed: a directory with"),
     "config of another width": (
@@ -250,12 +267,94 @@ def no_file_over(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_sizes_of_no_sense(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for size in ("nan", "inf", "0"):
+        line = refused("hf_to_megatron", sources / "hf", "--file-gb", size, out=tmp_path / "out", capsys=capsys)
+        assert "--file-gb a number more than 0" in line
+    line = refused("megatron_to_hf", sources / "megatron", "--shard-gb", "nan", out=tmp_path / "out", capsys=capsys)
+    assert "--shard-gb a number more than 0" in line
+    line = refused("hf_to_megatron", "~nobody-of-this-name/x", out=tmp_path / "out", capsys=capsys)
+    assert "~nobody-of-this-name/x names no user's home directory" in line
+
+
+def test_links_are_not_followed(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("kept")
+    (tmp_path / ".out.partial").symlink_to("mine")
+    (tmp_path / "link").symlink_to("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name, source in (("hf_to_megatron", "hf"), ("megatron_to_hf", "megatron")):
+        assert "out cannot be written: " in refused(name, sources / source, out=tmp_path / "out", capsys=capsys)
+        for link in ("link", "dangling"):
+            line = refused(name, sources / source, out=tmp_path / link, capsys=capsys)
+            assert f"{link} exists and is not a directory" in line
+    assert (tmp_path / "mine" / "notes").read_text() == "kept"
+
+
+def test_a_target_that_comes_up_meanwhile(sources: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def come_up(total: int) -> None:
+        out.mkdir()
+        (out / "notes").write_text("kept")
+
+    for convert, source in ((hf_to_megatron, str(sources / "hf")), (megatron_to_hf, sources / "megatron")):
+        with pytest.raises(
+            UserError, match="out (cannot be made: Directory not empty; move it|exists and is not empty)"
+        ):
+            convert(source, out, How(begin=come_up))  # type: ignore[arg-type]
+        assert (out / "notes").read_text() == "kept"
+        shutil.rmtree(out)
+        convert(source, out)  # type: ignore[arg-type]
+        assert not compare(sources / "hf", out).differences
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(out)
+
+
+def test_a_source_that_changes_meanwhile(sources: Path, tmp_path: Path) -> None:
+    for convert, kind in ((hf_to_megatron, "hf"), (megatron_to_hf, "megatron")):
+        source = Path(shutil.copytree(sources / kind, tmp_path / kind))
+        file = max(source.iterdir(), key=lambda path: path.stat().st_size)
+        with pytest.raises(UserError, match=f"{kind} has changed while it was read"):
+            touch = How(wrote=lambda count, file=file: os.utime(file, ns=(count, count)))  # type: ignore[misc]
+            convert(str(source) if kind == "hf" else source, tmp_path / "out", touch)  # type: ignore[arg-type]
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"hf", kind})
+
+
+def test_values_that_a_dtype_cannot_hold(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(sources / "hf", tmp_path / "hf"))
+    large = torch.ones(24, 40, dtype=torch.bfloat16)
+    large[3, 3] = 1e5
+    retensor(folder, DOWN, large)
+    reconfigure(folder, torch_dtype="bfloat16")
+    assert TOOLS["hf_to_megatron"].main([str(folder), str(tmp_path / "megatron")]) == 0
+    line = refused("megatron_to_hf", tmp_path / "megatron", "--dtype", "float16", out=tmp_path / "out", capsys=capsys)
+    assert f"tensor {DOWN} holds 99840, more than torch.float16 can" in line
+    assert TOOLS["megatron_to_hf"].main([str(tmp_path / "megatron"), "--dtype", "float32", str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+
+
+def test_a_damaged_journal_is_none(sources: Path, tmp_path: Path) -> None:
+    for content in ("[]", "{", '{"key": 1}', '"x"'):
+        partial = tmp_path / ".out.partial"
+        (partial / "hf").mkdir(parents=True)
+        (partial / "link").symlink_to(sources)
+        (partial / ".progress.json").write_text(content)
+        hf_to_megatron(str(sources / "hf"), tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert not compare(sources / "hf", tmp_path / "out").differences
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_writes_that_fail(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A file may have 4000 bytes, less than one tensor takes: as on a full disk, writing fails after checks passed.
     for name, source in (("hf_to_megatron", "hf"), ("megatron_to_hf", "megatron")):
         with no_file_over(4000):
             line = refused(name, sources / source, out=tmp_path / "out", capsys=capsys)
+            assert TOOLS[name].main([str(sources / source), str(tmp_path / "a" / "b" / "out")]) == 2
         assert "cannot be written: " in line
+        assert not (tmp_path / "a").exists()
 
 
 def test_a_disk_without_space(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,6 +369,7 @@ def test_a_disk_without_space(sources: Path, tmp_path: Path, capsys: pytest.Capt
             for name, source in (("hf_to_megatron", "hf"), ("megatron_to_hf", "megatron")):
                 line = refused(name, sources / source, out=disk / "out", capsys=capsys)
                 assert "cannot be written: " in line and says in line
+                assert "is a disk of its own" in refused(name, sources / source, out=disk, capsys=capsys)
         finally:
             subprocess.run(["umount", str(disk)], check=True)
 
@@ -285,6 +385,14 @@ def test_verify(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert DOWN in told and "1 differ" in told
     assert verify([str(folder), str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not a directory" in capsys.readouterr().err
+    odd = {name: torch.arange(3).to(getattr(torch, name)) for name in ("int64", "int8", "bool", "float8_e5m2")}
+    for place in "ab":
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "config.json").write_text("{}")
+        save_file(odd, tmp_path / place / "model.safetensors")
+        odd["int8"] = odd["int8"] + 1
+    assert verify([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "4 tensors: 3 equal bit by bit, 1 differ (largest difference 1)" in capsys.readouterr().out
 
 
 def test_dry_runs_write_nothing(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:

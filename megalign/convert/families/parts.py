@@ -17,7 +17,7 @@ def windows(config: ConfigFile, slides: Callable[[int], bool]) -> Window:
     if kinds is None:
         full = tuple(layer for layer in range(num_layers) if not slides(layer))
     else:
-        known = isinstance(kinds, list) and set(kinds) <= {"full_attention", "sliding_attention"}
+        known = isinstance(kinds, list) and all(one in ("full_attention", "sliding_attention") for one in kinds)
         if not known or len(kinds) != num_layers:
             config.refuse("layer_types", f"needed: full_attention or sliding_attention for each of {num_layers} layers")
         full = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
