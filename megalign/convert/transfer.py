@@ -322,14 +322,19 @@ def megatron_to_hf(
         left = writer.missing
         how.begin(sum(specs[name].num_bytes for name in left))
 
-        def copy(name: str) -> Callable[[], None]:
+        def copy(names: Sequence[str]) -> Callable[[], None]:
             def write() -> None:
-                writer.add(name, source.tensor(name))
-                how.told(specs[name].num_bytes)
+                for name in names:
+                    writer.add(name, source.tensor(name))
+                    how.told(specs[name].num_bytes)
 
             return write
 
-        how.run(copy(name) for name in left)
+        # A file for each worker: two that write to one wait for each other in the kernel.
+        by_file: dict[str, list[str]] = {}
+        for name in left:
+            by_file.setdefault(writer.file_of[name], []).append(name)
+        how.run(copy(names) for names in by_file.values())
         _refuse_change(checkpoint, key, fingerprint())
         if source.lora is not None:
             write_adapter(writer, source.adapters(), source.lora)
