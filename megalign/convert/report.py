@@ -11,12 +11,13 @@ from rich.table import Table
 from torch import Tensor
 
 from megalign.convert.hf_config import read_model_config
+from megalign.convert.megatron_source import HF_FILES, MegatronSource
 from megalign.convert.reader import HFSource, resolve_model
 from megalign.convert.rules import QKV, STACK2, Rule, find_rule
 from megalign.convert.safetensors_file import DTYPES, NAMES, Spec
 from megalign.convert.stored import StoredFiles
 from megalign.convert.torch_dist import place_of
-from megalign.convert.transfer import HF_FILES, MegatronSource, megatron_specs
+from megalign.convert.transfer import megatron_specs
 from megalign.schema import UserError
 
 CHUNK = 1 << 22  # numbers that are compared at a time

@@ -18,9 +18,9 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy 
 from torch import Tensor
 
 from megalign.convert import companions, load_shard, megatron_names, unshard
+from megalign.convert.megatron_source import HF_FILES
 from megalign.convert.rules import find_rule
 from megalign.convert.torch_dist import TorchDistReader, read_index
-from megalign.convert.transfer import HF_FILES
 from megalign.convert.writer import changed, config_changes
 from megalign.models.lora import Lora
 from megalign.schema import UserError

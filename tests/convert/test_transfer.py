@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CASES, COMPANIONS, EXPERT_CASES, write_checkpoint
 
 from megalign.convert import load_shard, read_model_config
+from megalign.convert.megatron_source import key_specs, whole_names
 from megalign.convert.reader import HFSource
 from megalign.convert.report import compare, tensor_map, tensor_map_back
 from megalign.convert.safetensors_file import Spec
 from megalign.convert.torch_dist import TorchDistReader, extra_state_of
-from megalign.convert.transfer import How, hf_to_megatron, key_specs, megatron_specs, megatron_to_hf, whole_names
+from megalign.convert.transfer import How, hf_to_megatron, megatron_specs, megatron_to_hf
 from megalign.runtime.distributed import process_group, spawn
 from megalign.schema import UserError
 
