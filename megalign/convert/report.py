@@ -159,24 +159,22 @@ def compare(
     differences = []
     for name in names:
         one, other = left.specs.get(name), right.specs.get(name)
-        if one is None or other is None or one != other:
-            differences.append(Difference(name, one, other))
-        else:
+        count, largest = 0, 0.0
+        if one is not None and other is not None and one.shape == other.shape:
             count, largest = _values(left.tensor(name), right.tensor(name))
-            differences += [Difference(name, one, other, count, largest)] if count else []
+        if count or one != other:
+            differences.append(Difference(name, one, other, count, largest))
         read(0 if one is None else one.num_bytes)
     return Comparison(len(names), differences)
 
 
 def _values(a: Tensor, b: Tensor) -> tuple[int, float]:
-    """(how many values have other bits, the largest difference of those that are numbers)."""
-    if torch.equal(a, b) and not a.dtype.is_floating_point:
-        return 0, 0.0
+    """(how many values differ: in bits, or where dtypes do in size; the largest difference)."""
     count, largest = 0, 0.0
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     flat = (one.contiguous().reshape(-1) for one in (a, b))
     for x, y in zip(*(one.split(CHUNK) for one in flat), strict=True):
-        other = x.view(width) != y.view(width)
+        other = x.view(width) != y.view(width) if x.dtype == y.dtype else x.double() != y.double()
         if other.any():
             count += int(other.sum())
             gap = (x[other].double() - y[other].double()).abs()

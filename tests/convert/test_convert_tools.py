@@ -385,6 +385,11 @@ def test_verify(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert DOWN in told and "1 differ" in told
     assert verify([str(folder), str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not a directory" in capsys.readouterr().err
+    retensor(folder, DOWN, torch.full((24, 40), 1.001))
+    narrow = Path(shutil.copytree(folder, tmp_path / "bf16"))
+    retensor(narrow, DOWN, torch.ones(24, 40).bfloat16())
+    assert verify([str(folder), str(narrow)]) == 1
+    assert "1 differ (largest difference 0.001)" in capsys.readouterr().out
     odd = {name: torch.arange(3).to(getattr(torch, name)) for name in ("int64", "int8", "bool", "float8_e5m2")}
     for place in "ab":
         (tmp_path / place).mkdir()
