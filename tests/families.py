@@ -109,6 +109,10 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, object]]] = {
             "attention_bias": True,
         },
     ),
+    "ministral": (
+        "ministral",
+        {"sliding_window": 5, "layer_types": ["full_attention", *["sliding_attention"] * 3], "head_dim": 8},
+    ),
     "qwen2-mixed": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "deepseek-v2": ("deepseek_v2", {**LATENT, "topk_method": "group_limited_greedy"}),
     "deepseek-v2-lite": (
@@ -185,10 +189,6 @@ PLAIN_CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "mistral": ("mistral", {"sliding_window": 5, "head_dim": 6}),
     "mistral-tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
-    "ministral": (
-        "ministral",
-        {"sliding_window": 5, "layer_types": ["full_attention", *["sliding_attention"] * 3], "head_dim": 8},
-    ),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 10}),
