@@ -62,6 +62,7 @@ class HFWriter:
         self.specs: dict[str, Spec] = {}
         self.file_of: dict[str, str] = {}
         self.open: dict[str, SafetensorsFile] = {}
+        self.finished: set[str] = set()
         self.lock = threading.Lock()
         self.beside = read_companions(self.source)
         self.partial = PartialFolder(self.folder, key=key, replace=overwrite)
@@ -115,10 +116,11 @@ class HFWriter:
         shard = self._opened(file)
         shard.write(name, converted(name, tensor, self.specs[name].dtype))
         with self.lock:
-            finished = not shard.missing and not shard.closed
-            if finished:
-                shard.close()
-                self.partial.finish(file)
+            finished = file not in self.finished and not shard.missing
+            self.finished |= {file} if finished else set()
+        if finished:  # outside the lock: it waits for the disk
+            shard.close()
+            self.partial.finish(file)
 
     def add_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         """Put a LoRA adapter into the folder `adapter`, from which `peft` loads it onto `source`."""
@@ -195,7 +197,8 @@ class HFWriter:
         path = self.source / "config.json"
         config, changes = read_json(path), config_changes(self.source, self.model)
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-        dtypes = {spec.dtype for name, spec in self.specs.items() if name not in fixed_dtypes(self.model)}
+        fixed = fixed_dtypes(self.model)
+        dtypes = {spec.dtype for name, spec in self.specs.items() if name not in fixed}
         if len(dtypes) == 1:
             written = str(next(iter(dtypes))).removeprefix("torch.")
             changes |= {key: written for key in keys if config.get(key) != written}
