@@ -7,7 +7,7 @@ from typing import Literal
 
 import megalign.convert.families  # noqa: F401  (registers them)
 from megalign.convert.config_file import ConfigFile, read_json
-from megalign.convert.model_config import ModelConfig, Rope
+from megalign.convert.model_config import ModelConfig
 from megalign.convert.quantised import quantisation
 from megalign.convert.rope_config import read_rope, rope_section
 from megalign.convert.rules import FAMILIES, Family
@@ -111,10 +111,6 @@ def _activation(config: ConfigFile, family: Family) -> Literal["silu", "gelu_tan
     if config.value(family.activation) == "gelu_pytorch_tanh":
         return "gelu_tanh"
     config.refuse(family.activation, "allowed: silu, gelu_pytorch_tanh")
-
-
-def _rope(config: ConfigFile, head_dim: int) -> Rope:
-    return read_rope(config, rope_section(config), head_dim=head_dim)
 
 
 def _head_dim(config: ConfigFile, num_heads: int) -> int:

@@ -61,7 +61,7 @@ class MegatronSource:
                 f"{self.folder} was not written by megalign; needed: a checkpoint of a run or of hf_to_megatron.py"
             )
         self.lora: dict[str, Any] | None = common["about"].get("lora")
-        kinds = {"rank": int, "alpha": float, "targets": list | tuple}
+        kinds = {"rank": int, "alpha": int | float, "targets": list | tuple}
         good = self.lora is None or all(isinstance(self.lora.get(key), kind) for key, kind in kinds.items())
         if not good:
             raise UserError(f"{self.folder}/common.pt: about.lora is {self.lora!r}; needed: rank, alpha, targets")

@@ -275,10 +275,11 @@ def config_changes(source: Path, model: ModelConfig) -> dict[str, Any]:
     """What config.json must no longer say of an export (None: the field goes): scales, and layers that are not read."""
     config = read_json(source / "config.json")
     changes: dict[str, Any] = {"quantization_config": None} if "quantization_config" in config else {}
-    if any((source / name).is_file() for name in (SINGLE, INDEX)):
+    unread = [key for key in ("num_nextn_predict_layers", "num_mtp_layers") if config.get(key)]
+    if unread and any((source / name).is_file() for name in (SINGLE, INDEX)):
         extra = f"model.layers.{model.num_layers}."
         if any(name.startswith(extra) for name in StoredFiles(source).files):
-            changes |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if config.get(key)}
+            changes |= dict.fromkeys(unread, 0)
     return changes
 
 
