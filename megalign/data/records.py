@@ -19,7 +19,9 @@ from typing import Any
 from megalign.schema import UserError, shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-ANY_FORMAT = ("teacher_scores", "weak")
+ANY_FORMAT = ("teacher_scores", "weak", "tools", "chat_template_kwargs")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", *REASONING})
 # Of each format: what must be there, as text and as ids (None: there is no such form).
 SLOTS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "messages": (("messages", None),),
@@ -125,8 +127,17 @@ def detect_format(record: Mapping[str, Any]) -> str:
     return found[0][0]
 
 
-def check_record(record: Mapping[str, Any], *, format: str = "auto", extra_fields: str = "error") -> str:
-    """Return the record's format, or raise `BadRecord` for the first thing wrong with it."""
+def check_record(
+    record: Mapping[str, Any],
+    *,
+    format: str = "auto",
+    extra_fields: str = "error",
+    template_words: frozenset[str] = frozenset(),
+) -> str:
+    """Return the record's format, or raise `BadRecord` for the first thing wrong with it.
+
+    template_words: names that the chat template reads; a message may have fields of these names.
+    """
     name = detect_format(record) if format == "auto" else format
     known = {form for slot in SLOTS[name] for form in slot if form} | set(ANY_FORMAT)
     strict = extra_fields == "error"
