@@ -29,7 +29,7 @@ from megalign.engines.megatron import MegatronEngine
 from megalign.engines.megatron_state import holds_optimizer
 from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
 from megalign.runtime.distributed import World, make_deterministic
-from megalign.runtime.status import DONE, STOPPED, during, write_status
+from megalign.runtime.status import DONE, STOPPED, Ending, during, write_status
 from megalign.schema import UserError
 from megalign.train.check import Inputs, Records, check, check_outputs
 from megalign.train.checkpoint import save_checkpoint
@@ -75,7 +75,7 @@ class Job:
         return Path(self.cfg.run.dir)
 
 
-def train(cfg: JobConfig, world: World) -> int:
+def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     """Run the job to its end; exit code 0, or 75 when it stopped early after saving. Called on every rank."""
     if cfg.run.deterministic:
         make_deterministic()
@@ -83,6 +83,7 @@ def train(cfg: JobConfig, world: World) -> int:
     inputs = on_every_rank(lambda: check(cfg, world.size))
     resumed = on_every_rank(lambda: check_outputs(cfg, inputs))
     on_every_rank(lambda: _open_run_dir(cfg, world))
+    ending.take_over()
     start_log(run_dir, main=world.is_main)
     groups = groups_of(cfg)
     # The total is set once the data are known; teachers are scored before that.
