@@ -13,7 +13,8 @@ from contextlib import redirect_stdout
 from megalign.config import load_config
 from megalign.config_file import hinted_run_dir
 from megalign.runtime.status import guarded
-from megalign.train.check import check, check_outputs
+from megalign.train.check import check
+from megalign.train.outputs import check_outputs
 
 
 def main() -> int:
