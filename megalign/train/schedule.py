@@ -38,7 +38,8 @@ def resume_lines(cfg: JobConfig, step: int, num_steps: int, num_steps_before: in
         ]
     if num_steps_before is None or num_steps_before == num_steps:
         return []
-    now, then = (learning_rate(cfg.optimizer, step + 1, total) for total in (num_steps, num_steps_before))
+    lengths = (num_steps, num_steps_before)
+    now, then = (learning_rate(cfg.optimizer, min(step + 1, total), total) for total in lengths)
     if now == then:
         return []
     return [
