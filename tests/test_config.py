@@ -280,7 +280,7 @@ def test_bad_value_is_one_line(load, override: str, parts: tuple[str, ...]):
     message = str(raised.value)
     assert "\n" not in message
     assert [part for part in parts if part not in message] == [], message
-    assert "job.yaml: " in message or message.startswith("override ")
+    assert message.startswith("command line: ")
 
 
 BAD_ROUNDS = [

@@ -84,7 +84,7 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
         check_passed_through(cfg.engine.megatron)
         check_split(cfg, model)
     if "wandb" in cfg.trackers and importlib.util.find_spec("wandb") is None:
-        raise UserError("trackers has 'wandb': the package is missing; pip install 'megalign[wandb]', or leave it out")
+        raise UserError("trackers has 'wandb': the package is missing; pip install wandb, or leave it out")
     eval_path = cfg.eval.path
     if eval_path is not None and not Path(eval_path).exists():
         raise UserError(f"eval.path is {eval_path!r}: no such file or directory; must be one that data.path would take")

@@ -28,7 +28,7 @@ from megalign.engines.groups import Groups
 from megalign.engines.megatron import MegatronEngine
 from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
 from megalign.runtime.distributed import World, make_deterministic
-from megalign.runtime.status import DONE, STOPPED, during, write_status
+from megalign.runtime.status import DONE, STOPPED, Ending, during, write_status
 from megalign.train.check import Inputs, Records, check
 from megalign.train.checkpoint import save_checkpoint
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
@@ -79,7 +79,7 @@ class Job:
         return Path(self.cfg.run.dir)
 
 
-def train(cfg: JobConfig, world: World) -> int:
+def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     """Run the job to its end; exit code 0, or 75 when it stopped early after saving. Called on every rank."""
     if cfg.run.deterministic:
         make_deterministic()
@@ -88,6 +88,7 @@ def train(cfg: JobConfig, world: World) -> int:
     # One rank's findings are every rank's: the directory changes while others would still look at it.
     start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs) if world.is_main else None))[0]
     kept = on_every_rank(lambda: _open_run_dir(cfg, start) if world.is_main else [])
+    ending.take_over()
     start_log(run_dir, main=world.is_main)
     groups = groups_of(cfg)
     # The total is set once the data are known; teachers are scored before that.
