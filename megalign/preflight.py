@@ -12,7 +12,8 @@ from megalign.config_file import hinted_run_dir
 from megalign.runtime.command_line import Parser
 from megalign.runtime.status import DONE, guarded, leave
 from megalign.schema import UserError
-from megalign.train.check import check, check_outputs
+from megalign.train.check import check
+from megalign.train.outputs import check_outputs
 
 
 def main(arguments: list[str] | None = None) -> int:
