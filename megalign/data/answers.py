@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megalign.data.chat import OPENED, Chat, Turn, behind, tool_calls, without_tools
-from megalign.data.records import REASONING, BadRecord, refuse
+from megalign.data.messages import REASONING
+from megalign.data.refusals import BadRecord, refuse
 from megalign.schema import shorten
 
 Span = tuple[int, int]
@@ -43,7 +44,8 @@ def _continued_text(chat: Chat, field: str, turns: Sequence[Turn], notes: Counte
     if not isinstance(start, str) or last.get("tool_calls"):
         raise refuse(where, last, "content alone, because the response continues it", reason="messages")
     # A template that parses reasoning cannot parse half of it: behind the generation prompt it stays as it is.
-    if "<think>" not in start or "</think>" in start:
+    half = "<think>" in start and "</think>" not in start and "</think>" in chat.template
+    if not half:
         try:
             return chat.text(field, turns, continued=True)
         except BadRecord:
@@ -75,15 +77,13 @@ def answer_text(
     opened = chat.text(field, turns[:-1], generation_prompt=True)
     whole = opened + _last_turn(chat, field, turns[:-1], turns[-1], prompt=opened, continued=False, notes=notes)
     if not whole.startswith(prompt):
-        raise _rewritten(field, "before the first answer")
+        raise _rewritten(field, _difference(prompt, whole))
     check_written(chat, field, turns, range(first, len(turns)), whole)
     owns = [answer[0], *turns[first + 1 :]]
     try:
         spans = _locate(chat, field, turns, owns, whole, start=len(prompt))
     except BadRecord:
-        spans = [
-            (max(start, len(prompt)), end) for start, end in chat.generation_spans(turns) if end > len(prompt)
-        ]
+        spans = [(max(start, len(prompt)), end) for start, end in chat.generation_spans(turns) if end > len(prompt)]
         written = "".join(whole[start:end] for start, end in spans)
         if whole != chat.text(field, turns) or any(lost(own, written) for own in owns if own["role"] == "assistant"):
             raise
@@ -107,10 +107,9 @@ def _last_turn(
     """Return one answer as it stands behind the prompt, whole."""
     head = before[:-1] if continued else before
     whole = chat.text(field, [*head, _merged(before[-1], own) if continued else own])
-    opened = OPENED.search(prompt)
     if whole.startswith(prompt):
         rest = whole[len(prompt) :]
-        dropped = lost(own, rest) and lost(own, (opened[0] if opened else "") + rest)
+        dropped = lost(own, _shared_tag(prompt, own) + rest)
         if not dropped:
             return rest
         why = f"drops {shorten(dropped)} of the answer"
@@ -119,13 +118,23 @@ def _last_turn(
     text = own.get("content")
     closing = _closing(chat, field, head)
     if not text or own.get("tool_calls") or any(own.get(name) for name in REASONING) or closing is None:
-        message = f"field {field}: the chat template {why}, and only plain content can stand behind its generation prompt"
+        message = (
+            f"field {field}: the chat template {why}, and only plain content can stand behind its generation prompt"
+        )
         raise BadRecord("chat template", f"{message} as it is; allowed: answers that it writes whole")
     text = text if continued else behind(prompt, text)[len(prompt) :]
     notes["answers put behind the generation prompt as they are, because the chat template would change them"] += 1
+    opened = OPENED.search(prompt)
     if opened and THINK.fullmatch(opened[1]) and not re.search(r"</think>|\[/THINK\]", text):
         notes[f"answers that do not close the {opened[1]} that the generation prompt opens"] += 1
     return text + closing
+
+
+def _shared_tag(prompt: str, own: Turn) -> str:
+    """Return the tag that the prompt ends with where the answer's own text begins with it, too."""
+    opened = OPENED.search(prompt)
+    text = own.get("content") or ""
+    return opened[0] if opened and text.lstrip().startswith(opened[1]) else ""
 
 
 def _closing(chat: Chat, field: str, before: Sequence[Turn]) -> str | None:
@@ -144,33 +153,45 @@ def _locate(
     for place in places[1:]:
         history = chat.text(field, turns[:place], generation_prompt=True)
         if not whole.startswith(history):
-            raise _rewritten(field, f"before turn {place}")
+            raise _rewritten(field, _difference(history, whole))
         starts.append(len(history))
     spans = []
     for place, begin, bound in zip(places, starts, [*starts[1:], len(whole)], strict=True):
         own = owns[place - first]
-        end = _end(chat, field, turns[: place + 1], whole, begin, bound)
-        opened = OPENED.search(whole[:begin])
-        dropped = lost(own, whole[begin:end]) and lost(own, (opened[0] if opened else "") + whole[begin:end])
+        end = _end(chat, field, turns, place, whole, begin=begin, bound=bound)
+        dropped = lost(own, _shared_tag(whole[:begin], own) + whole[begin:end])
         if dropped:
             raise _rewritten(field, f"it drops {shorten(dropped)}")
         spans.append((begin, end))
     return spans
 
 
-def _end(chat: Chat, field: str, turns: Sequence[Turn], whole: str, begin: int, bound: int) -> int:
-    """Return where the last of `turns`, which begins at `begin`, ends in the whole text."""
+def _end(chat: Chat, field: str, turns: Sequence[Turn], place: int, whole: str, *, begin: int, bound: int) -> int:
+    """Return where turn `place`, which begins at `begin`, ends in the whole text; `begin` where it cannot be told."""
     if bound == len(whole):
         return bound
-    closed = chat.text(field, turns)
+    closed = chat.text(field, turns[: place + 1])
     if whole.startswith(closed):
         return len(closed)
-    text = str(turns[-1].get("content") or "").strip()
-    found = whole.find(text, begin, bound)
-    if not text or found < 0 or turns[-1].get("tool_calls"):
+    # An earlier turn may be written otherwise than a last one, with its text whole all the same: without what a last
+    # one begins with, such as empty reasoning, or with another end.
+    tails = (end for end in range(bound, begin, -1) if closed.endswith(whole[begin:end]))
+    tail = next(tails, begin)
+    if not lost(turns[place], whole[begin:tail]):
+        return tail
+    text = str(turns[place].get("content") or "").strip()
+    probe = {"role": "assistant", "content": PROBE}
+    probed, _, after = chat.text(field, [*turns[:place], probe, *turns[place + 1 :]]).partition(PROBE)
+    end = len(probed) + len(text)
+    if not text or not after or whole[:end] != probed + text or len(probed) < begin:
         return begin
-    end = found + len(text)
-    return end + len(os.path.commonprefix([whole[end:bound], _closing(chat, field, turns[:-1]) or ""]))
+    return end + len(os.path.commonprefix([whole[end:bound], after, _closing(chat, field, turns[:place]) or ""]))
+
+
+def _difference(prompt: str, whole: str) -> str:
+    """Show where the text that an answer would be sampled from and the whole conversation part."""
+    start = len(os.path.commonprefix([prompt, whole]))
+    return f"{shorten(prompt[start:])} stands before an answer that is sampled, and {shorten(whole[start:])} here"
 
 
 def _rewritten(field: str, detail: str) -> BadRecord:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from megalign.data.records import BadRecord, refuse
+from megalign.data.refusals import BadRecord, refuse
 from megalign.schema import UserError
 
 if TYPE_CHECKING:
@@ -21,9 +20,10 @@ if TYPE_CHECKING:
 Turn = Mapping[str, Any]
 OPENED = re.compile(r"(<[A-Za-z][\w:-]*>|\[[A-Z_]+\])(\s*)$")  # <think>, [THINK]; not <|im_start|>
 NOT_VARIABLES = (
-    "conversation messages tools add_generation_prompt continue_final_message tokenize sanitize_control_tokens padding "
-    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
-).split()
+    *("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    "sanitize_control_tokens",
+)
 DAY_CODES = "aAbBcCdDeFgGhHIjkmMpPrRSTuUVwWxXyYzZ"
 
 
@@ -54,7 +54,8 @@ class Chat:
                 **self.variables,
             )
         except TemplateSyntaxError as error:
-            raise UserError(f"{_named(self.tokenizer)} is not valid (line {error.lineno}: {_line(error)})") from None
+            where = f"{_named(self.tokenizer)} is not valid (line {error.lineno}: {_line(error)})"
+            raise UserError(f"{where}; allowed: a Jinja template") from None
         except TemplateError as error:
             message = f"field {field}: the chat template refuses the conversation ({_line(error)})"
             raise BadRecord("chat template", f"{message}; allowed: what it takes") from None
@@ -105,7 +106,9 @@ def open_chat(
 def template_words(template: Any) -> frozenset[str]:
     """Return every name and word that a template, or any of a list of templates, holds outside comments."""
     texts = template.values() if isinstance(template, Mapping) else [template or ""]
-    return frozenset(word for text in texts for word in re.findall(r"\w+", re.sub(r"\{#.*?#\}", "", str(text), flags=re.S)))
+    return frozenset(
+        word for text in texts for word in re.findall(r"\w+", re.sub(r"\{#.*?#\}", "", str(text), flags=re.S))
+    )
 
 
 def _choose_template(field: str, tokenizer: PreTrainedTokenizerBase, name: Any, *, with_tools: bool) -> str:
@@ -150,27 +153,26 @@ def _with_day(template: str, date: str | None) -> str:
     return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n" + template
 
 
-def prepare(chat: Chat, field: str, turns: Sequence[Turn], *, notes: Counter[str]) -> list[dict[str, Any]]:
-    """Return the turns without empty fields; tool arguments in JSON strings become objects where the template quotes.
+def without_nulls(turn: Turn) -> dict[str, Any]:
+    """Return the turn's fields that say something; transformers leaves null ones out, too."""
+    return {name: value for name, value in turn.items() if value is not None and (name != "tool_calls" or value)}
+
+
+def with_objects(chat: Chat, field: str, turns: Sequence[Turn]) -> list[dict[str, Any]] | None:
+    """Return the turns with tool arguments read from JSON strings if the template needs them so; else None.
 
     A template that writes `arguments | tojson` would turn a string into a quoted string.
     """
-    plain = [
-        {name: value for name, value in turn.items() if value is not None and (name != "tool_calls" or value)}
-        for turn in turns
-    ]
+    plain = [dict(turn) for turn in turns]
     texts = [call["arguments"] for turn in plain for call in tool_calls(turn) if isinstance(call.get("arguments"), str)]
     if not texts:
-        return plain
+        return None
     try:
         rendered = chat.text(field, plain)
         quoted = any(json.dumps(text, ensure_ascii=False) in rendered for text in texts)
     except BadRecord:
         quoted = True
-    if not quoted:
-        return plain
-    notes["records with tool-call arguments read from JSON strings"] += 1
-    return [_with_objects(turn) for turn in plain]
+    return [_with_objects(turn) for turn in plain] if quoted else None
 
 
 def tool_calls(turn: Turn) -> list[Mapping[str, Any]]:

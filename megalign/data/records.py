@@ -1,4 +1,4 @@
-"""Raw records from JSONL files and `datasets` directories, and the check of everything tokens need not be known for.
+"""Check everything about a record for which tokens need not be known.
 
 A record's field names follow the TRL dataset formats:
     messages            {"messages": [...]}
@@ -10,18 +10,24 @@ with `prompt_ids`, `response_ids`, `chosen_ids`, `rejected_ids` in place of any 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from megalign.schema import UserError, shorten
+from megalign.data.hints import advice
+from megalign.data.messages import (
+    MESSAGE_FIELDS,
+    check_answers,
+    check_context,
+    check_conversation,
+    check_messages,
+    check_unicode,
+)
+from megalign.data.refusals import MISSING, BadRecord, joined, refuse
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+__all__ = ["BadRecord", "check_record", "check_slot", "detect_format", "refuse"]
+
 ANY_FORMAT = ("teacher_scores", "weak", "tools", "chat_template_kwargs")
-REASONING = ("reasoning_content", "thinking", "reasoning")
-MESSAGE_FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", *REASONING})
 # Of each format: what must be there, as text and as ids (None: there is no such form).
 SLOTS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "messages": (("messages", None),),
@@ -29,83 +35,6 @@ SLOTS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "preference": (("prompt", "prompt_ids"), ("chosen", "chosen_ids"), ("rejected", "rejected_ids")),
     "responses": (("prompt", "prompt_ids"), ("responses", None)),
 }
-
-
-class BadRecord(Exception):
-    """One record is refused; `reason` is what a report counts it under."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def refuse(field: str, value: Any, allowed: str, *, reason: str) -> BadRecord:
-    """The one shape of such messages: field, the value that came, what is allowed."""
-    shown = "missing" if value is MISSING else shorten(value)
-    return BadRecord(reason, f"field {field} is {shown}; allowed: {allowed}")
-
-
-MISSING = object()
-
-
-@dataclass(frozen=True, slots=True)
-class RawRecord:
-    """A line of a file or a row of a directory, not yet looked at. `origin` is `path:line` or `path:row`."""
-
-    origin: str
-    content: bytes | Mapping[str, Any]
-
-    def fields(self) -> dict[str, Any]:
-        """The record as a dict; a line that is not a JSON object is a bad record."""
-        if not isinstance(self.content, bytes):
-            return dict(self.content)
-        try:
-            value = json.loads(self.content.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise BadRecord(
-                "invalid JSON", f"the line is not valid JSON ({error}); allowed: one object a line"
-            ) from None
-        if not isinstance(value, dict):
-            raise BadRecord("invalid JSON", f"the line is a {type(value).__name__}; allowed: one object a line")
-        return value
-
-
-def read_raw(path: str, *, field: str = "data.path") -> Iterator[RawRecord]:
-    """Records of a JSONL file (line from 1; blank lines are none) or a `datasets` directory (row from 0)."""
-    allowed = "allowed: a JSONL file or a directory written by datasets' save_to_disk"
-    if not Path(path).exists():
-        raise UserError(f"{field} is {path!r}: no such file or directory; {allowed}")
-    if Path(path).is_dir():
-        yield from _read_directory(path, field=field, allowed=allowed)
-        return
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if text.strip():
-                    yield RawRecord(f"{path}:{number}", text)
-    except OSError as error:
-        raise UserError(f"{field} is {path!r}: {error.strerror}; {allowed}") from None
-
-
-def _read_directory(path: str, *, field: str, allowed: str) -> Iterator[RawRecord]:
-    import datasets  # heavy, and needed for directories alone
-
-    try:
-        rows = datasets.load_from_disk(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{field} is {path!r}: {str(error).splitlines()[0]}; {allowed}") from None
-    if isinstance(rows, datasets.DatasetDict):
-        raise UserError(f"{field} is {path!r}, which holds splits; allowed: one of its folders {sorted(rows)}")
-    for number, row in enumerate(rows.with_format(None)):
-        yield RawRecord(f"{path}:{number}", _without_nulls(row))
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every row every field; null is its way to say that the record has none."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def detect_format(record: Mapping[str, Any]) -> str:
@@ -116,14 +45,16 @@ def detect_format(record: Mapping[str, Any]) -> str:
         found += [(name, mark) for mark in sorted(marks & record.keys())]
     if not found:
         allowed = "messages, prompt with completion, prompt with chosen and rejected, or prompt with responses"
-        strangers = sorted(record.keys() - {"prompt", "prompt_ids", *ANY_FORMAT})
-        problem = f"field {strangers[0]} is not known" if strangers else "field completion is missing"
-        raise BadRecord("unknown format", f"{problem}, and no other field says what is trained on; allowed: {allowed}")
+        strangers = sorted(map(str, record.keys() - {"prompt", "prompt_ids", *ANY_FORMAT}))
+        problem = f"{_not_known(strangers)}, and" if strangers else "field completion is missing, and"
+        missing = [name for name in ("prompt", "completion", "chosen", "rejected", "messages") if name not in record]
+        message = f"{problem} no other field says what is trained on; allowed: {allowed}"
+        message += advice(record, missing=missing, unknown=strangers)
+        raise BadRecord("unknown format", message, kinds={f"unknown format: {strangers}"})
     if len({name for name, _ in found}) > 1:
         fields = " and ".join(mark for _, mark in found)
-        raise BadRecord(
-            "unknown format", f"field {found[-1][1]}: {fields} belong to different formats; set data.format"
-        )
+        message = f"field {found[-1][1]}: {fields} belong to different formats; set data.format"
+        raise BadRecord("unknown format", message, kinds={f"two formats: {fields}"})
     return found[0][0]
 
 
@@ -134,36 +65,88 @@ def check_record(
     extra_fields: str = "error",
     template_words: frozenset[str] = frozenset(),
 ) -> str:
-    """Return the record's format, or raise `BadRecord` for the first thing wrong with it.
+    """Return the record's format, or raise one `BadRecord` that tells everything wrong with it.
 
     template_words: names that the chat template reads; a message may have fields of these names.
     """
     name = detect_format(record) if format == "auto" else format
+    faults = []
+    message_fields = MESSAGE_FIELDS | template_words if extra_fields == "error" else None
+    for check in _checks(record, name, message_fields=message_fields):
+        try:
+            check()
+        except BadRecord as fault:
+            faults.append(fault)
+    if faults:
+        raise joined(faults)
+    return name
+
+
+def _checks(
+    record: Mapping[str, Any], name: str, *, message_fields: frozenset[str] | None
+) -> Iterator[Callable[[], None]]:
+    """Yield the checks of a record of format `name`; each raises for the first thing wrong with its own part.
+
+    message_fields: what a message may have; None: there may be unknown fields anywhere.
+    """
+    strict = message_fields is not None
     known = {form for slot in SLOTS[name] for form in slot if form} | set(ANY_FORMAT)
-    strict = extra_fields == "error"
     if strict:
-        _check_known("", record, known)
+        yield partial(_check_known, "", record, known, slots=SLOTS[name])
     implicit = name == "preference" and not {"prompt", "prompt_ids"} & record.keys()
     implicit = implicit and all(isinstance(record.get(side), list) for side in ("chosen", "rejected"))
     for text, ids in SLOTS[name]:
         if not implicit:
-            check_slot(record, text, ids, strict=strict, is_prompt=text == "prompt")
+            yield partial(check_slot, record, text, ids, strict=strict, is_prompt=text == "prompt")
         elif text != "prompt":
-            _check_messages(text, record[text], strict=strict)
-            _check_answers(text, record[text], first=len(record[text]) - 1)
-    for place, response in enumerate(record.get("responses", []) if name == "responses" else []):
-        _check_response(f"responses[{place}]", response, strict=strict)
-    _check_teacher_scores(record.get("teacher_scores", {}))
-    _check_pins(record.get("weak", []))
-    return name
+            yield partial(_check_implicit, text, record[text])
+    responses = record.get("responses") if name == "responses" else None
+    for place, response in enumerate(responses if isinstance(responses, list) else []):
+        yield partial(_check_response, f"responses[{place}]", response, strict=strict)
+    if message_fields is not None:
+        yield partial(_check_message_fields, record, name, message_fields)
+    yield partial(check_context, record)
+    yield partial(_check_teacher_scores, record.get("teacher_scores", {}))
+    yield partial(_check_pins, record.get("weak", []))
 
 
-def _check_known(prefix: str, record: Mapping[str, Any], known: set[str]) -> None:
-    for name in record:
-        if name not in known:
-            fields = ", ".join(sorted(known))
-            message = f"field {prefix}{name} is not known; allowed: {fields} (or data.extra_fields: ignore)"
-            raise BadRecord("unknown field", message)
+def _check_message_fields(record: Mapping[str, Any], name: str, known: frozenset[str]) -> None:
+    """Refuse fields of messages that nobody reads."""
+    texts = {text: record.get(text) for text, _ in SLOTS[name] if text != "responses"}
+    if name == "responses" and isinstance(record.get("responses"), list):
+        entries = [entry for entry in record["responses"] if isinstance(entry, dict)]
+        texts |= {f"responses[{place}].text": entry.get("text") for place, entry in enumerate(entries)}
+    for field, turns in texts.items():
+        for place, turn in enumerate(turns if isinstance(turns, list) else []):
+            if isinstance(turn, dict) and not turn.keys() <= known:
+                strangers = [f"{field}[{place}].{stranger}" for stranger in turn if stranger not in known]
+                message = f"{_not_known(strangers)}; allowed: {', '.join(sorted(MESSAGE_FIELDS))}, "
+                message += "and what the chat template reads (or data.extra_fields: ignore)"
+                raise BadRecord("unknown field", message, field=strangers[0])
+
+
+def _check_implicit(side: str, messages: Any) -> None:
+    """chosen or rejected as a whole conversation, without a prompt field."""
+    check_messages(side, messages)
+    check_answers(side, messages, first=len(messages) - 1)
+
+
+def _check_known(
+    prefix: str, record: Mapping[str, Any], known: set[str], *, slots: tuple[tuple[str, str | None], ...] = ()
+) -> None:
+    strangers = [name for name in record if name not in known]
+    if strangers:
+        missing = [text for text, ids in slots if text not in record and ids not in record]
+        fields = ", ".join(sorted(known))
+        message = f"{_not_known([prefix + str(name) for name in strangers])}; allowed: {fields} "
+        message += f"(or data.extra_fields: ignore){advice(record, missing=missing, unknown=strangers)}"
+        raise BadRecord("unknown field", message, field=f"{prefix}{' '.join(map(str, strangers))}")
+
+
+def _not_known(names: Sequence[str]) -> str:
+    """Fields nobody knows, at most six of them by name."""
+    more = f" and {len(names) - 6} more" if names[6:] else ""
+    return f"field {names[0]} is not known" if len(names) == 1 else f"fields {', '.join(names[:6])}{more} are not known"
 
 
 def check_slot(record: Mapping[str, Any], text: str, ids: str | None, *, strict: bool, is_prompt: bool) -> None:
@@ -173,15 +156,16 @@ def check_slot(record: Mapping[str, Any], text: str, ids: str | None, *, strict:
             raise BadRecord("text and ids", f"fields {text} and {ids} are both there; allowed: one of them")
         check_ids(ids or "", record[ids or ""])
     elif text not in record:
-        raise refuse(text, MISSING, f"{text} or {ids}" if ids else text, reason="missing field")
+        hint = "" if strict else advice(record, missing=[text], unknown=list(record))
+        raise refuse(text, MISSING, (f"{text} or {ids}" if ids else text) + hint, reason="missing field")
     elif text == "responses":
         if not isinstance(record[text], list) or not record[text]:
             raise refuse(text, record[text], "a list of one or more objects", reason="responses")
     elif text == "messages":
-        _check_messages(text, record[text], strict=strict)
-        _check_conversation(record[text])
+        check_messages(text, record[text])
+        check_conversation(record[text])
     else:
-        check_text(text, record[text], strict=strict, is_prompt=is_prompt)
+        check_text(text, record[text], is_prompt=is_prompt)
 
 
 def check_ids(field: str, ids: Any) -> None:
@@ -197,7 +181,7 @@ def check_ids(field: str, ids: Any) -> None:
             raise refuse(f"{field}[{place}]", token, "an integer >= 0", reason="token ids")
 
 
-def check_text(field: str, value: Any, *, strict: bool, is_prompt: bool) -> None:
+def check_text(field: str, value: Any, *, is_prompt: bool) -> None:
     """A string or a list of messages, with something in it; a response begins and ends with the assistant."""
     if not isinstance(value, (str, list)):
         raise refuse(field, value, "a string or a list of messages", reason="wrong type")
@@ -205,48 +189,11 @@ def check_text(field: str, value: Any, *, strict: bool, is_prompt: bool) -> None
         reason = "empty prompt" if is_prompt else "empty response"
         raise refuse(field, value, "a string or list that is not empty", reason=reason)
     if isinstance(value, str):
-        _check_unicode(field, value)
+        check_unicode(field, value)
         return
-    _check_messages(field, value, strict=strict)
+    check_messages(field, value)
     if not is_prompt:
-        _check_answers(field, value)
-
-
-def _check_unicode(field: str, value: str) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer takes."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise refuse(field, value, "valid Unicode", reason="text") from None
-
-
-def _check_messages(field: str, value: Any, *, strict: bool) -> None:
-    if not isinstance(value, list) or not value:
-        raise refuse(field, value, "a list of messages", reason="messages")
-    for place, message in enumerate(value):
-        where = f"{field}[{place}]"
-        if not isinstance(message, dict):
-            raise refuse(where, message, '{"role": ..., "content": ...}', reason="messages")
-        if message.get("role") not in ROLES:
-            raise refuse(f"{where}.role", message.get("role", MISSING), ", ".join(ROLES), reason="messages")
-        if not isinstance(message.get("content"), str):
-            raise refuse(f"{where}.content", message.get("content", MISSING), "a string", reason="messages")
-        _check_unicode(f"{where}.content", message["content"])
-        if strict:
-            _check_known(f"{where}.", message, {"role", "content"})
-
-
-def _check_answers(field: str, messages: list[dict[str, str]], *, first: int = 0) -> None:
-    """What is trained on (from message `first`) is the assistant's at both ends."""
-    for place in (first, len(messages) - 1):
-        if messages[place]["role"] != "assistant":
-            raise refuse(f"{field}[{place}].role", messages[place]["role"], "assistant", reason="messages")
-
-
-def _check_conversation(messages: list[dict[str, str]]) -> None:
-    if messages[0]["role"] == "assistant":
-        raise refuse("messages[0].role", "assistant", "system or user before the first answer", reason="messages")
-    _check_answers("messages", messages, first=len(messages) - 1)
+        check_answers(field, value)
 
 
 def _check_response(where: str, response: Any, *, strict: bool) -> None:
@@ -261,7 +208,7 @@ def _check_response(where: str, response: Any, *, strict: bool) -> None:
             )
         check_ids(f"{where}.response_ids", response["response_ids"])
     elif "text" in response:
-        check_text(f"{where}.text", response["text"], strict=strict, is_prompt=False)
+        check_text(f"{where}.text", response["text"], is_prompt=False)
     else:
         raise refuse(f"{where}.text", MISSING, "text or response_ids", reason="missing field")
     if "reward" in response and not is_number(response["reward"]):
