@@ -189,7 +189,8 @@ def _end(chat: Chat, field: str, turns: Sequence[Turn], place: int, whole: str, 
     end = len(probed) + len(text)
     if not text or not after or whole[:end] != probed + text or len(probed) < begin:
         return begin
-    return end + len(os.path.commonprefix([whole[end:bound], after, _closing(chat, field, turns[:place]) or ""]))
+    closing = os.path.commonprefix([whole[end:bound], after, _closing(chat, field, turns[:place]) or ""])
+    return end + len(re.sub(r"[<\[][^<>\[\]\s]*$", "", closing))  # the beginning of a tag is none
 
 
 def _difference(prompt: str, whole: str) -> str:
