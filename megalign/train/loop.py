@@ -27,7 +27,7 @@ from megalign.engines.step import StepBatch, StepResult, accumulate
 from megalign.runtime.distributed import World, make_deterministic
 from megalign.runtime.status import DONE, STOPPED, during, write_status
 from megalign.schema import UserError
-from megalign.train.cannot_learn import StepDoubts, doubts_before
+from megalign.train.cannot_learn import Doubts
 from megalign.train.check import Inputs, Records, check, check_outputs
 from megalign.train.checkpoint import save_checkpoint
 from megalign.train.evaluation import evaluation_due, evaluation_plan, held_out_metrics
@@ -65,7 +65,7 @@ class Job:
     num_steps: int
     report: Reporter
     held_out: DatasetFeed | None
-    doubts: StepDoubts
+    doubts: Doubts
     started: float  # time.perf_counter when the job began
     step: int = 0  # finished ones
     begun_at: int = 0  # those finished before this start
@@ -170,9 +170,10 @@ def _prepare(
     if cfg.eval.path is not None:
         report.say(evaluation_plan(cfg, len(inputs.held_out_prompts if held_out is None else held_out.dataset)))
     report.rounds = 0 if cfg.rollout is None else cfg.rollout.rounds
-    for doubt in doubts_before(cfg, num_steps, None if dataset_feed is None else dataset_feed.dataset, inputs.prompts):
+    doubts = Doubts(cfg)
+    for doubt in doubts.before(num_steps, None if dataset_feed is None else dataset_feed.dataset, inputs.prompts):
         report.warn(doubt)
-    return Job(cfg, inputs, world, engine, feed, num_steps, report, held_out, StepDoubts(cfg), started)
+    return Job(cfg, inputs, world, engine, feed, num_steps, report, held_out, doubts, started)
 
 
 def _resume(job: Job, checkpoint: Path | None) -> None:
