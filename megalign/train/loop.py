@@ -30,8 +30,9 @@ from megalign.schema import UserError
 from megalign.train.cannot_learn import Doubts
 from megalign.train.check import Inputs, Records, check, check_outputs
 from megalign.train.checkpoint import save_checkpoint
-from megalign.train.evaluation import evaluation_due, evaluation_plan, held_out_metrics
+from megalign.train.evaluation import evaluation_due, held_out_metrics
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
+from megalign.train.plan import evaluation_plan, run_plan
 from megalign.train.report import Reporter, keep_metrics_up_to, start_log, utc_now
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed, fixed_reference, live_sampler
@@ -167,6 +168,9 @@ def _prepare(
     report.total = num_steps
     if weights is not None:
         report.say(f"initial weights from {weights}")
+    report.say(
+        run_plan(cfg, num_steps, len(inputs.prompts) if dataset_feed is None else dataset_feed.dataset.epoch_size)
+    )
     if cfg.eval.path is not None:
         report.say(evaluation_plan(cfg, len(inputs.held_out_prompts if held_out is None else held_out.dataset)))
     report.rounds = 0 if cfg.rollout is None else cfg.rollout.rounds
