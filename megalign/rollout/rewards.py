@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import sys
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from megalign.schema import UserError
@@ -72,13 +75,24 @@ def choose_reward(spec: str) -> Reward:
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
-        raise UserError(f"rollout.reward is {spec!r}: module {module_name!r} cannot be imported: {error}") from error
+        lost = isinstance(error, ModuleNotFoundError) and error.name == module_name.split(".")[0]
+        looked = f"; looked for in {_module_folders()}; PYTHONPATH adds to these" if lost else ""
+        raise UserError(
+            f"rollout.reward is {spec!r}: module {module_name!r} cannot be imported: {error}{looked}"
+        ) from error
     function = getattr(module, function_name, None)
     if function is None:
         raise UserError(f"rollout.reward is {spec!r}: module {module_name!r} has no {function_name!r}")
     if not callable(function):
         raise UserError(f"rollout.reward is {spec!r}: {function_name!r} is not a function (prompt, response, record)")
     return Reward(spec, function)
+
+
+def _module_folders() -> str:
+    """The folders that modules are imported from, as an error shows them; Python's own are one word."""
+    own = sysconfig.get_path("stdlib"), sys.prefix, sys.base_prefix
+    folders = [folder or str(Path.cwd()) for folder in sys.path if not folder.startswith(own)]
+    return ", ".join([*dict.fromkeys(folders), "the installed packages"])
 
 
 @reward("exact_match", needs=("answer",))
@@ -103,7 +117,7 @@ def reasoning_gym(prompt: str, response: str, record: dict[str, Any]) -> float:
         from reasoning_gym import get_score_answer_fn
     except ImportError as error:
         raise UserError(
-            "rollout.reward is 'reasoning_gym': the package is missing; pip install 'megalign[rollout]'"
+            "rollout.reward is 'reasoning_gym': the package is missing; pip install reasoning-gym"
         ) from error
     name = record["metadata"]["source_dataset"]
     try:

@@ -10,41 +10,38 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
 
-from megalign.config import JobConfig, dump_config, total_steps
+from megalign.config import JobConfig, total_steps
 from megalign.convert import ModelConfig
 from megalign.convert.hf_config import noise_left_out
-from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups
 from megalign.engines.megatron import MegatronEngine
-from megalign.engines.megatron_state import holds_optimizer
 from megalign.engines.step import StepBatch, StepResult, accumulate
 from megalign.runtime.distributed import World, make_deterministic
-from megalign.runtime.status import DONE, STOPPED, during, write_status
-from megalign.schema import UserError
+from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, during, write_status
 from megalign.train.cannot_learn import Doubts
-from megalign.train.check import Inputs, Records, check, check_outputs
-from megalign.train.checkpoint import save_checkpoint
+from megalign.train.check import Inputs, Records, check
 from megalign.train.evaluation import evaluation_due, held_out_metrics
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
+from megalign.train.job import Job, export_model, keep_instead, resume, save
+from megalign.train.outputs import Start, check_outputs
 from megalign.train.plan import evaluation_plan, run_plan
-from megalign.train.report import Reporter, keep_metrics_up_to, start_log, utc_now
+from megalign.train.report import Reporter, start_log, utc_now
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed, fixed_reference, live_sampler
-from megalign.train.schedule import learning_rate
+from megalign.train.run_dir import open_run_dir
+from megalign.train.schedule import keeps_last, learning_rate
 from megalign.train.session import (
     build_engine,
     cutting_of,
-    export,
+    gather,
     groups_of,
     layers_of,
     layout_text,
-    lora_of,
     on_every_rank,
 )
 from megalign.train.step_metrics import dump_step, position, step_metrics
@@ -54,65 +51,46 @@ from megalign.train.summary import report_summary
 AUTO_PASS_GAP = {"fp32": 1e-3, "bf16": 0.1}
 
 
-@dataclass
-class Job:
-    """What the loop holds between steps."""
-
-    cfg: JobConfig
-    inputs: Inputs
-    world: World
-    engine: Engine
-    feed: Feed
-    num_steps: int
-    report: Reporter
-    held_out: DatasetFeed | None
-    doubts: Doubts
-    started: float  # time.perf_counter when the job began
-    step: int = 0  # finished ones
-    begun_at: int = 0  # those finished before this start
-    bad_steps: int = 0
-    signalled: str = ""
-    modes: set[str] = field(default_factory=set)  # the pass modes that the log has named
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.cfg.run.dir)
-
-
-def train(cfg: JobConfig, world: World) -> int:
+def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     """Run the job to its end; exit code 0, or 75 when it stopped early after saving. Called on every rank."""
     if cfg.run.deterministic:
         make_deterministic()
     run_dir, started = Path(cfg.run.dir), time.perf_counter()
     inputs = on_every_rank(lambda: check(cfg, world.size))
-    resumed = on_every_rank(lambda: check_outputs(cfg, inputs))
-    on_every_rank(lambda: _open_run_dir(cfg, world))
+    # One rank's findings are every rank's: the directory changes while others would still look at it.
+    start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs) if world.is_main else None))[0]
+    kept = on_every_rank(lambda: _open_run_dir(cfg, start) if world.is_main else [])
+    ending.take_over()
     start_log(run_dir, main=world.is_main)
     groups = groups_of(cfg)
     # The total is set once the data are known; teachers are scored before that.
     with Reporter(run_dir, 0, main=world.is_main, trackers=cfg.trackers) as report:
+        for line in (*kept, *start.notes):
+            report.say(line)
+        if not cfg.checkpoint.every and cfg.export.hf_dir is None:
+            report.say(
+                "neither checkpoint.every nor export.hf_dir is set: a checkpoint after the last step keeps the model"
+            )
         with during("before the first step", None):
-            weights = None if resumed is None or holds_optimizer(resumed) else resumed
-            job = _prepare(cfg, inputs, world, groups, report, started, weights)
+            job = _prepare(cfg, inputs, world, groups, report, started, start)
         with _signals(job):
-            with during(f"loading {resumed}", None):
-                _resume(job, resumed if weights is None else None)
+            with during(f"loading {start.checkpoint}", None):
+                resume(job)
             return _run(job)
 
 
-def _open_run_dir(cfg: JobConfig, world: World) -> None:
-    """Create the run directory, with the resolved configuration and no earlier run's status; only rank 0 writes."""
-    if not world.is_main:
-        return
-    run_dir = Path(cfg.run.dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
-        (run_dir / "status.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run.dir is {cfg.run.dir!r}: {error.strerror}; must be a directory that can be written"
-        ) from None
+def _open_run_dir(cfg: JobConfig, start: Start) -> list[str]:
+    sources = [one.path for one in cfg.data.sources or ()] + [cfg.data.path, cfg.eval.path]
+    sources += [None if cfg.rollout is None else cfg.rollout.path]
+    inputs = [Path(path) for path in sources if path is not None]
+    inputs += [path for path in (start.weights, start.checkpoint) if path is not None]
+    return open_run_dir(
+        cfg,
+        resumed=start.checkpoint if start.own else None,
+        rolled_back=start.rolled_back,
+        changed=bool(start.changed),
+        inputs=inputs,
+    )
 
 
 def _prepare(
@@ -122,9 +100,10 @@ def _prepare(
     groups: Groups,
     report: Reporter,
     started: float,
-    weights: Path | None,
+    start: Start,
 ) -> Job:
-    """Everything up to the first step; `weights` is a converted checkpoint whose weights stand for model.path's."""
+    """Everything up to the first step."""
+    weights = start.weights
     report.say(
         f"ranks {world.size}: {layout_text(groups)}; "
         f"{layers_of(cfg, inputs.model, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
@@ -177,19 +156,7 @@ def _prepare(
     doubts = Doubts(cfg)
     for doubt in doubts.before(num_steps, None if dataset_feed is None else dataset_feed.dataset, inputs.prompts):
         report.warn(doubt)
-    return Job(cfg, inputs, world, engine, feed, num_steps, report, held_out, doubts, started)
-
-
-def _resume(job: Job, checkpoint: Path | None) -> None:
-    """Go on from a checkpoint, or begin; metrics of steps to be taken (again) are dropped."""
-    if checkpoint is not None:
-        extra = job.engine.load(checkpoint)
-        job.step, job.bad_steps = extra["step"], extra["bad_steps"]
-        job.begun_at = job.step
-        job.feed.restore(extra["feed"])
-        job.report.say(f"resumed from {checkpoint} after step {job.step}")
-    if job.world.is_main:
-        keep_metrics_up_to(job.run_dir, job.step)
+    return Job(cfg, inputs, start, world, engine, feed, num_steps, report, held_out, doubts, started)
 
 
 def _run(job: Job) -> int:
@@ -203,15 +170,19 @@ def _run(job: Job) -> int:
             _step(job)
         with during(f"after step {job.step}", job.step):
             stop, last = _why_stop(job), job.step == job.num_steps
-            if (cfg.checkpoint.every and (job.step % cfg.checkpoint.every == 0 or last)) or (stop and not last):
-                _save(job)
+            due = bool(cfg.checkpoint.every) and job.step % cfg.checkpoint.every == 0
+            if due or (last and keeps_last(cfg)) or (stop and not last):
+                save(job)
             if stop and not last:
                 return _finish(job, STOPPED, stop)
-            if cfg.export.every and job.step % cfg.export.every == 0 and not last:
-                _export(job)
+            if cfg.export.every and job.step % cfg.export.every == 0 and not last and (problem := export_model(job)):
+                job.report.say(f"{problem}; training goes on")
+    problem = ""
     if cfg.export.hf_dir is not None:
         with during("exporting", job.step):
-            _export(job)
+            problem = export_model(job)
+    if problem:
+        return _finish(job, FAILED, keep_instead(job, problem))
     seconds = time.perf_counter() - job.started
     report_summary(job.report, cfg, step=job.step, begun_at=job.begun_at, seconds=seconds)
     return _finish(job, DONE, "done")
@@ -317,22 +288,6 @@ def _why_stop(job: Job) -> str:
     if asked == 0.0:
         return ""
     return f"stopped by {job.signalled or 'a signal to another rank'}" if asked == 2.0 else "run.max_minutes is over"
-
-
-def _save(job: Job) -> None:
-    extra = {"step": job.step, "bad_steps": job.bad_steps, "feed": job.feed.state()}
-    keep = job.cfg.checkpoint
-    folder = save_checkpoint(job.engine, job.run_dir, job.step, extra, keep=keep.keep, keep_every=keep.keep_every)
-    job.report.say(f"saved {folder}")
-
-
-def _export(job: Job) -> None:
-    folder = Path(str(job.cfg.export.hf_dir))
-    beside = export(job.engine, job.inputs.model, job.inputs.hf_dir, folder, lora=lora_of(job.cfg))
-    how = "" if job.cfg.lora is None else ", adapters merged"
-    how += " and in its folder adapter" if beside else ""
-    alone = job.cfg.lora is not None and not beside
-    job.report.say(f"exported {folder}{how}" + (" (PEFT has no place for single experts' adapters)" if alone else ""))
 
 
 def _finish(job: Job, code: int, reason: str) -> int:
