@@ -218,7 +218,10 @@ def status(run_dir: Path) -> dict[str, Any]:
     return found
 
 
-CLOCKS = ("seconds", "tokens_per_second", "peak_memory_gb", "rollout_seconds")
+CLOCKS = (
+    "seconds", "tokens_per_second", "peak_memory_gb", "rollout_seconds", "round_seconds", "sampling_seconds",
+    "scoring_seconds", "round_tokens_per_second",
+)  # fmt: skip
 
 
 def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ A record's field names follow the TRL dataset formats:
     preference          {"prompt", "chosen", "rejected"}, or message lists that begin alike and no prompt
     responses           {"prompt", "responses": [{"text", "reward", "logp"}]}
 with `prompt_ids`, `response_ids`, `chosen_ids`, `rejected_ids` in place of any text, and `teacher_scores` and `weak`.
+A sampler says its `temperature` and which responses are `finished`; what it writes for people alone (`prompt_text`,
+`response_text`, the prompt's own `record`) is never trained on.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from typing import Any
 from megalign.schema import UserError, shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-ANY_FORMAT = ("teacher_scores", "weak")
+ANY_FORMAT = ("teacher_scores", "weak", "temperature")
+FOR_PEOPLE = ("prompt_text", "record")
 # Of each format: what must be there, as text and as ids (None: there is no such form).
 SLOTS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "messages": (("messages", None),),
@@ -129,6 +132,7 @@ def check_record(record: Mapping[str, Any], *, format: str = "auto", extra_field
     """Return the record's format, or raise `BadRecord` for the first thing wrong with it."""
     name = detect_format(record) if format == "auto" else format
     known = {form for slot in SLOTS[name] for form in slot if form} | set(ANY_FORMAT)
+    known |= set(FOR_PEOPLE) if name == "responses" else set()
     strict = extra_fields == "error"
     if strict:
         _check_known("", record, known)
@@ -142,6 +146,8 @@ def check_record(record: Mapping[str, Any], *, format: str = "auto", extra_field
             _check_answers(text, record[text], first=len(record[text]) - 1)
     for place, response in enumerate(record.get("responses", []) if name == "responses" else []):
         _check_response(f"responses[{place}]", response, strict=strict)
+    if "temperature" in record and not (is_number(record["temperature"]) and record["temperature"] > 0):
+        raise refuse("temperature", record["temperature"], "a number above 0, the sampler's", reason="temperature")
     _check_teacher_scores(record.get("teacher_scores", {}))
     _check_pins(record.get("weak", []))
     return name
@@ -242,7 +248,7 @@ def _check_response(where: str, response: Any, *, strict: bool) -> None:
     if not isinstance(response, dict):
         raise refuse(where, response, '{"text": ..., "reward": ...}', reason="responses")
     if strict:
-        _check_known(f"{where}.", response, {"text", "response_ids", "reward", "logp"})
+        _check_known(f"{where}.", response, {"text", "response_ids", "reward", "logp", "finished", "response_text"})
     if "response_ids" in response:
         if "text" in response:
             raise BadRecord(
@@ -256,6 +262,8 @@ def _check_response(where: str, response: Any, *, strict: bool) -> None:
     if "reward" in response and not is_number(response["reward"]):
         raise refuse(f"{where}.reward", response["reward"], "a finite number", reason="reward")
     _check_logp(f"{where}.logp", response.get("logp", []))
+    if not isinstance(response.get("finished", True), bool):
+        raise refuse(f"{where}.finished", response["finished"], "true or false", reason="finished")
 
 
 def _check_logp(field: str, values: Any) -> None:
