@@ -75,6 +75,8 @@ def test_defaults(load):
             "extra_fields": "error",
             "train_on": "last_assistant",
             "filter": None,
+            "special_tokens": "auto",
+            "date": None,
         },
         "eval": {"path": None, "every": 0},
         "loss": {"name": "gvpo", "beta": 0.1},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from megalign.data.group import Sequence as FlatSequence
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
 from megalign.data.records import BadRecord, RawRecord, check_record, check_slot, read_raw, refuse
-from megalign.data.tokenize import encode_prompt, encode_record, token_fields
+from megalign.data.tokenize import DEFAULT, TextOptions, encode_prompt, encode_record, token_fields
 from megalign.schema import UserError
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ class Report:
     num_kept: int = 0
     bad: dict[str, int] = field(default_factory=dict)
     first_bad: dict[str, str] = field(default_factory=dict)  # one full message for each reason
+    notes: Counter[str] = field(default_factory=Counter)  # what was decided about texts, and of how many
 
     def line(self) -> str:
         """One line for a log."""
         kept = f"{self.num_kept} of {self.num_records} records kept"
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad.items()))
-        return f"{kept}; skipped: {reasons}" if reasons else kept
+        notes = "".join(f"; {count} {note}" for note, count in sorted(self.notes.items()))
+        return (f"{kept}; skipped: {reasons}" if reasons else kept) + notes
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ def load_prompts(
     max_length: int,
     vocab_size: int,
     field: str = "rollout.path",
+    options: TextOptions = DEFAULT,
 ) -> list[Group]:
     """Prompts to sample from: groups without responses. Other fields stay in `raw`, for the reward."""
     groups = []
@@ -157,8 +161,7 @@ def load_prompts(
             record = raw.fields()
             check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
             name = "prompt_ids" if "prompt_ids" in record else "prompt"
-            prompt = {"ids": record[name]} if name == "prompt_ids" else record[name]
-            group = Group(number, encode_prompt(prompt, tokenizer), (), raw=record)
+            group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
             _check_tokens(group, [name], max_length=max_length, vocab_size=vocab_size)
         except (BadRecord, UserError) as error:
             raise UserError(f"{raw.origin}: {error}") from None
@@ -181,6 +184,7 @@ class _Loader:
         vocab_size: int,
     ) -> None:
         self.cfg, self.tokenizer, self.pairing = cfg, tokenizer, pairing
+        self.options = cfg.text_options
         self.seed, self.vocab_size = seed, vocab_size
         self.report = Report()
         self.groups: list[Group] = []
@@ -240,7 +244,9 @@ class _Loader:
     def _group(self, raw: RawRecord, number: int, first: int) -> Group:
         cfg, record = self.cfg, raw.fields()
         name = check_record(record, format=cfg.format, extra_fields=cfg.extra_fields)
-        prompt_ids, responses = encode_record(record, self.tokenizer, format=name, train_on=cfg.train_on)
+        prompt_ids, responses = encode_record(
+            record, self.tokenizer, format=name, train_on=cfg.train_on, options=self.options, notes=self.report.notes
+        )
         group = Group(
             record=number,
             prompt_ids=prompt_ids,

@@ -241,7 +241,12 @@ def _as_read(
     if tokenizer is None:
         raise UserError(f"{origin}: the teacher has no tokenizer; allowed: token ids, or teacher_scores in the record")
     prompt_ids, response = retokenize(
-        group, tokenizer, format=cfg.data.format, train_on=cfg.data.train_on, origin=origin
+        group,
+        tokenizer,
+        format=cfg.data.format,
+        train_on=cfg.data.train_on,
+        origin=origin,
+        options=cfg.data.text_options,
     )
     return FlatSequence(group.record, number, "response", prompt_ids, response)
 
@@ -255,4 +260,5 @@ def read_prompts(cfg: JobConfig, path: str, tokenizer: Any | None, model: ModelC
         reward=choose_reward(cfg.rollout.reward),
         vocab_size=model.vocab_size,
         max_length=cfg.data.max_length - cfg.rollout.max_new_tokens,
+        options=cfg.data.text_options,
     )
