@@ -6,6 +6,8 @@ A record's field names follow the TRL dataset formats:
     preference          {"prompt", "chosen", "rejected"}, or message lists that begin alike and no prompt
     responses           {"prompt", "responses": [{"text", "reward", "logp"}]}
 with `prompt_ids`, `response_ids`, `chosen_ids`, `rejected_ids` in place of any text, and `teacher_scores` and `weak`.
+A sampler says its `temperature` and which responses are `finished`; what it writes for people alone (`prompt_text`,
+`response_text`, the prompt's own `record`) is never trained on.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from megalign.data.refusals import MISSING, BadRecord, joined, refuse
 
 __all__ = ["BadRecord", "check_record", "check_slot", "detect_format", "refuse"]
 
-ANY_FORMAT = ("teacher_scores", "weak", "tools", "chat_template_kwargs")
+ANY_FORMAT = ("teacher_scores", "weak", "temperature", "tools", "chat_template_kwargs")
+FOR_PEOPLE = ("prompt_text", "record")
 # Of each format: what must be there, as text and as ids (None: there is no such form).
 SLOTS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "messages": (("messages", None),),
@@ -91,6 +94,7 @@ def _checks(
     """
     strict = message_fields is not None
     known = {form for slot in SLOTS[name] for form in slot if form} | set(ANY_FORMAT)
+    known |= set(FOR_PEOPLE) if name == "responses" else set()
     if strict:
         yield partial(_check_known, "", record, known, slots=SLOTS[name])
     implicit = name == "preference" and not {"prompt", "prompt_ids"} & record.keys()
@@ -106,6 +110,7 @@ def _checks(
     if message_fields is not None:
         yield partial(_check_message_fields, record, name, message_fields)
     yield partial(check_context, record)
+    yield partial(_check_temperature, record)
     yield partial(_check_teacher_scores, record.get("teacher_scores", {}))
     yield partial(_check_pins, record.get("weak", []))
 
@@ -200,7 +205,7 @@ def _check_response(where: str, response: Any, *, strict: bool) -> None:
     if not isinstance(response, dict):
         raise refuse(where, response, '{"text": ..., "reward": ...}', reason="responses")
     if strict:
-        _check_known(f"{where}.", response, {"text", "response_ids", "reward", "logp"})
+        _check_known(f"{where}.", response, {"text", "response_ids", "reward", "logp", "finished", "response_text"})
     if "response_ids" in response:
         if "text" in response:
             raise BadRecord(
@@ -214,6 +219,8 @@ def _check_response(where: str, response: Any, *, strict: bool) -> None:
     if "reward" in response and not is_number(response["reward"]):
         raise refuse(f"{where}.reward", response["reward"], "a finite number", reason="reward")
     _check_logp(f"{where}.logp", response.get("logp", []))
+    if not isinstance(response.get("finished", True), bool):
+        raise refuse(f"{where}.finished", response["finished"], "true or false", reason="finished")
 
 
 def _check_logp(field: str, values: Any) -> None:
@@ -222,6 +229,11 @@ def _check_logp(field: str, values: Any) -> None:
     for place, value in enumerate(values):
         if not is_number(value) or value > 0:
             raise refuse(f"{field}[{place}]", value, "a finite number <= 0", reason="logp")
+
+
+def _check_temperature(record: Mapping[str, Any]) -> None:
+    if "temperature" in record and not (is_number(record["temperature"]) and record["temperature"] > 0):
+        raise refuse("temperature", record["temperature"], "a number above 0, the sampler's", reason="temperature")
 
 
 def _check_teacher_scores(scores: Any) -> None:
