@@ -28,7 +28,7 @@ from megalign.train.check import Inputs, Records, check
 from megalign.train.evaluation import evaluation_due, evaluation_plan, held_out_metrics
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
 from megalign.train.job import Job, export_model, keep_instead, resume, save
-from megalign.train.outputs import Start, check_outputs
+from megalign.train.outputs import Start, check_outputs, job_date, with_date
 from megalign.train.report import Reporter, start_log, utc_now
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed, fixed_reference, live_sampler
@@ -55,6 +55,8 @@ def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     if cfg.run.deterministic:
         make_deterministic()
     run_dir, started = Path(cfg.run.dir), time.perf_counter()
+    # Rank 0's day is every rank's, and a resumed run's is the one that it began on.
+    cfg = with_date(cfg, gather(on_every_rank(lambda: job_date(cfg) if world.is_main else None))[0])
     inputs = on_every_rank(lambda: check(cfg, world.size))
     # One rank's findings are every rank's: the directory changes while others would still look at it.
     start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs) if world.is_main else None))[0]
