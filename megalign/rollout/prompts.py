@@ -8,7 +8,7 @@ from typing import Any
 
 from megalign.data import dataset
 from megalign.data.order import Span, step_items
-from megalign.data.records import read_raw
+from megalign.data.reading import read_raw
 from megalign.data.tokenize import DEFAULT, TextOptions
 from megalign.rollout.rewards import Reward
 from megalign.schema import UserError

@@ -9,7 +9,7 @@ from megalign.config import JobConfig
 from megalign.engines.engine import Engine
 from megalign.runtime.distributed import World
 from megalign.runtime.status import during
-from megalign.train.cannot_learn import StepDoubts
+from megalign.train.cannot_learn import Doubts
 from megalign.train.check import Inputs
 from megalign.train.checkpoint import save_checkpoint
 from megalign.train.feeds import DatasetFeed, Feed
@@ -32,7 +32,7 @@ class Job:
     num_steps: int
     report: Reporter
     held_out: DatasetFeed | None
-    doubts: StepDoubts
+    doubts: Doubts
     started: float  # time.perf_counter when the job began
     step: int = 0  # finished ones
     saved: Path | None = None  # the checkpoint of this run that holds `step`

@@ -23,12 +23,13 @@ from megalign.engines.megatron import MegatronEngine
 from megalign.engines.step import StepBatch, StepResult, accumulate
 from megalign.runtime.distributed import World, make_deterministic
 from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, during, write_status
-from megalign.train.cannot_learn import StepDoubts, doubts_before
+from megalign.train.cannot_learn import Doubts
 from megalign.train.check import Inputs, Records, check
-from megalign.train.evaluation import evaluation_due, evaluation_plan, held_out_metrics
+from megalign.train.evaluation import evaluation_due, held_out_metrics
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
 from megalign.train.job import Job, export_model, keep_instead, resume, save
 from megalign.train.outputs import Start, check_outputs, job_date, with_date
+from megalign.train.plan import evaluation_plan, run_plan
 from megalign.train.report import Reporter, start_log, utc_now
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed, fixed_reference, live_sampler
@@ -148,12 +149,16 @@ def _prepare(
     report.total = num_steps
     if weights is not None:
         report.say(f"initial weights from {weights}")
+    report.say(
+        run_plan(cfg, num_steps, len(inputs.prompts) if dataset_feed is None else dataset_feed.dataset.epoch_size)
+    )
     if cfg.eval.path is not None:
         report.say(evaluation_plan(cfg, len(inputs.held_out_prompts if held_out is None else held_out.dataset)))
     report.rounds = 0 if cfg.rollout is None else cfg.rollout.rounds
-    for doubt in doubts_before(cfg, num_steps, None if dataset_feed is None else dataset_feed.dataset, inputs.prompts):
+    doubts = Doubts(cfg)
+    for doubt in doubts.before(num_steps, None if dataset_feed is None else dataset_feed.dataset, inputs.prompts):
         report.warn(doubt)
-    return Job(cfg, inputs, start, world, engine, feed, num_steps, report, held_out, StepDoubts(cfg), started)
+    return Job(cfg, inputs, start, world, engine, feed, num_steps, report, held_out, doubts, started)
 
 
 def _run(job: Job) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
+from megalign.runtime.status import explain
 from megalign.train.console import ConsoleHandler, StepBar, clock, duration, evaluation_numbers, step_numbers
 from megalign.train.trackers import open_tracker
 
@@ -47,6 +48,8 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
+        if error is not None and self.main:
+            LOG.debug(f"failed: {explain(error)[0]}")  # the console gets it from whoever ends the process
         LOG.removeHandler(self._to_console)
         for tracker in self._trackers:
             tracker.close()
