@@ -106,8 +106,9 @@ def _same_contrast(dataset: GroupDataset, group: Group) -> bool:
     """Whether all that the loss compares inside a group is the same tokens."""
     if dataset.pairing.kind == "single":
         return False
-    picked = own_sequences(group, dataset.pairing, seed=dataset.seed, epoch=0)
-    return len(picked) > 1 and len({(one.ids, one.scored) for _, one in picked}) == 1
+    picked = [one for _, one in own_sequences(group, dataset.pairing, seed=dataset.seed, epoch=0)]
+    first = picked[0]
+    return len(picked) > 1 and all(one.ids == first.ids and one.scored == first.scored for one in picked[1:])
 
 
 def _rewards(group: Group) -> list[float]:

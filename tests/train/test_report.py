@@ -224,6 +224,8 @@ def test_numbers_as_they_are_written():
     assert step_numbers({**STEP, "round": 3, "loss": nan, "grad_norm": nan, "reward_mean": 0.25}, rounds=7) == (
         "round 3/7 loss nan grad_norm nan lr 0.0001 reward 0.250 1234 tok/s"
     )
+    times = {**STEP, "round": 3, "reward_mean": 0.25, "round_tokens_per_second": 56.7}
+    assert step_numbers(times, rounds=7).endswith(" reward 0.250 1234 tok/s (57 with sampling)")
     assert evaluation_numbers({"eval_reward": 0.5, "eval_seconds": 3}) == "reward 0.5"
 
 
@@ -247,6 +249,10 @@ def test_summary_takes_the_best_and_leaves_out_what_is_not_there():
     )
     assert time_line(lines, step=3, begun_at=2, seconds=7).startswith(
         "3 steps, 1 of them in this start, in 7.0 s (training steps 5.0 s, evaluation 0.5 s); 6 tokens/s"
+    )
+    times = [{"step": 1, "seconds": 4.0, "tokens": 8, "sampling_seconds": 3.0, "scoring_seconds": 1.0}]
+    assert time_line([*times, {"step": 2, "sampling_seconds": 0.0}], step=2, begun_at=0, seconds=9) == (
+        "2 steps in 9.0 s (sampling 3.0 s, scoring 1.0 s, training steps 4.0 s); 2 tokens/s in training steps"
     )
     assert summary_rows([]) == [] and time_line([], step=0, begun_at=0, seconds=1) == "0 steps in 1.0 s"
 
