@@ -79,6 +79,12 @@ FILES = {
         [same(one) for one in PAIRS], "dpo", ["data.groups_per_step=8"],
         [["8 of 8 records", "same tokens as preferred and other", "data.jsonl:1", "gradient is 0"]],
     ),
+    "positive equal to its negatives": (
+        [same(one) for one in PAIRS], "epa", ["loss.weak=0"], [["8 of 8 records", "gradient is 0"]],
+    ),
+    "positive equal to its own negatives": (
+        [same(one) for one in PAIRS], "epa", ["loss.weak=1"], [["8 of 8 records", "nothing to tell apart"]],
+    ),
     "one chosen equal to rejected": (
         [*PAIRS[:4], same(PAIRS[4]), *PAIRS[5:]], "dpo", [], [["1 of 8 records", "data.jsonl:5"]],
     ),
