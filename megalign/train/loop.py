@@ -153,7 +153,9 @@ def _prepare(
         run_plan(cfg, num_steps, len(inputs.prompts) if dataset_feed is None else dataset_feed.dataset.epoch_size)
     )
     if cfg.eval.path is not None:
-        report.say(evaluation_plan(cfg, len(inputs.held_out_prompts if held_out is None else held_out.dataset)))
+        report.say(
+            evaluation_plan(cfg, num_steps, len(inputs.held_out_prompts if held_out is None else held_out.dataset))
+        )
     report.rounds = 0 if cfg.rollout is None else cfg.rollout.rounds
     doubts = Doubts(cfg)
     for doubt in doubts.before(num_steps, None if dataset_feed is None else dataset_feed.dataset, inputs.prompts):
@@ -295,6 +297,7 @@ def _why_stop(job: Job) -> str:
 def _finish(job: Job, code: int, reason: str) -> int:
     if job.world.is_main:
         write_status(job.run_dir, code, reason, job.step)
-    job.report.say(f"{reason} after step {job.step}")
+    more = f" of {job.num_steps}; the same command goes on from there" if code == STOPPED else ""
+    job.report.say(f"{reason} after step {job.step}{more}")
     dist.barrier()  # a launcher ends all ranks once one has ended with a code; rank 0 has told by then
     return code
