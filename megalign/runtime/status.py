@@ -26,6 +26,7 @@ PEER_GONE = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed? ?out|remote process|by peer|NCCL.*abort",
     re.IGNORECASE,
 )
+GLOO_NOISE = re.compile(r"\[\S+\.(?:cc|h):\d+\] | This is typically caused by a remote worker.*")
 PATIENCE_S = 5.0  # for the rank whose failure was the first to tell of it
 
 
@@ -56,7 +57,7 @@ def explain(error: BaseException) -> tuple[str, int | None]:
     calls = [frame.name for frame in frames if Path(frame.filename).name == "distributed_c10d.py"]
     ours = [frame.name for frame in frames if "megalign" in Path(frame.filename).parts]
     inside = f"{calls[-1]} of {ours[-1]}" if calls and ours else ""
-    text = " ".join(f"{type(cause).__name__}: {cause}".split())
+    text = GLOO_NOISE.sub("", " ".join(f"{type(cause).__name__}: {cause}".split()))
     return ": ".join(part for part in (doing, inside, text) if part), step
 
 
