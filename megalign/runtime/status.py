@@ -95,7 +95,7 @@ class Ending:
     def write(self, code: int, reason: str, step: int | None) -> None:
         """Write a failure's status unless a rank has written one, or the directory is another run's."""
         if self.run_dir is None or (not self.taken and is_of_another_run(self.run_dir)):
-            _write_result(code, replace=False)
+            write_result(code, replace=False)
             return
         with suppress(OSError, ValueError):  # what is printed and the exit code say it already
             write_status(self.run_dir, code, reason, step, replace=not self.taken)
@@ -123,13 +123,13 @@ def write_status(run_dir: str | Path, code: int, reason: str, step: int | None, 
 
     replace: whether one that is there gives way; else the first one stays.
     """
-    _write_result(code, replace=replace)
+    write_result(code, replace=replace)
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     _write_whole(folder / "status.json", json.dumps({"code": code, "reason": reason, "step": step}), replace=replace)
 
 
-def _write_result(code: int, *, replace: bool) -> None:
+def write_result(code: int, *, replace: bool) -> None:
     """Tell the launcher the code, where one asked for it."""
     result = os.environ.get(RESULT_FILE)
     if result:
