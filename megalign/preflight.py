@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.parse_args(arguments, args)
         cfg = load_config(args.config, args.overrides)
         # Imported here: it takes seconds, and a configuration that is wrong should not wait for them.
-        from megalign.train.check import check, check_outputs
+        from megalign.train.check import check
+        from megalign.train.outputs import check_outputs
 
         try:
             check_outputs(cfg, check(cfg, args.ranks))

@@ -263,7 +263,7 @@ class CheckpointConfig(Strict):
     keep_every: NonNegativeInt = 0
     async_save: Annotated[bool, only(False)] = Field(default=False, alias="async")
     resume: PathText = "auto"
-    allow: Annotated[list[str], only([])] = []
+    allow: list[Text] = []  # keys or sections in which a resumed job may differ from the one that saved
 
     @field_validator("resume")
     @classmethod

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
+from megalign.data.tokenize import TextOptions
 from megalign.schema import NoneWord, PathText, Strict
 
 Format = Literal["auto", "messages", "prompt_completion", "preference", "responses"]
@@ -43,6 +45,8 @@ class DataConfig(Strict):
     extra_fields: Literal["error", "ignore"] = "error"
     train_on: TrainOn = "last_assistant"
     filter: TeacherFilter | None = None
+    special_tokens: Literal["auto", "none"] = "auto"  # around plain strings: the tokenizer's own, or none
+    date: str | None = None  # YYYY-MM-DD that chat templates take for today; none: the day the text is tokenised
 
     @field_validator("sources")
     @classmethod
@@ -50,6 +54,26 @@ class DataConfig(Strict):
         if value is not None and info.data.get("path") is not None:
             raise ValueError("path is given too; allowed: either path or sources; data.path=null unsets it")
         return value
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _day(cls, value: Any) -> Any:
+        """YAML reads 2026-01-31 without quotes as a date."""
+        if value is None or value == "none":
+            return None
+        text = value.isoformat() if type(value) is date else value
+        try:
+            good = isinstance(text, str) and date.fromisoformat(text).isoformat() == text
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError("must be a day as YYYY-MM-DD, or none")
+        return text
+
+    @property
+    def text_options(self) -> TextOptions:
+        """The settings that change what text becomes which tokens."""
+        return TextOptions(special_tokens=self.special_tokens, date=self.date)
 
     @field_validator("filter", mode="before")
     @classmethod

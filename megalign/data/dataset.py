@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from megalign.data.config import DataConfig, Source
+from megalign.data.formats import Reading, recognise
 from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
-from megalign.data.records import BadRecord, RawRecord, check_record, check_slot, read_raw, refuse
-from megalign.data.tokenize import encode_prompt, encode_record, token_fields
+from megalign.data.reading import RawRecord, read_raw
+from megalign.data.records import BadRecord, check_record, check_slot, refuse
+from megalign.data.tokenize import DEFAULT, TextOptions, encode_prompt, encode_record, token_fields
 from megalign.schema import UserError
 
 if TYPE_CHECKING:
@@ -28,12 +31,14 @@ class Report:
     num_kept: int = 0
     bad: dict[str, int] = field(default_factory=dict)
     first_bad: dict[str, str] = field(default_factory=dict)  # one full message for each reason
+    notes: Counter[str] = field(default_factory=Counter)  # what was decided about texts, and of how many
 
     def line(self) -> str:
         """One line for a log."""
         kept = f"{self.num_kept} of {self.num_records} records kept"
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad.items()))
-        return f"{kept}; skipped: {reasons}" if reasons else kept
+        notes = "".join(f"; {count} {note}" for note, count in sorted(self.notes.items()))
+        return (f"{kept}; skipped: {reasons}" if reasons else kept) + notes
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ def load_prompts(
     max_length: int,
     vocab_size: int,
     field: str = "rollout.path",
+    options: TextOptions = DEFAULT,
 ) -> list[Group]:
     """Prompts to sample from: groups without responses. Other fields stay in `raw`, for the reward."""
     groups = []
@@ -157,8 +163,7 @@ def load_prompts(
             record = raw.fields()
             check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
             name = "prompt_ids" if "prompt_ids" in record else "prompt"
-            prompt = {"ids": record[name]} if name == "prompt_ids" else record[name]
-            group = Group(number, encode_prompt(prompt, tokenizer), (), raw=record)
+            group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
             _check_tokens(group, [name], max_length=max_length, vocab_size=vocab_size)
         except (BadRecord, UserError) as error:
             raise UserError(f"{raw.origin}: {error}") from None
@@ -181,6 +186,7 @@ class _Loader:
         vocab_size: int,
     ) -> None:
         self.cfg, self.tokenizer, self.pairing = cfg, tokenizer, pairing
+        self.options = cfg.text_options
         self.seed, self.vocab_size = seed, vocab_size
         self.report = Report()
         self.groups: list[Group] = []
@@ -189,6 +195,7 @@ class _Loader:
 
     def add_source(self, raws: Iterable[RawRecord], *, name: str, weight: float) -> None:
         first = self.report.num_records
+        raws = iter(raws)
         for raw in raws:
             number = self.report.num_records
             self.report.num_records += 1
@@ -196,7 +203,10 @@ class _Loader:
                 self.groups.append(self._group(raw, number, first))
                 self.origins.append(raw.origin)
             except BadRecord as bad:
-                self._reject(raw.origin, bad)
+                shared = ""
+                if bad.kinds and self.cfg.on_bad_record == "stop":
+                    shared = self._shared(bad, raws, num_good=number - first)
+                self._reject(raw.origin, bad, shared=shared)
             except UserError as error:
                 raise UserError(f"{raw.origin}: {error}") from None
         if self.report.num_records == first:
@@ -230,17 +240,48 @@ class _Loader:
             origins=[self.origins[index] for index in kept],
         )
 
-    def _reject(self, origin: str, bad: BadRecord) -> None:
-        message = f"{origin}: {bad}"
+    def _shared(self, bad: BadRecord, rest: Iterator[RawRecord], *, num_good: int) -> str:
+        """How many of the source's other records have the faults of `bad`; nothing where it is the only one."""
+        num_others, num_alike = num_good, 0
+        for raw in rest:
+            num_others += 1
+            try:
+                self._checked(raw)
+            except BadRecord as other:
+                num_alike += bad.kinds <= other.kinds
+        return f" (the same in {num_alike} of the {num_others} other records)" if num_alike else ""
+
+    def _reject(self, origin: str, bad: BadRecord, *, shared: str = "") -> None:
+        message = f"{origin}: {bad}{shared}"
         if self.cfg.on_bad_record == "stop":
             raise UserError(message) from None
         self.report.bad[bad.reason] = self.report.bad.get(bad.reason, 0) + 1
         self.report.first_bad.setdefault(bad.reason, message)
 
+    def _checked(self, raw: RawRecord) -> tuple[Reading, str]:
+        """The record with our own fields, and its format, or `BadRecord` with everything that is wrong with it."""
+        reading = recognise(raw.fields(), format=self.cfg.format)
+        try:
+            name = check_record(reading.record, format=self.cfg.format, extra_fields=self.cfg.extra_fields)
+        except BadRecord as bad:
+            raise reading.named(bad) from None
+        return reading, name
+
     def _group(self, raw: RawRecord, number: int, first: int) -> Group:
-        cfg, record = self.cfg, raw.fields()
-        name = check_record(record, format=cfg.format, extra_fields=cfg.extra_fields)
-        prompt_ids, responses = encode_record(record, self.tokenizer, format=name, train_on=cfg.train_on)
+        reading, name = self._checked(raw)
+        try:
+            group = self._encoded(reading.record, name, number, first)
+        except (BadRecord, UserError) as error:
+            raise reading.named(error) from None
+        if reading.name:
+            self.report.notes[f"read as {reading.told()}"] += 1
+        return group
+
+    def _encoded(self, record: dict[str, Any], name: str, number: int, first: int) -> Group:
+        cfg = self.cfg
+        prompt_ids, responses = encode_record(
+            record, self.tokenizer, format=name, train_on=cfg.train_on, options=self.options, notes=self.report.notes
+        )
         group = Group(
             record=number,
             prompt_ids=prompt_ids,

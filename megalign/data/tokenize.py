@@ -8,8 +8,10 @@ Ids are taken as they are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
@@ -24,14 +26,30 @@ Turn = Mapping[str, str]
 Ids = tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """Settings of `data` that change what text becomes which tokens."""
+
+    special_tokens: Literal["auto", "none"] = "auto"  # around plain strings: the tokenizer's own, or none
+    date: str | None = None  # YYYY-MM-DD that chat templates take for today; None: the day of the call
+
+
+DEFAULT = TextOptions()
+
+
 def encode_record(
     record: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     format: str,
     train_on: str = "last_assistant",
+    options: TextOptions = DEFAULT,
+    notes: Counter[str] | None = None,
 ) -> tuple[Ids, tuple[Response, ...]]:
-    """Prompt ids and the responses in file order of a record that `check_record` let pass as `format`."""
+    """Return prompt ids and the responses in file order of a record that `check_record` let pass as `format`.
+
+    notes: counts what was decided about the text and a log should tell.
+    """
     if format == "messages":
         turns = record["messages"]
         first = len(turns) - 1
@@ -40,7 +58,7 @@ def encode_record(
         prompt_ids, response = _encode_turns("messages", turns[:first], turns[first:], tokenizer, num_before=first)
         return prompt_ids, (response,)
     prompt, answers = _split(record, format)
-    prompt_ids = encode_prompt(prompt, tokenizer)
+    prompt_ids = _encode_prompt(prompt, tokenizer)
     return prompt_ids, tuple(_encode_answer(answer, prompt, prompt_ids, tokenizer) for answer in answers)
 
 
@@ -52,7 +70,15 @@ def token_fields(record: Mapping[str, Any], format: str) -> list[str]:
     return [prompt, *(field for field, _, _ in _split(record, format)[1])]
 
 
-def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> Ids:
+def encode_prompt(
+    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, *, options: TextOptions = DEFAULT
+) -> Ids:
+    """Return the ids that a response to the record's `prompt` (text, messages) or `prompt_ids` is sampled from."""
+    prompt = {"ids": record["prompt_ids"]} if "prompt_ids" in record else record["prompt"]
+    return _encode_prompt(prompt, tokenizer)
+
+
+def _encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> Ids:
     """Ids of a string, of messages (with the generation prompt), or `{"ids": [...]}` as they are."""
     if isinstance(prompt, Mapping):
         return tuple(prompt["ids"])
@@ -68,6 +94,7 @@ def retokenize(
     format: str = "auto",
     train_on: str = "last_assistant",
     origin: str = "",
+    options: TextOptions = DEFAULT,
 ) -> tuple[Ids, Response]:
     """The record's single response under another model's tokenizer and chat template, for teachers."""
     where = origin or f"record {group.record}"
@@ -80,7 +107,7 @@ def retokenize(
             "allowed: messages, prompt with completion, or teacher_scores in the record"
         )
     try:
-        prompt_ids, responses = encode_record(group.raw, tokenizer, format=name, train_on=train_on)
+        prompt_ids, responses = encode_record(group.raw, tokenizer, format=name, train_on=train_on, options=options)
     except BadRecord as error:
         raise UserError(f"{where}: under the teacher's tokenizer: {error}") from None
     if not prompt_ids:

@@ -8,7 +8,8 @@ from typing import Any
 
 from megalign.data import dataset
 from megalign.data.order import Span, step_items
-from megalign.data.records import read_raw
+from megalign.data.reading import read_raw
+from megalign.data.tokenize import DEFAULT, TextOptions
 from megalign.rollout.rewards import Reward
 from megalign.schema import UserError
 
@@ -23,14 +24,16 @@ class Prompt:
     record: Mapping[str, Any]
 
 
-def load_prompts(path: str, tokenizer: Any, *, reward: Reward, vocab_size: int, max_length: int) -> list[Prompt]:
+def load_prompts(
+    path: str, tokenizer: Any, *, reward: Reward, vocab_size: int, max_length: int, options: TextOptions = DEFAULT
+) -> list[Prompt]:
     """Every prompt in file order; the first one that is wrong stops the job with its line and field.
 
     max_length: of the prompt, in tokens; what `data.max_length` leaves when the response has its room.
     """
     if tokenizer is None:
         raise UserError("model.path has no tokenizer: rounds need one, because rewards read text")
-    groups = dataset.load_prompts(path, tokenizer, max_length=max_length, vocab_size=vocab_size)
+    groups = dataset.load_prompts(path, tokenizer, max_length=max_length, vocab_size=vocab_size, options=options)
     prompts = []
     for group, raw in zip(groups, read_raw(path, field="rollout.path"), strict=True):
         reward.check_record(group.raw, raw.origin)

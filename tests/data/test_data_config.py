@@ -1,3 +1,5 @@
+from datetime import date, datetime
+
 import pytest
 from pydantic import ValidationError
 
@@ -19,6 +21,8 @@ def test_defaults():
         "extra_fields": "error",
         "train_on": "last_assistant",
         "filter": None,
+        "special_tokens": "auto",
+        "date": None,
     }
 
 
@@ -50,12 +54,25 @@ def test_filter_and_sources():
         ({"filter": {"teacher_score_keep": 1.5}}, "filter.teacher_score_keep"),
         ({"filter": "best"}, "filter"),
         ({"shufle": True}, "shufle"),
+        ({"special_tokens": True}, "special_tokens"),
+        ({"date": "31.01.2026"}, "date"),
+        ({"date": "2026-02-30"}, "date"),
+        ({"date": "20260131"}, "date"),
+        ({"date": 20260131}, "date"),
+        ({"date": datetime(2026, 1, 31, 12)}, "date"),
     ],
 )
 def test_wrong_values_name_their_field(change, field):
     with pytest.raises(ValidationError) as error:
         DataConfig.model_validate({**REQUIRED, **change})
     assert first_problem(error.value).startswith(f"{field} is ")
+
+
+@pytest.mark.parametrize("value", ["2026-01-31", date(2026, 1, 31)])  # YAML without quotes gives the second
+def test_date(value):
+    cfg = DataConfig.model_validate({**REQUIRED, "date": value})
+    assert cfg.date == "2026-01-31" and cfg.text_options.date == "2026-01-31"
+    assert DataConfig.model_validate({**REQUIRED, "date": "none"}).date is None
 
 
 def test_required():
