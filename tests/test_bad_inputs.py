@@ -91,7 +91,7 @@ ROUNDS = {
 # name: (what the configuration changes, overrides, lines of data or None, parts of the line)
 CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     # configuration
-    "unknown key": ({}, ["run.step=3"], None, ["job.yaml: run.step is not a known key", "did you mean steps"]),
+    "unknown key": ({}, ["run.step=3"], None, ["command line: run.step is not a known key", "did you mean steps"]),
     "unknown section": ({}, ["optimiser.lr=1"], None, ["optimiser is not a known key", "optimizer"]),
     "wrong type": ({}, ["optimizer.lr=fast"], None, ["optimizer.lr is 'fast'", "number"]),
     "out of range": ({}, ["run.steps=0"], None, ["run.steps is 0", "greater than 0"]),
@@ -176,7 +176,7 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     "checkpoint of another program": ({}, ["checkpoint.resume={shared}/foreign"], None, ["hf/config.json is missing"]),
     "latest points nowhere": ({}, ["checkpoint.resume={shared}/lost"], None, ["latest", "step_00000007", "none"]),
     "export over other files": ({}, ["export.hf_dir={shared}/checkpoints"], None, ["checkpoints"]),
-    "tracker not installed": ({}, ["trackers=[wandb]"], None, ["trackers", "wandb", "megalign[wandb]"]),
+    "tracker not installed": ({}, ["trackers=[wandb]"], None, ["trackers", "wandb", "pip install wandb"]),
     # rounds
     "prompt without an answer": (ROUNDS, [], None, ["prompts.jsonl:2", "answer"]),
     "unknown reward": (ROUNDS, ["rollout.reward=best"], None, ["rollout.reward is 'best'", "exact_match"]),

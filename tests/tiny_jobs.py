@@ -145,9 +145,15 @@ def round_sections(folder: Path, **rollout: Any) -> dict[str, Any]:
 
 
 def digits(prompt: str, response: str, record: dict[str, Any]) -> float:
-    """A reward that ragged random text earns unequally; a record may ask rank 1 to be signalled while it is given."""
+    """A reward that ragged random text earns unequally.
+
+    A record may ask rank 1 to be signalled while it is given, or somebody's file to come up in a directory.
+    """
     if record.get("signal") and os.environ.get("RANK") == "1":
         os.kill(os.getpid(), signal.SIGTERM)
+    if record.get("spoil"):
+        Path(record["spoil"]).mkdir(exist_ok=True)
+        Path(record["spoil"], "notes.txt").write_text("somebody's")
     return sum(character.isdigit() for character in response) - len(response) / 8 + record["bonus"]
 
 
@@ -218,12 +224,21 @@ def status(run_dir: Path) -> dict[str, Any]:
     return found
 
 
-CLOCKS = ("seconds", "tokens_per_second", "peak_memory_gb", "rollout_seconds")
+CLOCKS = (
+    "seconds", "tokens_per_second", "peak_memory_gb", "rollout_seconds", "round_seconds", "sampling_seconds",
+    "scoring_seconds", "round_tokens_per_second", "eval_seconds", "time",
+)  # fmt: skip
 
 
 def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What must be the same whenever the same steps are taken: everything but clocks and memory."""
     return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
+
+
+def training_numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The numbers of the steps alone, whatever was evaluated beside them."""
+    steps = [line for line in lines if line["step"]]
+    return numbers([{key: value for key, value in line.items() if not key.startswith("eval_")} for line in steps])
 
 
 def hf_logps(folder: Path, prompt_ids: list[int], response_ids: list[int], *, temperature: float = 1.0) -> torch.Tensor:

@@ -88,13 +88,15 @@ def draw(folder: Path, accuracies: dict[str, float]) -> None:
     figure, (rewards, losses, bars) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     steps = {name: read_lines(folder / part / "metrics.jsonl") for name, (part, _) in MODELS.items()}
     lines = steps["gvpo"]
-    rewards.plot([line["step"] for line in lines], [line["reward_mean"] for line in lines], label="samples")
+    sampled = [line for line in lines if "reward_mean" in line]  # step 0 is an evaluation alone
+    rewards.plot([line["step"] for line in sampled], [line["reward_mean"] for line in sampled], label="samples")
     held_out = [line for line in lines if "eval_reward" in line]
     rewards.plot(
         [line["step"] for line in held_out], [line["eval_reward"] for line in held_out], label="held out, greedy"
     )
     rewards.set(title="GVPO: mean reward", xlabel="step", ylim=(0, 1))
-    for name, lines in steps.items():
+    for name, every in steps.items():
+        lines = [line for line in every if "loss" in line]
         losses.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=name, linewidth=1)
     losses.set(title="loss, each its own", xlabel="step", yscale="log")
     bars.bar(list(accuracies), list(accuracies.values()))

@@ -6,6 +6,8 @@ A record's field names follow the TRL dataset formats:
     preference          {"prompt", "chosen", "rejected"}, or message lists that begin alike and no prompt
     responses           {"prompt", "responses": [{"text", "reward", "logp"}]}
 with `prompt_ids`, `response_ids`, `chosen_ids`, `rejected_ids` in place of any text, and `teacher_scores` and `weak`.
+A sampler says its `temperature` and which responses are `finished`; what it writes for people alone (`prompt_text`,
+`response_text`, the prompt's own `record`) is never trained on.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from megalign.data.hints import advice
 from megalign.schema import shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-ANY_FORMAT = ("teacher_scores", "weak")
+ANY_FORMAT = ("teacher_scores", "weak", "temperature")
+FOR_PEOPLE = ("prompt_text", "record")
 # Of each format: what must be there, as text and as ids (None: there is no such form).
 SLOTS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "messages": (("messages", None),),
@@ -99,6 +102,7 @@ def check_record(record: Mapping[str, Any], *, format: str = "auto", extra_field
 def _checks(record: Mapping[str, Any], name: str, *, strict: bool) -> Iterator[Callable[[], None]]:
     """What has to hold of a record of format `name`; each raises for the first thing wrong with its own part."""
     known = {form for slot in SLOTS[name] for form in slot if form} | set(ANY_FORMAT)
+    known |= set(FOR_PEOPLE) if name == "responses" else set()
     if strict:
         yield partial(_check_known, "", record, known, slots=SLOTS[name])
     implicit = name == "preference" and not {"prompt", "prompt_ids"} & record.keys()
@@ -111,6 +115,7 @@ def _checks(record: Mapping[str, Any], name: str, *, strict: bool) -> Iterator[C
     responses = record.get("responses") if name == "responses" else None
     for place, response in enumerate(responses if isinstance(responses, list) else []):
         yield partial(_check_response, f"responses[{place}]", response, strict=strict)
+    yield partial(_check_temperature, record)
     yield partial(_check_teacher_scores, record.get("teacher_scores", {}))
     yield partial(_check_pins, record.get("weak", []))
 
@@ -227,7 +232,7 @@ def _check_response(where: str, response: Any, *, strict: bool) -> None:
     if not isinstance(response, dict):
         raise refuse(where, response, '{"text": ..., "reward": ...}', reason="responses")
     if strict:
-        _check_known(f"{where}.", response, {"text", "response_ids", "reward", "logp"})
+        _check_known(f"{where}.", response, {"text", "response_ids", "reward", "logp", "finished", "response_text"})
     if "response_ids" in response:
         if "text" in response:
             raise BadRecord(
@@ -241,6 +246,8 @@ def _check_response(where: str, response: Any, *, strict: bool) -> None:
     if "reward" in response and not is_number(response["reward"]):
         raise refuse(f"{where}.reward", response["reward"], "a finite number", reason="reward")
     _check_logp(f"{where}.logp", response.get("logp", []))
+    if not isinstance(response.get("finished", True), bool):
+        raise refuse(f"{where}.finished", response["finished"], "true or false", reason="finished")
 
 
 def _check_logp(field: str, values: Any) -> None:
@@ -249,6 +256,11 @@ def _check_logp(field: str, values: Any) -> None:
     for place, value in enumerate(values):
         if not is_number(value) or value > 0:
             raise refuse(f"{field}[{place}]", value, "a finite number <= 0", reason="logp")
+
+
+def _check_temperature(record: Mapping[str, Any]) -> None:
+    if "temperature" in record and not (is_number(record["temperature"]) and record["temperature"] > 0):
+        raise refuse("temperature", record["temperature"], "a number above 0, the sampler's", reason="temperature")
 
 
 def _check_teacher_scores(scores: Any) -> None:

@@ -15,7 +15,6 @@ from megalign.convert.hf_config import read_model_config
 from megalign.convert.model_config import ModelConfig
 from megalign.convert.reader import TOKENIZER_FILES, audit, resolve_model
 from megalign.convert.rules import lora_targets
-from megalign.convert.writer import check_target
 from megalign.data.dataset import GroupDataset, load_dataset
 from megalign.data.group import Sequence as FlatSequence
 from megalign.data.tokenize import retokenize
@@ -24,7 +23,7 @@ from megalign.rollout.prompts import Prompt, load_prompts
 from megalign.rollout.rewards import choose_reward
 from megalign.schema import UserError, shorten
 from megalign.sections import MEGATRON_SETTINGS
-from megalign.train.checkpoint import find_checkpoint
+from megalign.train.fingerprint import check_allow
 from megalign.train.session import lora_of
 
 
@@ -63,6 +62,7 @@ class Inputs:
 
 def check(cfg: JobConfig, world_size: int) -> Inputs:
     """Refuse what would stop the job later: models, layout, tokenizer, all records."""
+    check_allow(cfg)
     hf_dir, model = check_model(cfg, cfg.model.path, field="model.path", world_size=world_size, trained=True)
     reference = None
     if cfg.reference.source not in ("initial", "round_start", "none", None):
@@ -84,7 +84,7 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
         check_passed_through(cfg.engine.megatron)
         check_split(cfg, model)
     if "wandb" in cfg.trackers and importlib.util.find_spec("wandb") is None:
-        raise UserError("trackers has 'wandb': the package is missing; pip install 'megalign[wandb]', or leave it out")
+        raise UserError("trackers has 'wandb': the package is missing; pip install wandb, or leave it out")
     eval_path = cfg.eval.path
     if eval_path is not None and not Path(eval_path).exists():
         raise UserError(f"eval.path is {eval_path!r}: no such file or directory; must be one that data.path would take")
@@ -96,22 +96,6 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
     records = read_records(cfg, tokenizer, model)
     held_out_records = None if eval_path is None else read_records(cfg, tokenizer, model, path=eval_path)
     return Inputs(hf_dir, model, tokenizer, records, (), reference, held_out_records)
-
-
-def check_outputs(cfg: JobConfig, inputs: Inputs) -> Path | None:
-    """The checkpoint that training goes on from, if any, when that and the export's directory can be used."""
-    found = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume, inputs.model)
-    if found is not None:
-        check_adapters(cfg, found)
-    if cfg.export.hf_dir is not None:
-        target = Path(cfg.export.hf_dir)
-        check_target(target, inputs.hf_dir, overwrite=True)
-        read = {f"teachers.{place}.path": teacher.path for place, teacher in enumerate(cfg.teachers)}
-        read["reference.source"] = cfg.reference.source or ""
-        for field, path in read.items():
-            if Path(path).expanduser().resolve() == target.resolve():
-                raise UserError(f"export.hf_dir is {cfg.export.hf_dir!r}: it is {field}; must be another directory")
-    return found
 
 
 def check_adapters(cfg: JobConfig, checkpoint: Path) -> None:

@@ -19,6 +19,7 @@ from tiny_jobs import (
     records,
     round_sections,
     train,
+    training_numbers,
     write_config,
     write_lines,
     write_model,
@@ -72,7 +73,10 @@ def folder(tmp_path_factory):
         assert train(config, one, f"export.hf_dir={job}/hf") == 0
         for layout in layouts:
             command = ["train", str(config), *LAYOUTS[layout]]
-            launched.append(([*command, f"run.dir={job}/{layout}", f"export.hf_dir={job}/{layout}_hf"], 0))
+            # The one rank evaluates nothing: what is evaluated beside the steps must not change them.
+            held_out = job / "prompts.jsonl" if name == "rounds" else folder / "data.jsonl"
+            outputs = [f"run.dir={job}/{layout}", f"export.hf_dir={job}/{layout}_hf"]
+            launched.append(([*command, *outputs, f"eval.path={held_out}", "eval.every=3"], 0))
             launched.append(([*command, f"run.dir={job}/{layout}_on", f"checkpoint.resume={at_step_2(job, 'one')}"], 0))
     (folder / "told").write_text(on_two_ranks(folder, launched))
     return folder
@@ -120,7 +124,14 @@ def assert_same_numbers(found, wanted):
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_two_ranks_give_the_numbers_of_one(name, layout, folder):
-    assert_same_numbers(*(numbers(metrics(folder / name / run)) for run in (layout, "one")))
+    assert_same_numbers(*(training_numbers(metrics(folder / name / run)) for run in (layout, "one")))
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_two_ranks_evaluate_what_one_trains_on(name, layout, folder):
+    lines = metrics(folder / name / layout)
+    key = "eval_reward" if name == "rounds" else "eval_loss"
+    assert [line["step"] for line in lines if key in line] == [0, 3, 4]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
