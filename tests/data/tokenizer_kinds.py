@@ -66,15 +66,19 @@ LLAMA3 = """\
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
-# The answer stands behind a blank that no generation prompt holds, as Mistral's first templates have it.
+# The answer stands behind a blank that no generation prompt holds, and tools before the user's last message.
 MISTRAL = """\
 {{- bos_token }}
+{%- set asked = messages | selectattr('role', 'equalto', 'user') | list %}
 {%- for m in messages %}
 {%- if m['role'] == 'user' %}
-{%- if tools and loop.last %}{{- '[TOOLS] ' }}{{- tools | tojson }}{{- '[/TOOLS]' }}{%- endif %}
+{%- if tools and m == asked[-1] %}{{- '[TOOLS] ' }}{{- tools | tojson }}{{- '[/TOOLS]' }}{%- endif %}
 {{- '[INST] ' + m['content'] + ' [/INST]' }}
-{%- elif m['role'] == 'assistant' %}{% generation %}{{- ' ' + m['content'] + eos_token }}{% endgeneration %}
-{%- elif m['role'] == 'system' %}{{- raise_exception('system turns are not supported') }}
+{%- elif m['role'] == 'tool' %}{{- '[RESULT] ' + m['content'] + '[/RESULT]' }}
+{%- elif m['role'] == 'assistant' %}{% generation %}
+{%- if m.get('tool_calls') %}{{- '[CALLS] ' }}{{- m['tool_calls'][0]['function'] | tojson }}
+{%- else %}{{- ' ' + m['content'] }}{%- endif %}{{- eos_token }}{% endgeneration %}
+{%- else %}{{- raise_exception('system turns are not supported') }}
 {%- endif %}
 {%- endfor %}"""
 GEMMA = """\
