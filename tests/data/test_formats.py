@@ -100,6 +100,10 @@ READ = [
         "OpenAI pairs, without input.parallel_tool_calls",
     ),
 ]
+PART = [{"type": "text", "text": "q"}]
+READ.append(
+    ({"messages": [{"role": "user", "content": PART}, TALK[1]]}, {"messages": TALK}, "messages with text parts")
+)
 
 
 @pytest.mark.parametrize(("record", "ours", "told"), READ)
@@ -175,6 +179,11 @@ REFUSED = [
         ["field conversations[1].from is 'function_call'", "tool_calls"],
     ),
     (SINGLE, {"conversations": [HUMAN, GPT, HUMAN]}, ["messages[2].role is 'user'", "read as ShareGPT"]),
+    (
+        SINGLE,
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, assistant("a")]},
+        ["field messages[0].content is [{'type': 'image'}]", "a string"],
+    ),
     (SINGLE, {"conversations": []}, ["field conversations is not known", "rename conversations to messages"]),
     (SINGLE, {"conversations": ["q", "a"]}, ["field conversations is not known", "rename conversations to messages"]),
     (SINGLE, {"conversations": [HUMAN, GPT], "lang": "en"}, ["field lang is not known", "read as ShareGPT"]),
@@ -253,4 +262,7 @@ def test_prompts_of_rounds_say_what_to_rename(tmp_path):
     with pytest.raises(
         UserError, match="field prompt is missing; allowed: prompt or prompt_ids; rename question to prompt"
     ):
+        load_prompts(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)
+    path.write_text(json.dumps({"messages": TALK}))
+    with pytest.raises(UserError, match="field prompt is missing; .* the messages before the answer are the prompt"):
         load_prompts(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)
