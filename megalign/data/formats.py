@@ -87,9 +87,14 @@ def _is_chat(value: Any) -> bool:
 
 
 def _says(value: Any) -> bool:
-    """Whether it is ShareGPT's turns, or one of them."""
+    """Whether these are ShareGPT's turns, or one of them: from and value, or its names of roles."""
     turns = [value] if isinstance(value, Mapping) else value
-    return _is_chat(turns) and any("from" in turn and "value" in turn for turn in turns)
+    return _is_chat(turns) and any(("from" in turn and "value" in turn) or _speaker(turn) for turn in turns)
+
+
+def _speaker(turn: Mapping[str, Any]) -> str | None:
+    role = turn.get("role")
+    return SPEAKERS.get(role) if isinstance(role, str) else None
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Reading | None:
@@ -116,7 +121,7 @@ def _turns(field: str, value: Any) -> list[dict[str, Any]]:
     turns = []
     for place, turn in enumerate([value] if isinstance(value, Mapping) else value):
         if "from" not in turn:
-            turns.append(dict(turn))
+            turns.append({**turn, "role": _speaker(turn)} if _speaker(turn) else dict(turn))
             continue
         speaker = turn["from"]
         role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
