@@ -115,6 +115,10 @@ def _last_turn(
         why = f"drops {shorten(dropped)} of the answer"
     else:
         why = "writes the beginning otherwise once the answer follows"
+        shared = len(os.path.commonprefix([prompt, whole]))
+        if not prompt[shared:].strip() and not lost(own, whole[shared:]):
+            notes["answers put behind the generation prompt, which the chat template spaces otherwise before them"] += 1
+            return whole[shared:]
     text = own.get("content")
     closing = _closing(chat, field, head)
     if not text or own.get("tool_calls") or any(own.get(name) for name in REASONING) or closing is None:
@@ -185,7 +189,8 @@ def _end(chat: Chat, field: str, turns: Sequence[Turn], place: int, whole: str, 
     end = len(probed) + len(text)
     if not text or not after or whole[:end] != probed + text or len(probed) < begin:
         return begin
-    return end + len(os.path.commonprefix([whole[end:bound], after, _closing(chat, field, turns[:place]) or ""]))
+    closing = os.path.commonprefix([whole[end:bound], after, _closing(chat, field, turns[:place]) or ""])
+    return end + len(re.sub(r"[<\[][^<>\[\]\s]*$", "", closing))  # the beginning of a tag is none
 
 
 def _difference(prompt: str, whole: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -158,21 +159,28 @@ def without_nulls(turn: Turn) -> dict[str, Any]:
     return {name: value for name, value in turn.items() if value is not None and (name != "tool_calls" or value)}
 
 
-def with_objects(chat: Chat, field: str, turns: Sequence[Turn]) -> list[dict[str, Any]] | None:
-    """Return the turns with tool arguments read from JSON strings if the template needs them so; else None.
+def adapted(chat: Chat, field: str, turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], bool]:
+    """Return the turns in the first form that the template takes, and whether tool arguments were read from strings.
 
-    A template that writes `arguments | tojson` would turn a string into a quoted string.
+    A template that writes `arguments | tojson` quotes a string of JSON, and some take no call without `content`.
     """
     plain = [dict(turn) for turn in turns]
-    texts = [call["arguments"] for turn in plain for call in tool_calls(turn) if isinstance(call.get("arguments"), str)]
-    if not texts:
-        return None
-    try:
-        rendered = chat.text(field, plain)
-        quoted = any(json.dumps(text, ensure_ascii=False) in rendered for text in texts)
-    except BadRecord:
-        quoted = True
-    return [_with_objects(turn) for turn in plain] if quoted else None
+    forms = [(plain, False)]
+    if _argument_strings(plain):
+        forms.append(([_with_objects(turn) for turn in plain], True))
+    if any("content" not in turn for turn in plain):
+        forms += [([{"content": "", **turn} for turn in form], objects) for form, objects in forms]
+    for form, objects in forms if len(forms) > 1 else []:
+        with contextlib.suppress(BadRecord):
+            rendered = chat.text(field, form)
+            if not any(json.dumps(text, ensure_ascii=False) in rendered for text in _argument_strings(form)):
+                return form, objects
+    return plain, False
+
+
+def _argument_strings(turns: Sequence[Turn]) -> list[str]:
+    calls = [call for turn in turns for call in tool_calls(turn)]
+    return [call["arguments"] for call in calls if isinstance(call.get("arguments"), str)]
 
 
 def tool_calls(turn: Turn) -> list[Mapping[str, Any]]:

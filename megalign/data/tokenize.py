@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from megalign.data.answers import Span, answer_text, prompt_text
-from megalign.data.chat import Chat, Turn, open_chat, with_objects, without_nulls
+from megalign.data.chat import Chat, Turn, adapted, open_chat, without_nulls
 from megalign.data.group import Group, Response
 from megalign.data.messages import REASONING
 from megalign.data.records import BadRecord, detect_format, refuse
@@ -211,14 +211,11 @@ class _Text:
 
     def _given(self, chat: Chat, field: str, before: Sequence[Turn], turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """Return turns, which follow `before`, in the form that the template takes."""
-        plain = [without_nulls(turn) for turn in turns]
-        changed = with_objects(chat, field, [*before, *plain])
-        if changed is None:
-            return plain
-        if not self.objects:
+        given, objects = adapted(chat, field, [*before, *map(without_nulls, turns)])
+        if objects and not self.objects:
             self.notes["records whose tool-call arguments were read from JSON strings, which the template quotes"] += 1
-        self.objects = True
-        return changed[len(before) :]
+        self.objects = self.objects or objects
+        return given[len(before) :]
 
     def string(self, field: str, before: _Prompt, text: str) -> Response:
         """Encode a response to a plain string, or to ids, and close it."""
