@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 from jinja2 import TemplateError
 from tokenizer_kinds import KINDS
+from transformers import AutoTokenizer
 
+from megalign.data.formats import recognise
 from megalign.data.records import BadRecord, check_record
 from megalign.data.tokenize import TextOptions, encode_record
 
@@ -149,14 +151,20 @@ def trl():
 
 
 @pytest.fixture(scope="session")
-def tokenizers():
-    return {kind: make() for kind, make in KINDS.items()}
+def tokenizers(tmp_path_factory):
+    """Each kind as it is loaded from a model's directory."""
+    loaded = {}
+    for kind, make in KINDS.items():
+        folder = tmp_path_factory.mktemp("tokenizer")
+        make().save_pretrained(folder)
+        loaded[kind] = AutoTokenizer.from_pretrained(folder)
+    return loaded
 
 
 def ours(record, tokenizer, **settings):
     """What training sees of the record, in the shape of the fixture; None where the record is refused."""
-    record = copy.deepcopy(record)
     try:
+        record = recognise(copy.deepcopy(record)).record
         format = check_record(record)
         prompt, responses = encode_record(record, tokenizer, format=format, **settings)
     except BadRecord:
@@ -304,9 +312,24 @@ CHECKS = {
 
 
 def test_every_difference_stands_in_the_documentation():
-    text = DOCS.read_text(encoding="utf-8")
+    text = DOCS.read_text(encoding="utf-8").partition("## Where TRL does otherwise")[2]
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     assert rows[1:] == list(MEANT) == list(CHECKS)  # rows[0] is the table's head
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_of_other_programs_are_read_as_trl_reads_them(kind, trl, tokenizers):
+    from trl.data_utils import maybe_extract_prompt
+
+    tokenizer = tokenizers[kind]
+    said = [{"from": "user", "value": "2+3="}, {"from": "assistant", "value": "5"}]
+    for record in ({"conversations": said}, {"messages": said}):
+        assert ours(record, tokenizer) == trl({"conversations": said}, tokenizer, assistant_only=True)
+    sides = {"chosen": [user("2+3="), assistant("5")], "rejected": [user("2+3="), assistant("6")]}
+    for prompt in ("2+3=", [user("2+3=")]):
+        record = {"prompt": prompt, **sides}
+        given = maybe_extract_prompt(record) if isinstance(prompt, str) else sides
+        assert ours(record, tokenizer) == trl(given, tokenizer)
 
 
 @pytest.mark.parametrize("kind", [BYTES, START, BLANK, GEMMA])
