@@ -107,10 +107,10 @@ def _checks(
     responses = record.get("responses") if name == "responses" else None
     for place, response in enumerate(responses if isinstance(responses, list) else []):
         yield partial(_check_response, f"responses[{place}]", response, strict=strict)
-    yield partial(_check_temperature, record)
     if message_fields is not None:
         yield partial(_check_message_fields, record, name, message_fields)
     yield partial(check_context, record)
+    yield partial(_check_temperature, record)
     yield partial(_check_teacher_scores, record.get("teacher_scores", {}))
     yield partial(_check_pins, record.get("weak", []))
 

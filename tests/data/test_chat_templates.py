@@ -37,11 +37,9 @@ def encode(template, record, *, train_on="last_assistant", notes=None):
     tokenizer = TOKENIZERS[template]
     form = check_record(record, template_words=template_words(tokenizer.chat_template))
     prompt, responses = encode_record(record, tokenizer, format=form, train_on=train_on, options=OPTIONS, notes=notes)
-    turns = record.get("prompt") or (
-        record["messages"][:-1] if train_on == "last_assistant" and "messages" in record else 0
-    )
-    if isinstance(turns, list) and turns[-1]["role"] != "assistant":
-        assert encode_prompt({**record, "prompt": turns}, tokenizer, options=OPTIONS) == prompt
+    asked = record["messages"][:-1] if "messages" in record and train_on == "last_assistant" else record.get("prompt")
+    if isinstance(asked, list) and ("prompt" in record or asked[-1]["role"] != "assistant"):
+        assert encode_prompt({**record, "prompt": asked}, tokenizer, options=OPTIONS) == prompt
     return [shown(tokenizer, prompt), *(shown(tokenizer, one.ids, one.scored) for one in responses)]
 
 
