@@ -13,7 +13,7 @@ from megalign.runtime.command_line import Parser
 from megalign.runtime.status import DONE, guarded, leave
 from megalign.schema import UserError
 from megalign.train.check import check
-from megalign.train.outputs import check_outputs
+from megalign.train.outputs import check_outputs, job_date, with_date
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.parse_args(arguments, args)
         cfg = load_config(args.config, args.overrides)
         try:
+            cfg = with_date(cfg, job_date(cfg))
             check_outputs(cfg, check(cfg, args.ranks))
         except SystemExit as error:  # of a module that the checks import
             raise UserError(

@@ -226,7 +226,7 @@ class _Loader:
             kept = [index for index in kept if self._has_negatives(index, pool)]
         if not kept:
             reason = next(iter(self.report.first_bad.values()))
-            raise UserError(f"no record is usable; the first problem: {reason}")
+            raise UserError(f"no record is usable; the first problem: {reason}; {self.report.line()}")
         groups = [self.groups[index] for index in kept]
         spans = [
             Span(sum(first <= group.record < first + count for group in groups), weight)
