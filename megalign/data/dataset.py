@@ -171,7 +171,7 @@ def load_prompts(
                 check_message_fields({"prompt": record.get("prompt")}, known)
             name = "prompt_ids" if "prompt_ids" in record else "prompt"
             group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
-            _check_tokens(group, [name], max_length=max_length, vocab_size=vocab_size)
+            _check_tokens(group, [name], tokenizer, max_length=max_length, vocab_size=vocab_size)
         except (BadRecord, UserError) as error:
             raise UserError(f"{raw.origin}: {error}") from None
         groups.append(group)
@@ -230,7 +230,7 @@ class _Loader:
             kept = [index for index in kept if self._has_negatives(index, pool)]
         if not kept:
             reason = next(iter(self.report.first_bad.values()))
-            raise UserError(f"no record is usable; the first problem: {reason}")
+            raise UserError(f"no record is usable; the first problem: {reason}; {self.report.line()}")
         groups = [self.groups[index] for index in kept]
         spans = [
             Span(sum(first <= group.record < first + count for group in groups), weight)
@@ -305,7 +305,8 @@ class _Loader:
             weak=tuple((first + pinned, place) for pinned, place in record.get("weak", [])),
             raw=record,
         )
-        _check_tokens(group, token_fields(record, name), max_length=cfg.max_length, vocab_size=self.vocab_size)
+        fields = token_fields(record, name)
+        _check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
         check_pairing(group, self.pairing, format=name)
         self.report.notes.update(notes)
         return group
@@ -325,15 +326,28 @@ class _Loader:
         return True
 
 
-def _check_tokens(group: Group, fields: Sequence[str], *, max_length: int, vocab_size: int) -> None:
+def _check_tokens(
+    group: Group,
+    fields: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    vocab_size: int,
+) -> None:
     """Refuse an empty prompt, ids outside the vocabulary, and what is too long. `fields`: prompt, responses."""
     if not group.prompt_ids:
         message = f"field {fields[0]} has no tokens; allowed: at least one, or the first response token has no score"
         raise BadRecord("empty prompt", message)
     texts = [group.prompt_ids, *(response.ids for response in group.responses)]
     for name, ids in zip(fields, texts, strict=True):
-        if max(ids) >= vocab_size:
-            raise refuse(name, max(ids), f"token ids below the model's {vocab_size}", reason="token ids")
+        highest, allowed = max(ids), f"token ids below the model's {vocab_size}"
+        if highest < vocab_size:
+            continue
+        if tokenizer is None or name.endswith("_ids"):
+            raise refuse(name, highest, allowed, reason="token ids")
+        token = tokenizer.convert_ids_to_tokens(highest)
+        message = f"field {name} becomes token id {highest}, the tokenizer's {token!r}; allowed: {allowed}"
+        raise BadRecord("token ids", message, field=name)
     for name, ids in zip(fields[1:] or fields, texts[1:] or [()], strict=True):
         length = len(group.prompt_ids) + len(ids)
         if length > max_length:

@@ -195,6 +195,9 @@ def check_text(field: str, value: Any, *, is_prompt: bool) -> None:
     """A string or a list of messages, with something in it; a response begins and ends with the assistant."""
     if not isinstance(value, (str, list)):
         raise refuse(field, value, "a string or a list of messages", reason="wrong type")
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        several = "" if is_prompt else '; several answers are written "responses": [{"text": ..., "reward": ...}, ...]'
+        raise refuse(field, value, f"a string or a list of messages{several}", reason="wrong type")
     if not value:
         reason = "empty prompt" if is_prompt else "empty response"
         raise refuse(field, value, "a string or list that is not empty", reason=reason)

@@ -36,6 +36,7 @@ class TextOptions:
 
 
 DEFAULT = TextOptions()
+ANCHORS = "\n\t:a0"  # text stands behind the first of these that no token joins to its beginning
 
 
 def encode_record(
@@ -286,9 +287,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = Fa
 
 def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
     """Encode text as it would stand behind other text: SentencePiece puts a blank before what begins a text."""
-    newline = _encode(tokenizer, "\n")
-    ids = _encode(tokenizer, "\n" + text)
-    return ids[len(newline) :] if ids[: len(newline)] == newline else _encode(tokenizer, text)
+    for anchor in ANCHORS:
+        before, ids = _encode(tokenizer, anchor), _encode(tokenizer, anchor + text)
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+    return _encode(tokenizer, text)
 
 
 def _front(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
