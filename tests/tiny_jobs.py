@@ -224,7 +224,10 @@ def status(run_dir: Path) -> dict[str, Any]:
     return found
 
 
-CLOCKS = ("seconds", "tokens_per_second", "peak_memory_gb", "rollout_seconds", "eval_seconds", "time")
+CLOCKS = (
+    "seconds", "tokens_per_second", "peak_memory_gb", "rollout_seconds", "round_seconds", "sampling_seconds",
+    "scoring_seconds", "round_tokens_per_second", "eval_seconds", "time",
+)  # fmt: skip
 
 
 def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from megalign.data.chat import template_words
 from megalign.data.config import DataConfig, Source
 from megalign.data.formats import Reading, recognise
 from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
+from megalign.data.messages import check_context
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
 from megalign.data.reading import RawRecord, read_raw
@@ -162,6 +164,7 @@ def load_prompts(
         try:
             record = raw.fields()
             check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
+            check_context(record)
             name = "prompt_ids" if "prompt_ids" in record else "prompt"
             group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
             _check_tokens(group, [name], tokenizer, max_length=max_length, vocab_size=vocab_size)
@@ -187,6 +190,7 @@ class _Loader:
     ) -> None:
         self.cfg, self.tokenizer, self.pairing = cfg, tokenizer, pairing
         self.options = cfg.text_options
+        self.template_words = template_words(getattr(tokenizer, "chat_template", None))
         self.seed, self.vocab_size = seed, vocab_size
         self.report = Report()
         self.groups: list[Group] = []
@@ -222,7 +226,7 @@ class _Loader:
             kept = [index for index in kept if self._has_negatives(index, pool)]
         if not kept:
             reason = next(iter(self.report.first_bad.values()))
-            raise UserError(f"no record is usable; the first problem: {reason}")
+            raise UserError(f"no record is usable; the first problem: {reason}; {self.report.line()}")
         groups = [self.groups[index] for index in kept]
         spans = [
             Span(sum(first <= group.record < first + count for group in groups), weight)
@@ -262,7 +266,12 @@ class _Loader:
         """The record with our own fields, and its format, or `BadRecord` with everything that is wrong with it."""
         reading = recognise(raw.fields(), format=self.cfg.format)
         try:
-            name = check_record(reading.record, format=self.cfg.format, extra_fields=self.cfg.extra_fields)
+            name = check_record(
+                reading.record,
+                format=self.cfg.format,
+                extra_fields=self.cfg.extra_fields,
+                template_words=self.template_words,
+            )
         except BadRecord as bad:
             raise reading.named(bad) from None
         return reading, name

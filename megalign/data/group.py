@@ -37,6 +37,13 @@ class Response:
     behaviour_logp: tuple[float, ...] | None = None  # log-probs by token of the policy that sampled it
     scored: tuple[bool, ...] | None = None  # which tokens count; None: every one
 
+    @property
+    def scored_behaviour_logp(self) -> list[float] | None:
+        """`behaviour_logp` of the tokens that count in a loss."""
+        if self.behaviour_logp is None or self.scored is None:
+            return None if self.behaviour_logp is None else list(self.behaviour_logp)
+        return [logp for logp, counts in zip(self.behaviour_logp, self.scored, strict=True) if counts]
+
 
 @dataclass(frozen=True, slots=True)
 class Group:

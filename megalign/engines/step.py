@@ -6,37 +6,40 @@ log-probs is sum(coefficient x grad log-prob), so a step needs the coefficients 
 - two_pass: pass 1 scores everything, the loss gives the coefficients of the whole global batch, pass 2 runs backward.
 - known_scores: the weights have not changed since a scoring pass, so pass 1 is already there.
 - single_pass: each micro-batch's coefficients depend on nothing outside it (nothing is coupled, or whole groups fit).
+
+The first step on freshly sampled responses is on policy: the old policy is the present one, so the step's own
+log-probs, detached, are the old ones, and the ratio is exactly 1 in every dtype and mode. Losses whose advantages hold
+old log-probs are coupled there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megalign.data.batch import MicroBatch
-from megalign.data.group import Sequence as FlatSequence
 from megalign.engines.engine import Engine, Head
+from megalign.engines.loss_inputs import (
+    StepBatch,
+    batch_scores,
+    cat_tokens,
+    mismatch,
+    mismatch_metrics,
+    need,
+    part_scores,
+    with_sums,
+    with_tokens,
+)
 from megalign.engines.scoring import Cut, Cutting, Scored, cut_batch, score
 from megalign.losses.base import LOSSES, LossConfig, Scores, Traits, prepared
 from megalign.ops.linear_logp import TokenLogp
 from megalign.ops.segments import segment_sum
 
 PassMode = Literal["two_pass", "single_pass", "known_scores"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepBatch:
-    """A step's global batch, the same on every rank, with what is known of it before the step."""
-
-    sequences: Sequence[FlatSequence]
-    num_groups: int
-    reference: Sequence[Scored] | None = None
-    old: Sequence[Scored] | None = None
-    current: Sequence[Scored] | None = None  # under the weights as they are, log-probs and lse by token
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class _Payload:
     share: tuple[float, ...]
     gap: float
     seen: tuple[float, float]  # sums of entropy and of correct tokens, NaN where not asked for
+    mismatch: tuple[float, float]  # sum and maximum by token of |log-prob - behaviour log-prob|
 
 
 # (place, detached log-probs) -> (coefficient of each token, dL/ds of each member, shares of the loss and its metrics)
@@ -75,11 +79,13 @@ def accumulate(
     Raises ValueError for a mode that is not exact here.
     """
     traits = loss.traits()
-    cut = cut_batch(engine, batch.sequences, coupled=traits.coupled, cutting=cutting)
-    mode = mode or _cheapest(engine, batch, coupled=traits.coupled and not cut.whole_groups)
+    coupled = is_coupled(traits, on_policy=batch.on_policy)
+    cut = cut_batch(engine, batch.sequences, coupled=coupled, cutting=cutting)
+    mode = mode or _cheapest(engine, batch, coupled=coupled and not cut.whole_groups)
     if engine.balances_experts and mode != "two_pass":
         raise ValueError(f"{mode} does not know the experts' shares of tokens; an auxiliary loss needs two_pass")
-    scores = prepared(_scores(batch, loss), loss)
+    known_old = not (batch.on_policy and traits.old_in_advantages)
+    scores = prepared(batch_scores(batch, loss), loss, with_advantages=known_old)
     known = _known(engine, cut, batch, mode, traits)
     coefficients = _coefficient_function(engine, batch, cut, loss, scores, known)
 
@@ -105,7 +111,9 @@ def accumulate(
         logp_N = found.logp_N
         seq_N = micro.seq_N.to(logp_N.device)
         total_S = segment_sum(logp_N.detach(), seq_N, len(micro.members)).cpu()
-        return value, _Payload(total_S, coefficient_S, share, gap, _sums(found))
+        members = [batch.sequences[place] for place in micro.members]
+        gaps = mismatch(members, logp_N.detach().cpu()) if batch.on_policy else (0.0, 0.0)
+        return value, _Payload(total_S, coefficient_S, share, gap, _sums(found), gaps)
 
     payloads = engine.backward(cut.batches, objective)
     return _result(engine, batch, cut, loss, scores, payloads, mode)
@@ -124,16 +132,21 @@ def evaluate(engine: Engine, batch: StepBatch, loss: LossConfig, *, cutting: Cut
         entropy=traits.entropy,
         accuracy=traits.accuracy,
     )
-    scores = prepared(_scores(batch, loss), loss)
+    scores = prepared(batch_scores(batch, loss), loss)
     total_S = torch.tensor([one.total for one in current], dtype=torch.float64)
-    tokens = _cat(current) if token_level else None
-    scores = _with_tokens(replace(scores, policy_S=total_S), batch, range(len(current)), tokens)
+    tokens = cat_tokens(current) if token_level else None
+    scores = with_tokens(replace(scores, policy_S=total_S), batch, range(len(current)), tokens)
     out = LOSSES[loss.name].function(scores, loss)
     metrics = {name: float(value) for name, value in out.metrics.items()} | _reported(_totals(current), scores, traits)
     metrics |= _auxiliary(engine)
     value = float(out.loss) + metrics.get("aux_loss", 0.0)
     padding = cut_batch(engine, batch.sequences, coupled=traits.coupled, cutting=cutting).padding_fraction
     return StepResult(value, metrics, total_S, torch.zeros_like(total_S), "two_pass", None, padding)
+
+
+def is_coupled(traits: Traits, *, on_policy: bool) -> bool:
+    """Whether a sequence's coefficient depends on other sequences' log-probs under the present weights."""
+    return traits.coupled or (on_policy and traits.old_in_advantages)
 
 
 def _cheapest(engine: Engine, batch: StepBatch, *, coupled: bool) -> PassMode:
@@ -156,8 +169,8 @@ def _known(engine: Engine, cut: Cut, batch: StepBatch, mode: PassMode, traits: T
     empty = torch.zeros(0)
     return [
         TokenLogp(
-            torch.cat([empty, *(_need(current[place].logp_N) for place in micro.members)]).to(engine.device),
-            torch.cat([empty, *(_need(current[place].lse_N) for place in micro.members)]).to(engine.device),
+            torch.cat([empty, *(need(current[place].logp_N) for place in micro.members)]).to(engine.device),
+            torch.cat([empty, *(need(current[place].lse_N) for place in micro.members)]).to(engine.device),
         )
         for micro in cut.batches
     ]
@@ -193,67 +206,6 @@ def _reported(sums: Sequence[float], scores: Scores, traits: Traits) -> dict[str
     return {name: value / scores.num_tokens for name, value in found.items() if value == value}
 
 
-def _scores(batch: StepBatch, loss: LossConfig) -> Scores:
-    """The whole global batch's data; `policy_S` is still to come."""
-    sequences = batch.sequences
-    rewards = [sequence.response.reward for sequence in sequences]
-    teachers = [sequence.teacher_score for sequence in sequences]
-
-    def column(values: Sequence[float | None]) -> Tensor | None:
-        if all(value is None for value in values):
-            return None
-        return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
-
-    return Scores(
-        policy_S=torch.zeros(len(sequences), dtype=torch.float64),
-        group_S=torch.tensor([sequence.group for sequence in sequences]),
-        length_S=torch.tensor([sequence.num_scored for sequence in sequences]),
-        role_S=tuple(sequence.role for sequence in sequences),
-        num_groups=batch.num_groups,
-        num_sequences=len(sequences),
-        num_tokens=sum(sequence.num_scored for sequence in sequences),
-        reference_S=None if batch.reference is None else column([one.total for one in batch.reference]),
-        old_S=None if batch.old is None else column([one.total for one in batch.old]),
-        reward_S=column(rewards),
-        teacher_S=column(teachers),
-    )
-
-
-def _part(scores: Scores, members: Sequence[int]) -> Scores:
-    """The same for some of the sequences; divisors stay those of the whole."""
-    index = torch.tensor(list(members), dtype=torch.int64)
-    by_sequence = ("policy_S", "group_S", "length_S", "reference_S", "old_S", "reward_S", "teacher_S")
-    sliced: dict[str, Any] = {}
-    for name in (*by_sequence, "group_size_S", "advantage_S"):
-        value = getattr(scores, name)
-        sliced[name] = None if value is None else value[index]
-    return replace(scores, role_S=tuple(scores.role_S[place] for place in members), **sliced)
-
-
-def _with_tokens(scores: Scores, batch: StepBatch, members: Sequence[int], policy_T: Tensor | None) -> Scores:
-    """Token fields for the given sequences, for losses that work by token."""
-    if policy_T is None:
-        return scores
-    sizes = torch.tensor([batch.sequences[place].num_scored for place in members], dtype=torch.int64)
-    return replace(
-        scores,
-        policy_T=policy_T,
-        seq_T=torch.arange(len(sizes)).repeat_interleave(sizes),
-        old_T=None if batch.old is None else _cat([batch.old[place] for place in members]),
-        reference_T=None if batch.reference is None else _cat([batch.reference[place] for place in members]),
-    )
-
-
-def _cat(scored: Sequence[Scored]) -> Tensor:
-    return torch.cat([torch.zeros(0), *(_need(one.logp_N) for one in scored)])
-
-
-def _need(value: Tensor | None) -> Tensor:
-    if value is None:
-        raise RuntimeError("token log-probs were not kept for a loss that needs them")
-    return value
-
-
 def _differentiate(scores: Scores, loss: LossConfig, leaf: Tensor) -> tuple[Tensor, tuple[float, ...]]:
     """(d loss / d leaf, (loss, metrics in the order of their names))."""
     out = LOSSES[loss.name].function(scores, loss)
@@ -275,12 +227,12 @@ def _coefficient_function(
     if loss.traits().level == "token":
         return lambda place, logp_N: _token_coefficients(batch, cut.batches[place], loss, scores, logp_N)
     if known is None:
-        return lambda place, logp_N: _local_coefficients(cut.batches[place], loss, scores, logp_N)
+        return lambda place, logp_N: _local_coefficients(batch, cut.batches[place], loss, scores, logp_N)
     total_S = torch.zeros(len(batch.sequences), dtype=torch.float64)
     for micro, found in zip(cut.batches, known, strict=False):
         total_S[list(micro.members)] = segment_sum(found.logp_N.cpu(), micro.seq_N, len(micro.members))
     total_S = engine.sum_over_data(total_S).requires_grad_()
-    coefficient_S, _ = _differentiate(replace(scores, policy_S=total_S), loss, total_S)
+    coefficient_S, _ = _differentiate(with_sums(scores, batch, total_S), loss, total_S)
 
     def of_members(place: int, logp_N: Tensor) -> tuple[Tensor, Tensor, tuple[float, ...]]:
         micro = cut.batches[place]
@@ -291,10 +243,10 @@ def _coefficient_function(
 
 
 def _local_coefficients(
-    micro: MicroBatch, loss: LossConfig, scores: Scores, logp_N: Tensor
+    batch: StepBatch, micro: MicroBatch, loss: LossConfig, scores: Scores, logp_N: Tensor
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
     total_S = segment_sum(logp_N.cpu(), micro.seq_N, len(micro.members)).requires_grad_()
-    coefficient_S, _ = _differentiate(replace(_part(scores, micro.members), policy_S=total_S), loss, total_S)
+    coefficient_S, _ = _differentiate(with_sums(part_scores(scores, micro.members), batch, total_S), loss, total_S)
     return coefficient_S[micro.seq_N].to(logp_N.device, logp_N.dtype), coefficient_S, ()
 
 
@@ -302,7 +254,7 @@ def _token_coefficients(
     batch: StepBatch, micro: MicroBatch, loss: LossConfig, scores: Scores, logp_N: Tensor
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
     policy_T = logp_N.detach().cpu().clone().requires_grad_()
-    part = _with_tokens(_part(scores, micro.members), batch, micro.members, policy_T)
+    part = with_tokens(part_scores(scores, micro.members), batch, micro.members, policy_T)
     gradient_T, share = _differentiate(part, loss, policy_T)
     mean_S = segment_sum(gradient_T, micro.seq_N, len(micro.members)) / part.length_S
     return gradient_T.to(logp_N.device, logp_N.dtype), mean_S, share
@@ -322,22 +274,25 @@ def _result(
     total_S, coefficient_S = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     traits = loss.traits()
     names = _share_names(batch, loss, scores) if traits.level == "token" else []
-    share, seen = torch.zeros(1 + len(names), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    share, seen = torch.zeros(1 + len(names), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for micro, payload in zip(cut.batches, payloads, strict=False):
         total_S[list(micro.members)] = payload.total_S
         coefficient_S[list(micro.members)] = payload.coefficient_S.double()
         share += torch.tensor(payload.share, dtype=torch.float64) if traits.level == "token" else 0
-        seen += torch.tensor(payload.seen, dtype=torch.float64)
+        seen += torch.tensor((*payload.seen, payload.mismatch[0]), dtype=torch.float64)
     total_S, coefficient_S, share, seen = engine.sum_over_data(torch.cat((total_S, coefficient_S, share, seen))).split(
-        (count, count, len(share), 2)
+        (count, count, len(share), 3)
     )
     if traits.level == "token":
         value, metrics = float(share[0]), dict(zip(names, share[1:].tolist(), strict=True))
     else:
-        out = LOSSES[loss.name].function(replace(scores, policy_S=total_S), loss)
+        out = LOSSES[loss.name].function(with_sums(scores, batch, total_S), loss)
         value, metrics = float(out.loss), {name: float(metric) for name, metric in out.metrics.items()}
-    sums = _totals(batch.current) if mode == "known_scores" and batch.current is not None else seen.tolist()
+    sums = _totals(batch.current) if mode == "known_scores" and batch.current is not None else seen[:2].tolist()
     metrics |= _reported(sums, scores, traits) | _auxiliary(engine)
+    if batch.on_policy:
+        largest = engine.max_over_job(max((payload.mismatch[1] for payload in payloads), default=0.0))
+        metrics |= mismatch_metrics(batch.sequences, float(seen[2]), largest)
     value += metrics.get("aux_loss", 0.0)
     gap = None
     if mode != "single_pass":
@@ -348,5 +303,5 @@ def _result(
 
 def _share_names(batch: StepBatch, loss: LossConfig, scores: Scores) -> list[str]:
     """The metrics of a token-level loss, learnt from an empty share, so that ranks without a head know them too."""
-    empty = _with_tokens(_part(scores, ()), batch, (), torch.zeros(0))
+    empty = with_tokens(part_scores(scores, ()), batch, (), torch.zeros(0))
     return sorted(LOSSES[loss.name].function(empty, loss).metrics)

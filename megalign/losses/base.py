@@ -80,6 +80,7 @@ class Traits:
     linear: bool = False  # the loss is linear in the policy's log-probs: its coefficients are constants
     reference: bool = False
     old: bool = False
+    old_in_advantages: bool = False  # `prepare` reads old_S of whole groups
     teachers: bool = False
     entropy: bool = False  # reported: the distributions' entropy in nats, mean over scored tokens
     accuracy: bool = False  # reported as token_accuracy: the share of scored tokens that no other is likelier than
@@ -127,9 +128,12 @@ def loss(config: type[LossConfig], *, prepare: Prepare | None = None) -> Callabl
     return register
 
 
-def prepared(scores: Scores, cfg: LossConfig) -> Scores:
-    """The whole global batch's scores with group sizes and advantages filled in; `policy_S` may hold anything."""
-    prepare = LOSSES[cfg.name].prepare
+def prepared(scores: Scores, cfg: LossConfig, *, with_advantages: bool = True) -> Scores:
+    """The whole global batch's scores with group sizes and advantages filled in; `policy_S` may hold anything.
+
+    with_advantages: False where their data are still to come; the loss function then makes them of whole groups.
+    """
+    prepare = LOSSES[cfg.name].prepare if with_advantages else None
     advantage_S = None if prepare is None else prepare(scores, cfg).detach()
     return replace(scores, group_size_S=scores.sizes(), advantage_S=advantage_S)
 

@@ -19,7 +19,8 @@ class RlooConfig(LossConfig):
     clip: Annotated[float, Field(gt=0, le=1)] = 0.2
 
     def traits(self) -> Traits:
-        return Traits(Pairing("samples"), reference=self.beta != 0, old=True, entropy=True)
+        penalty = self.beta != 0
+        return Traits(Pairing("samples"), reference=penalty, old=True, old_in_advantages=penalty, entropy=True)
 
 
 def rloo_advantages(scores: Scores, cfg: RlooConfig) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from megalign.config import JobConfig
 from megalign.rollout.prompts import Prompt, round_prompts
-from megalign.rollout.rewards import choose_reward
+from megalign.rollout.rewards import call_limit_s, choose_reward
 from megalign.rollout.rounds import Gather, rollout_round, write_groups
 from megalign.schema import UserError
 
@@ -76,6 +76,7 @@ def write_rollouts(
             rank=rank,
             num_ranks=num_ranks,
             gather=gather,
+            reward_limit_s=call_limit_s(cfg.watchdog.timeout_s),
         )
         records += result.records
         shown = ", ".join(f"{name} {value:.3g}" for name, value in result.stats.items())

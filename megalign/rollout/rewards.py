@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
-from decimal import Decimal
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from megalign.schema import UserError
+from megalign.rollout.answers import equal_answers
+from megalign.rollout.guard import CallFailed, call, describe
+from megalign.schema import UserError, shorten
 
 RewardFunction = Callable[[str, str, dict[str, Any]], float]
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+LIMIT_S = 300.0  # for one call, where nobody says otherwise: long enough for a judge that is asked over a network
+
+
+def call_limit_s(timeout_s: float) -> float:
+    """Seconds for one call of a reward: half of what the other ranks wait before they give this one up."""
+    return timeout_s / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +47,31 @@ class Reward:
             if not isinstance(value, str):
                 raise UserError(f"{where}: {dotted} is {value!r}; reward {self.name!r} needs a string there")
 
-    def __call__(self, prompt: str, response: str, record: Mapping[str, Any], where: str) -> float:
-        """The reward as a finite float; anything else is an error that names the record."""
+    def __call__(
+        self, prompt: str, response: str, record: Mapping[str, Any], where: str, *, limit_s: float = LIMIT_S
+    ) -> float:
+        """The reward as a finite float; whatever else the function does is an error that names record and reward.
+
+        The function gets a copy of the record, so that no call depends on an earlier one's changes.
+        """
         try:
-            value = self.function(prompt, response, dict(record))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise UserError(f"{where}: reward {self.name!r} returned {value!r}; a finite number is needed")
-        return float(value)
+            return call(self._number, prompt, response, record, limit_s=limit_s)
+        except CallFailed as failed:
+            if isinstance(failed.__cause__, UserError):
+                raise UserError(f"{where}: {failed.__cause__}") from None
+            raise UserError(f"{where}: reward {self.name!r} {failed}; a finite number is needed") from None
+
+    def _number(self, prompt: str, response: str, record: Mapping[str, Any]) -> float:
+        """What the function returns, numbers of numpy and torch included."""
+        value: Any = self.function(prompt, response, deepcopy(dict(record)))
+        try:
+            number = value if isinstance(value, Real) else value.item()
+            good = isinstance(number, Real) and math.isfinite(number)
+        except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError):
+            good = False
+        if not good:
+            raise CallFailed(f"returned {shorten(value)}")
+        return float(number)
 
 
 REWARDS: dict[str, Reward] = {}
@@ -80,6 +102,9 @@ def choose_reward(spec: str) -> Reward:
         raise UserError(
             f"rollout.reward is {spec!r}: module {module_name!r} cannot be imported: {error}{looked}"
         ) from error
+    except (Exception, SystemExit) as error:
+        reason = f"module {module_name!r} cannot be imported: it raised {describe(error)}"
+        raise UserError(f"rollout.reward is {spec!r}: {reason}") from error
     function = getattr(module, function_name, None)
     if function is None:
         raise UserError(f"rollout.reward is {spec!r}: module {module_name!r} has no {function_name!r}")
@@ -103,11 +128,8 @@ def exact_match(prompt: str, response: str, record: dict[str, Any]) -> float:
 
 @reward("final_number", needs=("answer",))
 def final_number(prompt: str, response: str, record: dict[str, Any]) -> float:
-    """1 where the last number of the response equals the last number of the answer (GSM8K's `#### 42`)."""
-    found, wanted = NUMBER.findall(response), NUMBER.findall(record["answer"])
-    if not found or not wanted:
-        return 0.0
-    return float(Decimal(found[-1].replace(",", "")) == Decimal(wanted[-1].replace(",", "")))
+    """1 where the response ends in the answer that the record's answer ends in (`\\boxed{42}`, GSM8K's `#### 42`)."""
+    return float(equal_answers(response, record["answer"]))
 
 
 @reward("reasoning_gym", needs=("answer", "metadata.source_dataset"))

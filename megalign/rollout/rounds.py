@@ -1,4 +1,8 @@
-"""One round: every rank samples its share of the prompts and rewards it, and all ranks end with the same groups."""
+"""One round: every rank samples its share of the prompts and rewards it, and all ranks end with the same groups.
+
+A round's record is training data as it stands: `prompt_ids`, `responses` with `response_ids`, `reward`, `logp` (under
+`temperature`) and `finished`. For people it holds the texts too, and the prompt's own record under `record`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any
 
 from megalign.rollout.ends import NO_END
 from megalign.rollout.prompts import Prompt, plain_text
-from megalign.rollout.rewards import Reward
+from megalign.rollout.rewards import LIMIT_S, Reward
 from megalign.rollout.sample import Sampled, sample
 from megalign.schema import UserError
 
@@ -42,10 +46,12 @@ def rollout_round(
     num_ranks: int = 1,
     gather: Gather | None = None,
     token_budget: int = 65536,
+    reward_limit_s: float = LIMIT_S,
 ) -> Round:
     """Sample, reward and collect the round's prompts; the records are the same for any number of ranks.
 
-    model: a whole `transformers` model on every rank. gather: needed where there are several ranks.
+    model: a whole `transformers` model on every rank. gather: needed where there are several ranks. reward_limit_s:
+    for one call of the reward; the other ranks wait for it, so it must be less than they wait for each other.
     """
     start = time.perf_counter()
     mine = range(rank, len(prompts), num_ranks)
@@ -63,7 +69,8 @@ def rollout_round(
             token_budget=token_budget,
         )
         share: Any = [
-            (place, _reward_group(prompts[place], group, tokenizer, reward)) for place, group in zip(mine, samples)
+            (place, _reward_group(prompts[place], group, tokenizer, reward, limit_s=reward_limit_s))
+            for place, group in zip(mine, samples)
         ]
     except UserError as error:
         share = str(error)  # gathered like a result, so that no rank waits for one that has stopped
@@ -72,7 +79,25 @@ def rollout_round(
         if isinstance(problem, str):
             raise UserError(problem)
     groups = [group for _, group in sorted((pair for part in shares for pair in part), key=lambda pair: pair[0])]
-    return Round([record for record, _ in groups], _statistics(groups, seconds=time.perf_counter() - start))
+    records = [
+        {
+            "prompt_ids": list(prompt.ids),
+            "prompt_text": prompt.text,
+            "responses": responses,
+            "temperature": temperature or 1.0,  # greedy responses are scored at 1
+            "record": dict(prompt.record),
+        }
+        for prompt, responses in zip(prompts, groups, strict=True)
+    ]
+    return Round(records, _statistics(groups, seconds=time.perf_counter() - start))
+
+
+def without_texts(record: dict[str, Any]) -> dict[str, Any]:
+    """A round's record with what training reads alone."""
+    responses = [
+        {name: value for name, value in response.items() if name != "response_text"} for response in record["responses"]
+    ]
+    return {"prompt_ids": record["prompt_ids"], "responses": responses, "temperature": record["temperature"]}
 
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -85,29 +110,33 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _reward_group(
-    prompt: Prompt, group: Sequence[Sampled], tokenizer: Any, reward: Reward
-) -> tuple[dict[str, Any], int]:
-    """The group's record, and how many of its responses were cut short."""
-    responses = [
-        {
-            "response_ids": list(response.ids),
-            "reward": reward(prompt.text, plain_text(tokenizer, response.ids), prompt.record, prompt.where),
-            "logp": list(response.logp),
-        }
-        for response in group
-    ]
-    record = {"prompt_ids": list(prompt.ids), "responses": responses}
-    return record, sum(not response.finished for response in group)
+    prompt: Prompt, group: Sequence[Sampled], tokenizer: Any, reward: Reward, *, limit_s: float
+) -> list[dict[str, Any]]:
+    """The group's responses as records hold them."""
+    responses = []
+    for response in group:
+        text = plain_text(tokenizer, response.ids)
+        responses.append(
+            {
+                "response_ids": list(response.ids),
+                "response_text": text,
+                "reward": reward(prompt.text, text, prompt.record, prompt.where, limit_s=limit_s),
+                "logp": list(response.logp),
+                "finished": response.finished,
+            }
+        )
+    return responses
 
 
-def _statistics(groups: Sequence[tuple[dict[str, Any], int]], *, seconds: float) -> dict[str, float]:
-    rewards = [[response["reward"] for response in record["responses"]] for record, _ in groups]
-    lengths = [len(response["response_ids"]) for record, _ in groups for response in record["responses"]]
+def _statistics(groups: Sequence[list[dict[str, Any]]], *, seconds: float) -> dict[str, float]:
+    responses = [response for group in groups for response in group]
+    rewards = [[response["reward"] for response in group] for group in groups]
+    lengths = [len(response["response_ids"]) for response in responses]
     return {
         "reward_mean": sum(map(sum, rewards)) / len(lengths),
         "equal_reward_fraction": sum(max(group) == min(group) for group in rewards) / len(rewards),
         "response_length_mean": sum(lengths) / len(lengths),
-        "unfinished_fraction": sum(cut for _, cut in groups) / len(lengths),
+        "unfinished_fraction": sum(not response["finished"] for response in responses) / len(lengths),
         "rollout_seconds": seconds,
     }
 
@@ -118,7 +147,8 @@ def write_groups(path: Path, records: Sequence[dict[str, Any]]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps(record) + "\n")
+            # Records of a datasets directory may hold dates and the like, which JSON has no form for.
+            file.write(json.dumps(record, default=str) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

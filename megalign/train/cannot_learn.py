@@ -16,14 +16,7 @@ from megalign.train.console import shown
 from megalign.train.schedule import learning_rate
 
 MOST = 0.5  # above this share it is most of them
-
-
-def doubts_before(
-    cfg: JobConfig, num_steps: int, dataset: GroupDataset | None, prompts: Sequence[Prompt]
-) -> Iterator[str]:
-    """Doubts that can be known before the first step; `dataset` is None in rounds, which have `prompts`."""
-    yield from doubts_about_rate(cfg, num_steps)
-    yield from doubts_about_rounds(cfg, prompts) if dataset is None else doubts_about_records(cfg, dataset)
+EQUAL_REWARDS, NO_GRADIENT = "equal rewards", "no gradient"  # kinds that a step raises too
 
 
 def doubts_about_rate(cfg: JobConfig, num_steps: int) -> Iterator[str]:
@@ -46,8 +39,8 @@ def doubts_about_rate(cfg: JobConfig, num_steps: int) -> Iterator[str]:
         )
 
 
-def doubts_about_records(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
-    """Doubts about a job's records: too few of them, or without a difference that the loss could learn."""
+def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
+    """Doubts about how many records there are, and how long they are."""
     report, groups_per_step = dataset.report, cfg.data.groups_per_step or 1
     if report.num_kept < (1 - MOST) * report.num_records:
         worst = max(report.bad, key=lambda reason: report.bad[reason])
@@ -62,17 +55,26 @@ def doubts_about_records(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]
         )
     lengths = [len(group.prompt_ids) + len(one.ids) for group in dataset.groups for one in group.responses]
     yield from _doubts_about_budget(cfg, lengths, "sequences")
+
+
+def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
+    """(kind, text) of doubts about records without a difference that the loss could learn."""
     same = [index for index, group in enumerate(dataset.groups) if _same_contrast(dataset, group)]
     if same:
         what = "responses" if dataset.pairing.kind == "samples" else "preferred and other response"
-        yield (
+        text = (
             f"{len(same)} of {len(dataset)} records have the same tokens as {what}, the first "
-            f"{dataset.origins[same[0]]}: there is nothing to tell apart, and their gradient is 0"
+            f"{dataset.origins[same[0]]}: there is nothing to tell apart"
         )
+        if dataset.pairing.weak:  # negatives of other prompts are left to learn from
+            yield "", text
+        else:
+            yield (NO_GRADIENT if len(same) == len(dataset) else ""), f"{text}, and their gradient is 0"
     if dataset.pairing.kind == "samples":
         equal = [_rewards(group) for group in dataset.groups if _all_equal(_rewards(group))]
         if len(equal) > MOST * len(dataset):
-            yield _equal_rewards(f"{len(equal)} of {len(dataset)} records", [one for group in equal for one in group])
+            where = f"{len(equal)} of {len(dataset)} records"
+            yield EQUAL_REWARDS, _equal_rewards(where, [one for group in equal for one in group])
 
 
 def doubts_about_rounds(cfg: JobConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
@@ -107,8 +109,9 @@ def _same_contrast(dataset: GroupDataset, group: Group) -> bool:
     """Whether all that the loss compares inside a group is the same tokens."""
     if dataset.pairing.kind == "single":
         return False
-    picked = own_sequences(group, dataset.pairing, seed=dataset.seed, epoch=0)
-    return len(picked) > 1 and len({(one.ids, one.scored) for _, one in picked}) == 1
+    picked = [one for _, one in own_sequences(group, dataset.pairing, seed=dataset.seed, epoch=0)]
+    first = picked[0]
+    return len(picked) > 1 and all(one.ids == first.ids and one.scored == first.scored for one in picked[1:])
 
 
 def _rewards(group: Group) -> list[float]:
@@ -128,11 +131,22 @@ def _equal_rewards(where: str, rewards: Sequence[float]) -> str:
 
 
 @dataclass
-class StepDoubts:
-    """Doubts that steps raise, each kind once in a run."""
+class Doubts:
+    """What a run's settings, data and steps give reason to doubt, each kind once."""
 
     cfg: JobConfig
     told: set[str] = field(default_factory=set)
+
+    def before(self, num_steps: int, dataset: GroupDataset | None, prompts: Sequence[Prompt]) -> list[str]:
+        """Doubts that can be known before the first step; `dataset` is None in rounds, which have `prompts`."""
+        found = list(doubts_about_rate(self.cfg, num_steps))
+        if dataset is None:
+            return found + list(doubts_about_rounds(self.cfg, prompts))
+        found += doubts_about_number(self.cfg, dataset)
+        for kind, text in doubts_about_contrast(dataset):
+            self.told.add(kind)
+            found.append(text)
+        return found
 
     def of_round(self, number: int, records: Sequence[Mapping[str, Any]], stats: Mapping[str, float]) -> list[str]:
         """Doubts about a sampled round, `number` from 1, told of by its records and statistics."""
@@ -140,7 +154,7 @@ class StepDoubts:
         assert rollout is not None
         found = []
         rewards = [[response["reward"] for response in record["responses"]] for record in records]
-        if all(map(_all_equal, rewards)) and self._first("equal rewards"):
+        if all(map(_all_equal, rewards)) and self._first(EQUAL_REWARDS):
             same = sum(len({tuple(one["response_ids"]) for one in record["responses"]}) == 1 for record in records)
             text = _equal_rewards(
                 f"all {len(records)} groups of round {number}", [one for group in rewards for one in group]
@@ -163,21 +177,20 @@ class StepDoubts:
 
     def of_step(self, step: int, batch: StepBatch, norm: float) -> list[str]:
         """Doubts about a finished step, `step` from 1."""
-        found = []
-        if self.cfg.loss.traits().pairing.kind == "samples":
-            rewards: dict[int, list[float]] = {}
-            for one in batch.sequences:
-                if one.response.reward is not None:
-                    rewards.setdefault(one.group, []).append(one.response.reward)
-            if rewards and all(map(_all_equal, rewards.values())) and self._first("equal rewards"):
-                every = [one for group in rewards.values() for one in group]
-                found.append(_equal_rewards(f"all {len(rewards)} groups of step {step}", every))
-        if norm == 0 and not found and self._first("no gradient"):
-            found.append(
+        rewards: dict[int, list[float]] = {}
+        for one in batch.sequences if self.cfg.loss.traits().pairing.kind == "samples" else ():
+            if one.response.reward is not None:
+                rewards.setdefault(one.group, []).append(one.response.reward)
+        if rewards and all(map(_all_equal, rewards.values())):  # which explains a gradient of zero, too
+            every = [one for group in rewards.values() for one in group]
+            where = f"all {len(rewards)} groups of step {step}"
+            return [_equal_rewards(where, every)] if self._first(EQUAL_REWARDS) else []
+        if norm == 0 and self._first(NO_GRADIENT):
+            return [
                 f"step {step}: the gradient norm is exactly 0 over {len(batch.sequences)} sequences, so the loss moves "
                 "no weight"
-            )
-        return found
+            ]
+        return []
 
     def _first(self, kind: str) -> bool:
         """Whether this kind is new."""

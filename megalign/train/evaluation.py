@@ -21,13 +21,6 @@ def evaluation_due(cfg: JobConfig, step: int, num_steps: int) -> bool:
     return step in (0, num_steps) or (cfg.eval.every > 0 and step % cfg.eval.every == 0)
 
 
-def evaluation_plan(cfg: JobConfig, num_held_out: int) -> str:
-    """Say what is evaluated and when."""
-    what = "records" if cfg.rollout is None else "prompts"
-    when = f"every {cfg.eval.every} steps" if cfg.eval.every else "at no step between, since eval.every is 0"
-    return f"evaluation on {num_held_out} {what} of {cfg.eval.path}: before the first step, after the last, {when}"
-
-
 def held_out_metrics(
     cfg: JobConfig, engine: Engine, feed: Feed, held_out: DatasetFeed | Sequence[Prompt]
 ) -> dict[str, float]:

@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -19,33 +18,30 @@ import torch.distributed as dist
 from megalign.config import JobConfig, total_steps
 from megalign.convert import ModelConfig
 from megalign.convert.hf_config import noise_left_out
-from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups
 from megalign.engines.megatron import MegatronEngine
 from megalign.engines.step import StepBatch, StepResult, accumulate
 from megalign.runtime.distributed import World, make_deterministic
-from megalign.runtime.status import DONE, STOPPED, Ending, during, write_status
-from megalign.train.cannot_learn import StepDoubts, doubts_before
+from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, during, write_status
+from megalign.train.cannot_learn import Doubts
 from megalign.train.check import Inputs, Records, check
-from megalign.train.checkpoint import save_checkpoint
-from megalign.train.evaluation import evaluation_due, evaluation_plan, held_out_metrics
+from megalign.train.evaluation import evaluation_due, held_out_metrics
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
-from megalign.train.outputs import Start, check_outputs
-from megalign.train.report import Reporter, keep_metrics_up_to, start_log, utc_now
+from megalign.train.job import Job, export_model, keep_instead, resume, save
+from megalign.train.outputs import Start, check_outputs, job_date, with_date
+from megalign.train.plan import evaluation_plan, run_plan
+from megalign.train.report import Reporter, start_log, utc_now
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed, fixed_reference, live_sampler
 from megalign.train.run_dir import open_run_dir
-from megalign.train.schedule import keeps_last, learning_rate, resume_lines
+from megalign.train.schedule import keeps_last, learning_rate
 from megalign.train.session import (
-    ExportFailed,
     build_engine,
     cutting_of,
-    export,
     gather,
     groups_of,
     layers_text,
     layout_text,
-    lora_of,
     on_every_rank,
 )
 from megalign.train.step_metrics import dump_step, position, step_metrics
@@ -55,38 +51,13 @@ from megalign.train.summary import report_summary
 AUTO_PASS_GAP = {"fp32": 1e-3, "bf16": 0.1}
 
 
-@dataclass
-class Job:
-    """What the loop holds between steps."""
-
-    cfg: JobConfig
-    inputs: Inputs
-    start: Start
-    world: World
-    engine: Engine
-    feed: Feed
-    num_steps: int
-    report: Reporter
-    held_out: DatasetFeed | None
-    doubts: StepDoubts
-    started: float  # time.perf_counter when the job began
-    step: int = 0  # finished ones
-    begun_at: int = 0  # those finished before this start
-    saved: Path | None = None  # the checkpoint of this run that holds `step`
-    bad_steps: int = 0
-    signalled: str = ""
-    modes: set[str] = field(default_factory=set)  # the pass modes that the log has named
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.cfg.run.dir)
-
-
 def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     """Run the job to its end; exit code 0, or 75 when it stopped early after saving. Called on every rank."""
     if cfg.run.deterministic:
         make_deterministic()
     run_dir, started = Path(cfg.run.dir), time.perf_counter()
+    # Rank 0's day is every rank's, and a resumed run's is the one that it began on.
+    cfg = with_date(cfg, gather(on_every_rank(lambda: job_date(cfg) if world.is_main else None))[0])
     inputs = on_every_rank(lambda: check(cfg, world.size))
     # One rank's findings are every rank's: the directory changes while others would still look at it.
     start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs) if world.is_main else None))[0]
@@ -106,7 +77,7 @@ def train(cfg: JobConfig, world: World, ending: Ending) -> int:
             job = _prepare(cfg, inputs, world, groups, report, started, start)
         with _signals(job):
             with during(f"loading {start.checkpoint}", None):
-                _resume(job)
+                resume(job)
             return _run(job)
 
 
@@ -176,31 +147,18 @@ def _prepare(
     report.total = num_steps
     if weights is not None:
         report.say(f"initial weights from {weights}")
+    report.say(
+        run_plan(cfg, num_steps, len(inputs.prompts) if dataset_feed is None else dataset_feed.dataset.epoch_size)
+    )
     if cfg.eval.path is not None:
-        report.say(evaluation_plan(cfg, len(inputs.held_out_prompts if held_out is None else held_out.dataset)))
+        report.say(
+            evaluation_plan(cfg, num_steps, len(inputs.held_out_prompts if held_out is None else held_out.dataset))
+        )
     report.rounds = 0 if cfg.rollout is None else cfg.rollout.rounds
-    for doubt in doubts_before(cfg, num_steps, None if dataset_feed is None else dataset_feed.dataset, inputs.prompts):
+    doubts = Doubts(cfg)
+    for doubt in doubts.before(num_steps, None if dataset_feed is None else dataset_feed.dataset, inputs.prompts):
         report.warn(doubt)
-    return Job(cfg, inputs, start, world, engine, feed, num_steps, report, held_out, StepDoubts(cfg), started)
-
-
-def _resume(job: Job) -> None:
-    """Go on from a checkpoint, or begin; metrics of steps to be taken (again) are dropped."""
-    start, checkpoint = job.start, job.start.checkpoint
-    if checkpoint is not None:
-        extra = job.engine.load(checkpoint)
-        job.step, job.bad_steps = extra["step"], extra["bad_steps"]
-        job.begun_at = job.step
-        job.saved = checkpoint if start.own else None
-        job.report.say(f"resumed from {checkpoint} after step {job.step}")
-        if all(key.startswith("optimizer.") for key in start.changed):
-            job.feed.restore(extra["feed"])
-        elif job.cfg.rollout is not None:
-            job.report.say("the round in progress is sampled anew, for what it was made with has changed")
-        for line in resume_lines(job.cfg, job.step, job.num_steps, start.num_steps_before):
-            job.report.say(line)
-    if job.world.is_main:
-        keep_metrics_up_to(job.run_dir, job.step)
+    return Job(cfg, inputs, start, world, engine, feed, num_steps, report, held_out, doubts, started)
 
 
 def _run(job: Job) -> int:
@@ -216,16 +174,17 @@ def _run(job: Job) -> int:
             stop, last = _why_stop(job), job.step == job.num_steps
             due = bool(cfg.checkpoint.every) and job.step % cfg.checkpoint.every == 0
             if due or (last and keeps_last(cfg)) or (stop and not last):
-                _save(job)
+                save(job)
             if stop and not last:
                 return _finish(job, STOPPED, stop)
-            if cfg.export.every and job.step % cfg.export.every == 0 and not last and (problem := _export(job)):
+            if cfg.export.every and job.step % cfg.export.every == 0 and not last and (problem := export_model(job)):
                 job.report.say(f"{problem}; training goes on")
+    problem = ""
     if cfg.export.hf_dir is not None:
         with during("exporting", job.step):
-            problem = _export(job)
-        if problem:
-            return _finish(job, 1, _keep(job, problem))
+            problem = export_model(job)
+    if problem:
+        return _finish(job, FAILED, keep_instead(job, problem))
     seconds = time.perf_counter() - job.started
     report_summary(job.report, cfg, step=job.step, begun_at=job.begun_at, seconds=seconds)
     return _finish(job, DONE, "done")
@@ -333,53 +292,10 @@ def _why_stop(job: Job) -> str:
     return f"stopped by {job.signalled or 'a signal to another rank'}" if asked == 2.0 else "run.max_minutes is over"
 
 
-def _save(job: Job) -> Path:
-    extra = {"step": job.step, "bad_steps": job.bad_steps, "feed": job.feed.state()}
-    start, keep = job.start, job.cfg.checkpoint
-    job.saved = save_checkpoint(
-        job.engine,
-        job.run_dir,
-        job.step,
-        extra,
-        about={"job": start.job, "num_steps": job.num_steps, "started_from": start.started_from},
-        keep=keep.keep,
-        keep_every=keep.keep_every,
-        spare=start.started_from,
-    )
-    job.report.say(f"saved {job.saved}")
-    return job.saved
-
-
-def _export(job: Job) -> str:
-    """Write the model as it is now; the problem, if there was one, as a line on every rank."""
-    folder = Path(str(job.cfg.export.hf_dir))
-    lora, base = lora_of(job.cfg), job.cfg.model.path
-    inputs, owner = job.inputs, job.start.owner
-    try:
-        beside = export(job.engine, inputs.model, inputs.hf_dir, folder, owner=owner, lora=lora, base=base)
-    except ExportFailed as error:
-        return f"the export to {folder} failed: {error}"
-    how = "" if lora is None else ", adapters merged"
-    how += " and in its folder adapter" if beside else ""
-    alone = lora is not None and not beside
-    job.report.say(f"exported {folder}{how}" + (" (PEFT has no place for single experts' adapters)" if alone else ""))
-    return ""
-
-
-def _keep(job: Job, problem: str) -> str:
-    """Save the model that could not be exported; what to tell of it."""
-    job.report.say(problem)
-    with during(f"{problem}; saving a checkpoint instead", job.step):
-        folder = _save(job) if job.saved is None or not job.saved.name.endswith(f"{job.step:08d}") else job.saved
-    return (
-        f"{problem}; step {job.step} is kept in {folder}: python tools/megatron_to_hf.py {folder} OUT_HF_DIR "
-        "exports it, or this command again"
-    )
-
-
 def _finish(job: Job, code: int, reason: str) -> int:
     if job.world.is_main:
         write_status(job.run_dir, code, reason, job.step)
-    job.report.say(f"{reason} after step {job.step}")
+    more = f" of {job.num_steps}; the same command goes on from there" if code == STOPPED else ""
+    job.report.say(f"{reason} after step {job.step}{more}")
     dist.barrier()  # a launcher ends all ranks once one has ended with a code; rank 0 has told by then
     return code

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
+from megalign.runtime.status import explain
 from megalign.train.console import ConsoleHandler, StepBar, clock, duration, evaluation_numbers, step_numbers
 from megalign.train.trackers import open_tracker
 
@@ -29,7 +30,9 @@ class Reporter:
         self.rounds = 0  # how many the run has, if any
         self._console = Console(stderr=True)
         self._to_console = ConsoleHandler(self._console)
-        self._bar = StepBar(self._console) if main and self._console.is_terminal else None
+        # Both: a dumb terminal cannot redraw a bar, and variables such as FORCE_COLOR make a file look like a terminal.
+        self._redraws = sys.stderr.isatty() and self._console.is_interactive
+        self._bar = StepBar(self._console) if main and self._redraws else None
         self._last_line = 0.0
         self._phase = ""
         self._started = time.perf_counter()
@@ -47,6 +50,8 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
+        if error is not None and self.main:
+            LOG.debug(f"failed: {explain(error)[0]}")  # the console gets it from whoever ends the process
         LOG.removeHandler(self._to_console)
         for tracker in self._trackers:
             tracker.close()
@@ -135,7 +140,7 @@ class Reporter:
         """Show a table on a terminal; `text` is what the log and other consoles get."""
         if not self.main:
             return
-        if not self._console.is_terminal:
+        if not self._redraws:
             LOG.info(text)
             return
         LOG.debug(text)

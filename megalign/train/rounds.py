@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,19 +14,16 @@ import torch.distributed as dist
 from megalign.config import JobConfig
 from megalign.convert import ModelConfig, hf_state
 from megalign.data.dataset import GroupDataset, from_records
-from megalign.data.group import Sequence as FlatSequence
 from megalign.engines.engine import Engine, Scorer
 from megalign.engines.megatron import BaseModel, MegatronEngine
-from megalign.engines.scoring import Scored, score
 from megalign.engines.step import StepBatch
 from megalign.rollout.command import sampler_config
 from megalign.rollout.prompts import Prompt, round_prompts
-from megalign.rollout.rewards import choose_reward
-from megalign.rollout.rounds import Round, rollout_round
+from megalign.rollout.rewards import call_limit_s, choose_reward
+from megalign.rollout.rounds import Round, rollout_round, without_texts
 from megalign.train.check import Inputs
-from megalign.train.feeds import old_scores
-from megalign.train.scores import ScoreStore, fill
-from megalign.train.session import SharedError, cutting_of, dtype_of, gather, on_every_rank
+from megalign.train.round_scores import RoundScores, Update, score_round
+from megalign.train.session import SharedError, dtype_of, gather, on_every_rank
 
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 ATTEMPTS = 8  # samplings of one round before it counts as hopeless
@@ -64,6 +62,38 @@ def _home(own: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
 
 
 @dataclass
+class RoundTimes:
+    """A clock that starts with the round."""
+
+    began: float = field(default_factory=time.perf_counter)
+    tokens: int = 0  # trained on so far, as the metric of a step counts them
+    sampling: float = 0.0
+    scoring: float = 0.0
+
+    def seconds(self) -> float:
+        """Since the round began, everything that happens between its steps included."""
+        return time.perf_counter() - self.began
+
+    def sampled(self) -> None:
+        """Note that sampling and rewarding, which come first, are done."""
+        self.sampling = self.seconds()
+
+    def scored(self) -> None:
+        """Note that scoring, which comes next, is done."""
+        self.scoring = self.seconds() - self.sampling
+
+    def metrics(self, *, first: bool) -> dict[str, float]:
+        """Times to report with a step; what was sampled and scored goes with the round's first one alone."""
+        seconds = self.seconds()
+        return {
+            "round_seconds": seconds,
+            "sampling_seconds": self.sampling if first else 0.0,
+            "scoring_seconds": self.scoring if first else 0.0,
+            "round_tokens_per_second": self.tokens / seconds,
+        }
+
+
+@dataclass
 class RoundFeed:
     """Steps over the rounds' own samples; `fixed` scores the reference where that is not the round's policy."""
 
@@ -72,27 +102,28 @@ class RoundFeed:
     engine: Engine
     sampler: Any
     fixed: Scorer | None
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)  # without texts
     round_number: int = -1
     _dataset: GroupDataset | None = None
-    _reference: ScoreStore | None = None
-    _old: ScoreStore | None = None
-    _current: list[Scored] | None = None
+    _scores: RoundScores = field(default_factory=RoundScores)
     _stats: dict[str, float] = field(default_factory=dict)
+    _times: RoundTimes = field(default_factory=RoundTimes)
 
     def batch(self, step: int) -> StepBatch:
         assert self.cfg.rollout is not None
         number, update = divmod(step, self.cfg.rollout.updates_per_round)
         if number != self.round_number:
+            self._times = RoundTimes()
             self._sample(number)
-            self._score()
+            self._times.sampled()
+            updates = [self._sequences(one) for one in range(self.cfg.rollout.updates_per_round)]
+            self._scores = score_round(self.cfg, self.engine, self.fixed, updates)
+            self._times.scored()
         sequences, num_groups = self._sequences(update)
-        reference = None if self._reference is None else self._reference.get(sequences)
-        old = None if self._old is None else old_scores(sequences, self._old)
-        current = self._current if update == 0 else None
-        return StepBatch(sequences, num_groups, reference, old, current)
+        self._times.tokens += sum(len(sequence) for sequence in sequences)
+        return self._scores.batch(self.cfg, update, sequences, num_groups)
 
-    def _sequences(self, update: int) -> tuple[list[FlatSequence], int]:
+    def _sequences(self, update: int) -> Update:
         """The next `groups_per_step` groups of the round, in order, from its start again after its end."""
         count = self.cfg.data.groups_per_step
         assert count is not None and self._dataset is not None
@@ -113,7 +144,7 @@ class RoundFeed:
         for attempt in range(ATTEMPTS):
             draws = number + attempt * rollout.rounds
             done = _rollout(self, prompts, k=rollout.k, temperature=rollout.temperature, round_number=draws)
-            self.records, self.round_number = done.records, number
+            self.records, self.round_number = [without_texts(record) for record in done.records], number
             self._stats = {f"rollout_{name.removeprefix('rollout_')}": value for name, value in done.stats.items()}
             try:
                 self._read()
@@ -138,36 +169,13 @@ class RoundFeed:
         )
         self._stats["rollout_skipped_groups"] = float(self._dataset.report.num_records - self._dataset.report.num_kept)
 
-    def _score(self) -> None:
-        """Old and reference scores of the round; under the round's own policy update 0's are its current scores too."""
-        traits, source = self.cfg.loss.traits(), self.cfg.reference.source
-        assert self.cfg.rollout is not None
-        by_token = traits.level == "token"
-        coupled, cutting = traits.coupled, cutting_of(self.cfg)
-        self._reference = self._current = None
-        # The sampler brings behaviour log-probs, so there is no old policy left to score.
-        self._old = ScoreStore(by_token=by_token) if traits.old else None
-        updates = [self._sequences(update)[0] for update in range(self.cfg.rollout.updates_per_round)]
-        if not traits.reference:
-            return
-        self._reference = ScoreStore(by_token=by_token)
-        if source == "round_start":
-            self._current = score(
-                self.engine,
-                updates[0],
-                coupled=coupled,
-                cutting=cutting,
-                by_token=True,
-                entropy=traits.entropy,
-                accuracy=traits.accuracy,
-            )
-            self._reference.add(updates[0], self._current)
-        scorer: Scorer | None = self.engine if source == "round_start" else self.fixed
-        assert scorer is not None
-        fill(self._reference, scorer, updates, coupled=coupled, cutting=cutting)
-
     def stats(self, step: int) -> Mapping[str, float]:
-        return self._stats
+        """Metrics of the round, and the times up to the end of `step`, which was the last one taken."""
+        assert self.cfg.rollout is not None
+        update = step % self.cfg.rollout.updates_per_round
+        # The first update's mismatch is the step's own to tell.
+        mismatch = self._scores.mismatch[update] if update and self._scores.mismatch else {}
+        return {**self._stats, **mismatch, **self._times.metrics(first=update == 0)}
 
     def state(self) -> dict[str, Any]:
         """The round in progress: its samples and scores, so that a resume in its middle trains on the same numbers."""
@@ -175,7 +183,8 @@ class RoundFeed:
             "round_number": self.round_number,
             "records": self.records,
             "stats": self._stats,
-            "reference": None if self._reference is None else self._reference.plain(),
+            "scores": self._scores.plain(),
+            "times": (self._times.seconds(), self._times.tokens),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -184,12 +193,10 @@ class RoundFeed:
         self.round_number, self.records = state["round_number"], state["records"]
         self._read()
         self._stats = state["stats"]
-        traits = self.cfg.loss.traits()
-        by_token = traits.level == "token"
-        self._old = ScoreStore(by_token=by_token) if traits.old else None
-        entries = state["reference"]
-        self._reference = None if entries is None else ScoreStore.from_plain(entries, by_token=by_token)
-        self._current = None
+        by_token = self.cfg.loss.traits().level == "token"
+        self._scores = RoundScores.from_plain(state["scores"], by_token=by_token)
+        seconds, tokens = state["times"]
+        self._times = RoundTimes(began=time.perf_counter() - seconds, tokens=tokens)
 
 
 def evaluate_reward(feed: RoundFeed, prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -218,6 +225,7 @@ def _rollout(feed: RoundFeed, prompts: Sequence[Prompt], *, k: int, temperature:
             rank=dist.get_rank(),
             num_ranks=dist.get_world_size(),
             gather=gather,
+            reward_limit_s=call_limit_s(feed.cfg.watchdog.timeout_s),
         )
     )
 

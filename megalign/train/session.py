@@ -123,7 +123,7 @@ def build_engine(
     return MegatronEngine(model, groups, options, adamw=adamw, seed=cfg.run.seed)
 
 
-class ExportFailed(Exception):
+class ExportFailed(SharedError):
     """An export came to nothing, on every rank alike; the text is the reason."""
 
 
@@ -133,14 +133,15 @@ def export(
     source: Path,
     folder: Path,
     *,
-    owner: Owner,
+    owner: Owner | None = None,
     lora: Lora | None = None,
     base: str | None = None,
 ) -> bool:
     """Write the live weights as a Hugging Face directory, every rank its part; called on every rank.
 
     `folder` must be on a file system that all ranks see. Adapters are merged; whether they also lie beside in PEFT's
-    format for the model called `base`, known to rank 0. Raises ExportFailed on every rank, whichever failed.
+    format for the model called `base`, known to rank 0. An earlier export of `owner`, or of anybody where that is
+    None, is replaced. Raises ExportFailed on every rank, whichever failed.
     """
     main = dist.get_rank() == 0
     specs = model_specs(model, engine.dtype)
@@ -163,7 +164,7 @@ def _or_fail(read: Callable[[], Result]) -> Result:
     try:
         result = read()
     except Exception as error:  # of a disk, a file system, a library that writes files
-        problem = reason_of(error)
+        problem = str(error) if isinstance(error, UserError) else reason_of(error)
     for found in gather(problem):
         if found is not None:
             raise ExportFailed(found)

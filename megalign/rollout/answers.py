@@ -1,0 +1,329 @@
+r"""Final answers in free text, as people and models write them, and whether two of them are equal.
+
+An answer stands in the last `\boxed{}`, else behind the last `####`, else it is the whole text where that has no words,
+else the last number, fraction, list or formula of the text. Numbers and lists of them are compared here, exactly;
+other mathematics by math-verify.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+from megalign.rollout.guard import TimeIsUp, time_limit
+
+LONGEST = 200  # characters of an answer
+TAIL = 800  # characters at a text's end, in which an answer without a mark is looked for
+LARGEST_EXPONENT = 400  # of ten
+COMPARE_S = 5.0  # for mathematics, where time can be limited; its size is bounded everywhere
+ROUNDED = Fraction(2, 1_000_000)  # a decimal stands for a fraction without an exact one to six digits
+
+DIGITS = r"(?:(?<!\d)\d{1,3}(?:[,' ]\d{3})+(?![\d])(?!,\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+PERCENT = r"\s?(?:%|percent\b|per cent\b)"
+NUMBER = rf"[-+]?{DIGITS}"
+FORMS = {
+    "number": re.compile(rf"(?P<a>{NUMBER})"),
+    "fraction": re.compile(rf"(?P<a>{NUMBER})\s?/\s?(?P<b>{DIGITS})"),
+    "mixed": re.compile(r"(?P<w>[-+]?\d+)\s(?P<a>\d+)/(?P<b>\d+)"),
+    "scientific": re.compile(rf"(?P<a>{NUMBER})\s?[x*]\s?10\s?(?:\^|\*\*)\s?[({{]?(?P<e>[-+]?\d+)[)}}]?"),
+}
+# Ranges, dates, times, ratios, versions, tolerances: several numbers that are neither one nor a list.
+JOINED = re.compile(rf"{DIGITS}(?:[-:]{DIGITS})+|\d+(?:/\d+){{2,}}|\d+(?:\.\d+){{2,}}|{NUMBER}\s?\+-\s?{DIGITS}")
+TOKEN = re.compile(
+    r"(?P<word>(?![xX](?=\s?\d))[^\W\d_]\w*(?:\^[({]?-?\d+[)}]?)?)"  # CO2 and m^2 hold no answers
+    rf"|(?P<latex>\\[a-zA-Z]+)|(?P<number>{DIGITS})|(?P<sign>[-+*/^x%,;:()\[\]{{}}|\u221e])|(?P<gap> )|(?P<other>.|\n)"
+)
+OPENING, CLOSING = "([{", ")]}"
+UNTAMED = re.compile(r"\d{31}|(?:\^|\*\*)\s?[({]?\s?[-+]?\d{4}|\^[^\s+*/-]*\^|\*\*.*\*\*|\d{3}!|\\(?:int|sum|prod|lim)")
+SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
+# LaTeX that says the same in plain text; order matters.
+PLAINER = (
+    (r"\\(?:left|right|displaystyle|,|!|;|:)", ""),
+    (r"\{,\}", ","),
+    (r"\\(?:text|mathrm|mbox|textbf|mathbf)\s?\{([^{}]*)\}", r" \1 "),
+    (r"(?<=\d)\\[dt]?frac\s?\{\s?(\d+)\s?\}\s?\{\s?(\d+)\s?\}", r" \1/\2"),
+    (r"\\[dt]?frac\s?\{\s?(-?\d+)\s?\}\s?\{\s?(\d+)\s?\}", r"\1/\2"),
+    (r"\\[dt]?frac\s?(\d)\s?(\d)", r"\1/\2"),
+    (r"\\(?:times|cdot)(?![a-zA-Z])", "*"),
+    (r"\\pm(?![a-zA-Z])", "+-"),
+    (r"\\infty", "\u221e"),
+    (r"\\?\^\s?\{?\s?\\circ\s?\}?|\\degree|\u00b0", " "),
+    (r"\\ |\\quad|~", " "),
+    (r"\\([%{}#&_])", r"\1"),
+    (r"\\?[$\u20ac\u00a3\u00a5]|\b[A-Z]{3}(?=\d)", ""),
+    (r"\\[()\[\]]", ""),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer: a number, a list of numbers with its brackets, or other mathematics as text."""
+
+    text: str
+    number: Fraction | None = None
+    percent: bool = False
+    members: tuple[Fraction | str, ...] = ()  # infinities as text
+    brackets: str = ""
+
+
+def equal_answers(found: str, wanted: str) -> bool:
+    """Whether the final answers of two texts are the same; False where one of them has none."""
+    left, right = final_answer(found), final_answer(wanted)
+    if left is None or right is None:
+        return False
+    if left.number is not None and right.number is not None:
+        return _equal_numbers(left, right)
+    if left.members and right.members:
+        return _equal_lists(left, right)
+    if left.text == right.text:
+        return True
+    if left.members or right.members:
+        # A list equals no number; sets and intervals that are written otherwise are mathematics.
+        return (left.number is None and right.number is None) and _equal_mathematics(left, right)
+    return not (_is_joined(left) or _is_joined(right)) and _equal_mathematics(left, right)
+
+
+def final_answer(text: str) -> Answer | None:
+    """The answer that a text ends in, or None."""
+    boxed = _last_boxed(text)
+    if boxed is None and "####" in text:
+        boxed = text[text.rindex("####") + 4 :].strip().partition("\n")[0]
+    if boxed is not None:
+        return read(plainer(boxed)) or _last_in(plainer(boxed))
+    tail = text if len(text) <= TAIL else text[-TAIL:].partition(" ")[2]
+    formula = _last_formula(tail)
+    plain = plainer(tail if formula is None else formula)
+    if formula is not None or not any(len(one[0]) > 1 for one in TOKEN.finditer(plain) if one["word"]):
+        whole = read(plain)
+        if whole is not None:
+            return whole
+    return _last_in(plain)
+
+
+def plainer(text: str) -> str:
+    """The text with one spelling of minus signs, digits, fractions, powers and blanks, and without currencies."""
+    text = re.sub(r"(?<=[\d)])([\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+)", _power, text)
+    text = re.sub(r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]", "", text)
+    text = re.sub(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)
+    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
+    text = re.sub(r"[\u2212\u2010-\u2013]", "-", text)
+    text = re.sub(r"[\u00d7\u00b7\u22c5]", "*", text).replace("\u00f7", "/").replace("\u00b1", "+-")
+    for pattern, plain in PLAINER:
+        text = re.sub(pattern, plain, text)
+    return re.sub(r"[^\S\n]+", " ", text).strip()
+
+
+def read(text: str) -> Answer | None:
+    """An answer that is the whole text, a variable before it and a unit behind it aside; None for words."""
+    text = text.strip().strip("*").rstrip(".,;:!?").strip()
+    text = re.sub(r"^-\s+(?=[\d.])", "-", re.split(r"(?<![<>!])=|\\approx|\u2248", text)[-1].strip())
+    if not text or len(text) > LONGEST or "\n" in text:
+        return None
+    for one in (text, _without_unit(text)):
+        found = _number(one) or _list(one)
+        if found is not None:
+            return found
+    if any(len(one[0]) > 1 for one in TOKEN.finditer(text) if one["word"]):
+        return None
+    return Answer("".join(text.split()))
+
+
+def _without_unit(text: str) -> str:
+    """Without words behind a number, such as km/h, m^2 or apples; x, y, z and n are no units, nor is the e of 1e9."""
+    match = re.search(r"(?<=[\d)])\s?(?![xyzn]$|[eE][-+]?\d)/?[^\W\d_][\w./^() -]*$", text)
+    if match is None or re.search(r"[^\w^(-]\d", match[0]):
+        return text
+    return text[: match.start()]
+
+
+def _power(match: re.Match[str]) -> str:
+    return "^" + match[1].translate(SUPERSCRIPTS)
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{...}` that is closed."""
+    start = text.rfind("\\boxed")
+    opened = text.find("{", start) if start >= 0 else -1
+    depth = 0
+    for place in range(opened, min(len(text), opened + 2 * LONGEST)) if opened >= 0 else ():
+        depth += (text[place] == "{") - (text[place] == "}")
+        if depth == 0:
+            return text[opened + 1 : place]
+    return None
+
+
+def _last_formula(tail: str) -> str | None:
+    r"""What stands in the last `$...$`, `\(...\)` or `\[...\]`, where it holds LaTeX and no number comes after it."""
+    found = None
+    for match in re.finditer(r"\$([^$\n]{1,400})\$|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", tail, re.DOTALL):
+        found = match
+    if found is None or re.search(r"\d", tail[found.end() :]):
+        return None
+    content = next(group for group in found.groups() if group is not None)
+    return content if "\\" in plainer(content) else None
+
+
+def _last_in(text: str) -> Answer | None:
+    """The last run of numbers and signs between words that is an answer."""
+    for run in reversed(_runs(text)):
+        for piece in (run, *reversed(run.split(" "))):
+            piece = _trimmed(piece)
+            found = read(piece) if re.search(r"\d", piece) else None
+            if found is not None and (found.number is not None or found.members or piece == run or " " not in run):
+                return found
+    return None
+
+
+def _runs(text: str) -> list[str]:
+    """What stands between words, equals signs and ends of sentences."""
+    runs, run, glued = [], "", False
+    for token in TOKEN.finditer(text):
+        if token["word"] or token["other"] or (token[0] == ":" and text[token.end() : token.end() + 1] in ("", " ")):
+            runs.append(run)
+            run, glued = "", bool(token["word"])
+        elif glued and not run and token[0] in "-+/^":
+            glued = False  # between a word and a number it is no sign: GPT-4
+        else:
+            run, glued = run + token[0], False
+    runs.append(run)
+    return [trimmed for one in runs if (trimmed := _trimmed(one))]
+
+
+def _trimmed(run: str) -> str:
+    """Without signs that belong to no number: bullets, emphasis, commas, brackets without their other side."""
+    before = ""
+    while run != before:
+        before = run
+        run = run.strip(" ,;:*/^|x").rstrip("-+").lstrip("%")
+        run = re.sub(r"^[-+]+(?=[\s(\[{])", "", run)
+        if run and run[0] in CLOSING or (run and run[0] in OPENING and not _closes(run)):
+            run = run[1:]
+        elif run and run[-1] in OPENING or (run and run[-1] in CLOSING and not _opens(run)):
+            run = run[:-1]
+    return run
+
+
+def _closes(run: str) -> bool:
+    return any(sign in run for sign in CLOSING)
+
+
+def _opens(run: str) -> bool:
+    return any(sign in run for sign in OPENING)
+
+
+def _number(text: str) -> Answer | None:
+    """A number in one of the forms people write it, or None."""
+    text = text.strip()
+    if re.fullmatch(r"\([^()]*\)|\{[^{}]*\}", text):
+        text = text[1:-1].strip()
+    bare = re.sub(rf"{PERCENT}$", "", text)
+    percent = bare != text
+    for form in FORMS.values():
+        match = form.fullmatch(bare)
+        value = None if match is None else _value(match.groupdict())
+        if value is not None:
+            return Answer(text, value / 100 if percent else value, percent)
+    return None
+
+
+def _value(parts: dict[str, str]) -> Fraction | None:
+    """The number of a match of FORMS; None where it is too large to be meant, or divides by zero."""
+    top, bottom = _decimal(parts["a"]), _decimal(parts.get("b") or "1")
+    power = int(parts.get("e") or "0")
+    if top is None or not bottom or abs(power) > LARGEST_EXPONENT:
+        return None
+    whole = parts.get("w")
+    if whole is None:
+        return top / bottom * Fraction(10) ** power
+    return Fraction(int(whole)) + (-1 if whole.startswith("-") else 1) * top / bottom
+
+
+def _decimal(text: str) -> Fraction | None:
+    digits = re.sub(r"[,' ]", "", text)
+    exponent = re.search(r"[eE]([-+]?\d+)$", digits)
+    if exponent and abs(int(exponent[1][:9])) > LARGEST_EXPONENT:
+        return None
+    return Fraction(digits)
+
+
+def _list(text: str) -> Answer | None:
+    """Two or more numbers between commas, with or without brackets, or None."""
+    brackets = ""
+    if text[:1] in ("(", "[", "{") and text[-1:] in (")", "]", "}"):
+        brackets, text = text[0] + text[-1], text[1:-1]
+    members: list[Fraction | str] = []
+    for part in re.split(r"[,;]", text):
+        endless = re.fullmatch(r"([-+]?)\s?(?:\u221e|inf(?:inity)?)", part.strip())
+        one = _number(part)
+        if endless is None and one is None:
+            return None
+        members.append("-inf" if endless and endless[1] == "-" else "inf" if one is None else one.number or Fraction(0))
+    return Answer("".join(text.split()), members=tuple(members), brackets=brackets) if len(members) > 1 else None
+
+
+def _is_joined(answer: Answer) -> bool:
+    return JOINED.fullmatch(answer.text) is not None
+
+
+def _equal_numbers(left: Answer, right: Answer) -> bool:
+    """Exactly, but 75% is 75 too, and a fraction that no decimal is equal to is met by six digits of it."""
+    assert left.number is not None and right.number is not None
+    if (
+        left.percent != right.percent
+        and (left if left.percent else right).number == ((right if left.percent else left).number or Fraction(0)) / 100
+    ):
+        return True
+    if _is_decimal(left.number) != _is_decimal(right.number):
+        return abs(left.number - right.number) <= ROUNDED * max(abs(left.number), abs(right.number))
+    return left.number == right.number
+
+
+def _is_decimal(number: Fraction) -> bool:
+    rest = number.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return rest == 1
+
+
+def _equal_lists(left: Answer, right: Answer) -> bool:
+    """In order, sets aside; brackets count where both have them."""
+    if left.brackets and right.brackets and left.brackets != right.brackets:
+        return False
+    if "{}" in (left.brackets, right.brackets):
+        return set(left.members) == set(right.members)
+    return left.members == right.members
+
+
+def _equal_mathematics(left: Answer, right: Answer) -> bool:
+    """What math-verify says; False for what is too large, or takes too long, to be compared."""
+    if any(len(one.text) > LONGEST or UNTAMED.search(one.text) for one in (left, right)):
+        return False
+    try:
+        with time_limit(COMPARE_S):
+            found, wanted = (_parsed(one) for one in (left, right))
+            return bool(found and wanted and _library()[1](wanted, found, timeout_seconds=None))
+    except TimeIsUp:
+        return False
+
+
+def _parsed(answer: Answer) -> list[Any]:
+    parse, _, latex = _library()
+    text = answer.brackets[:1] + answer.text + answer.brackets[1:] if answer.members else answer.text
+    found = parse(f"${text}$", extraction_config=[latex], parsing_timeout=None, fallback_mode="no_fallback")
+    return list(found)
+
+
+@cache
+def _library() -> tuple[Any, Any, Any]:
+    """(parse, verify, LaTeX as what is parsed) of math-verify, whose own time limits work in main threads alone."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # it would warn that no time limit of its own is on
+    return parse, verify, LatexExtractionConfig()

@@ -1,0 +1,124 @@
+"""Calls a user's function so that whatever it raises, and a call that never returns, is an ordinary error."""
+
+from __future__ import annotations
+
+import signal
+import sysconfig
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+LONGEST_MESSAGE = 200
+PACKAGE = Path(__file__).resolve().parents[1]
+Result = TypeVar("Result")
+
+
+class TimeIsUp(BaseException):
+    """Raised inside a call that takes too long; not an Exception, so that most code lets it through."""
+
+
+class CallFailed(Exception):
+    """What the user's code did instead of returning, in a few words."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[Callable[[], bool]]:
+    """Raise `TimeIsUp` in the block after `seconds`, and each second from then on; yields whether it has been.
+
+    By a signal, which also ends sleeps, regular expressions and products of huge integers. Signals reach only the main
+    thread: elsewhere there is no limit. Blocks may be nested.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    rung, active = False, True
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        nonlocal rung
+        rung = True
+        if active:
+            raise TimeIsUp
+
+    handler, began = signal.signal(signal.SIGALRM, ring), time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        try:
+            yield lambda: rung
+        finally:
+            active = False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
+        if left:  # an outer block's
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 1e-3), interval)
+
+
+def call(function: Callable[..., Result], *arguments: Any, limit_s: float) -> Result:
+    """The function's result; `CallFailed` where it raises, exits or takes longer than `limit_s` seconds."""
+    with _interrupts() as interrupted, _told(interrupted, limit_s), time_limit(limit_s) as rung:
+        result = function(*arguments)
+        if rung():  # it caught what should have ended it
+            raise TimeIsUp
+        return result
+
+
+@contextmanager
+def _told(interrupted: Callable[[], bool], limit_s: float) -> Iterator[None]:
+    """Turn whatever ends the block into `CallFailed`."""
+    try:
+        yield
+    except CallFailed:
+        raise
+    except TimeIsUp:
+        raise CallFailed(f"did not return within {limit_s:g} s") from None
+    except KeyboardInterrupt as error:
+        if interrupted():
+            raise
+        raise CallFailed(f"raised {describe(error)}") from error
+    except BaseException as error:
+        raise CallFailed(f"raised {describe(error)}") from error
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Yields whether somebody pressed Ctrl-C in the block, which only looks like an error of the user's code."""
+    pressed = False
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield lambda: False
+        return
+    before: Callable[[int, FrameType | None], Any] = handler
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line: its class, its message, and the last line that it passed in a file of the user's."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # a class of the user's, whose own code fails
+        text = "(its message cannot be read)"
+    text = text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(Path(frame.filename))]
+    where = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}{': ' if text else ''}{text}{where}"
+
+
+def _is_users(path: Path) -> bool:
+    """Whether a file is neither megalign's nor Python's nor an installed package's."""
+    others = [PACKAGE, *(Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib"))]
+    return path.is_file() and not any(path.resolve().is_relative_to(other.resolve()) for other in others)

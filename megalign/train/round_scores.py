@@ -1,0 +1,100 @@
+"""Scores that a round's updates need: under the weights that sampled its responses, and under a fixed reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megalign.config import JobConfig
+from megalign.data.group import Sequence as FlatSequence
+from megalign.engines.engine import Engine, Scorer
+from megalign.engines.loss_inputs import StepBatch, cat_tokens, mismatch, mismatch_metrics
+from megalign.engines.scoring import Scored, score
+from megalign.engines.step import is_coupled
+from megalign.train.scores import ScoreStore, fill
+from megalign.train.session import cutting_of
+
+Update = tuple[list[FlatSequence], int]  # its sequences and its number of groups
+
+
+@dataclass
+class RoundScores:
+    """What was scored at a round's start; each update's sequences were packed as its own step packs them."""
+
+    start: list[list[Scored]] = field(default_factory=list)  # by update; empty where no update needs them
+    reference: ScoreStore | None = None  # of a reference that is not the policy at the round's start
+    mismatch: list[dict[str, float]] = field(default_factory=list)  # metrics of each update in `start`
+    current: list[Scored] | None = None  # of update 0, with log-sum-exps and entropy
+
+    def batch(self, cfg: JobConfig, update: int, sequences: list[FlatSequence], num_groups: int) -> StepBatch:
+        """The update's global batch. Update 0 is on policy, so its old log-probs are the step's own."""
+        traits = cfg.loss.traits()
+        reference = None
+        if traits.reference:
+            reference = self.start[update] if self.reference is None else self.reference.get(sequences)
+        old = self.start[update] if traits.old and update else None
+        current = self.current if update == 0 else None
+        return StepBatch(sequences, num_groups, reference, old, current, on_policy=update == 0)
+
+    def plain(self) -> dict[str, Any]:
+        """Everything that updates after the first need, as plain values for a checkpoint."""
+        start = [
+            [(one.total, None if one.logp_N is None else one.logp_N.tolist()) for one in scored]
+            for scored in self.start
+        ]
+        reference = None if self.reference is None else self.reference.plain()
+        return {"start": start, "reference": reference, "mismatch": self.mismatch}
+
+    @classmethod
+    def from_plain(cls, state: dict[str, Any], *, by_token: bool) -> RoundScores:
+        """The scores that `plain` described."""
+        start = [
+            [Scored(total, None if logp is None else torch.tensor(logp, dtype=torch.float32)) for total, logp in scored]
+            for scored in state["start"]
+        ]
+        entries = state["reference"]
+        reference = None if entries is None else ScoreStore.from_plain(entries, by_token=by_token)
+        return cls(start, reference, state["mismatch"])
+
+
+def score_round(cfg: JobConfig, engine: Engine, fixed: Scorer | None, updates: Sequence[Update]) -> RoundScores:
+    """Score a round before its first update; `fixed` scores the reference where that is not the round's policy.
+
+    The policy itself is scored where it is the reference, or the old policy of updates after the first: of the first
+    the step's own log-probs are the old ones.
+    """
+    traits = cfg.loss.traits()
+    round_start = traits.reference and cfg.reference.source == "round_start"
+    scores = RoundScores()
+    if round_start or (traits.old and len(updates) > 1):
+        _score_start(cfg, engine, updates, scores)
+    if traits.reference and not round_start:
+        assert fixed is not None
+        scores.reference = ScoreStore(by_token=traits.level == "token")
+        sequences = (sequences for sequences, _ in updates)
+        fill(scores.reference, fixed, sequences, coupled=traits.coupled, cutting=cutting_of(cfg))
+    return scores
+
+
+def _score_start(cfg: JobConfig, engine: Engine, updates: Sequence[Update], scores: RoundScores) -> None:
+    """Score every update under the present weights, and compare with the sampler's log-probs."""
+    traits = cfg.loss.traits()
+    for update, (sequences, _) in enumerate(updates):
+        first = update == 0
+        scored = score(
+            engine,
+            sequences,
+            coupled=is_coupled(traits, on_policy=first),
+            cutting=cutting_of(cfg),
+            by_token=True,
+            entropy=traits.entropy and first,
+            accuracy=traits.accuracy and first,
+        )
+        scores.mismatch.append(mismatch_metrics(sequences, *mismatch(sequences, cat_tokens(scored))))
+        if first:
+            scores.current = scored
+        by_token = traits.level == "token"
+        scores.start.append([Scored(one.total, one.logp_N if by_token else None) for one in scored])
