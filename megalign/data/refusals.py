@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from megalign.schema import shorten
@@ -38,3 +38,15 @@ def joined(faults: Sequence[BadRecord]) -> BadRecord:
     more = {kind: f" (and {len(alike) - 1} more like it)" if alike[1:] else "" for kind, alike in by_kind.items()}
     message = "; also: ".join(f"{alike[0]}{more[kind]}" for kind, alike in by_kind.items())
     return BadRecord(faults[0].reason, message, field=faults[0].field, kinds=by_kind)
+
+
+def run_all(checks: Iterable[Callable[[], None]]) -> None:
+    """Run every check, and raise one refusal for all the faults that they find."""
+    faults = []
+    for check in checks:
+        try:
+            check()
+        except BadRecord as fault:
+            faults.append(fault)
+    if faults:
+        raise joined(faults)

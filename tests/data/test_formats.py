@@ -244,6 +244,17 @@ def test_all_faults_of_a_record_are_told_at_once(tmp_path):
     assert message.count("; also: ") == 3
 
 
+def test_all_faults_of_messages_are_told_at_once(tmp_path):
+    turns = [{"role": "narrator", "content": "q"}, {"role": "assistant", "text": "a"}, {"role": "user", "content": 3}]
+    message = refusal(tmp_path, [{"messages": turns, "lang": "en"}])
+    parts = ["field lang is not known", "field messages[0].role is 'narrator'", "field messages[1].content is missing"]
+    parts += ["(and 1 more like it)", "field messages[1].text is not known"]
+    for part in parts:
+        assert part in message
+    message = refusal(tmp_path, [{"messages": [3, {"role": "assistant"}]}])
+    assert "field messages[0] is 3" in message and "field messages[1].content is missing" in message
+
+
 def test_how_many_other_records_have_the_same_faults(tmp_path):
     good, bad = {"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "a", "id": 1}
     worse = {"prompt": "", "completion": "a", "id": 1}
