@@ -10,7 +10,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_jobs import VOCAB_SIZE, on_two_ranks, records, status, train, write_config, write_lines, write_model
+from tiny_jobs import (
+    TEMPLATE,
+    VOCAB_SIZE,
+    on_two_ranks,
+    records,
+    status,
+    train,
+    write_config,
+    write_lines,
+    write_model,
+    write_tokenizer,
+)
 
 PROMPT = {"prompt_ids": [5, 6]}
 SIDES = ("chosen", "rejected")
@@ -39,14 +50,34 @@ def shared(tmp_path_factory):
     (folder / "no_config" / "config.json").unlink()
     shutil.copytree(folder / "speaks", folder / "bad_tokenizer")
     (folder / "bad_tokenizer" / "tokenizer.json").write_text("{")
+    write_model(folder / "narrow", vocab_size=40, tokenizer=True)
+    write_model(folder / "few", vocab_size=3, tokenizer=True)
+    asks = TEMPLATE.replace("'<'", "'?<'").replace("%}<assistant>", "%}?<assistant>")  # each turn begins with a "?"
+    write_tokenizer(write_model(folder / "asks", vocab_size=44), template=asks)
+    shutil.copytree(folder / "speaks", folder / "endless")
+    (folder / "endless" / "generation_config.json").write_text('{"eos_token_id": [0, 200]}')
     (folder / "empty").mkdir()
     write_lines(folder / "data.jsonl", records("samples"))
     write_lines(folder / "singles.jsonl", records("singles"))
     write_lines(folder / "texts.jsonl", [{"prompt": "1+1=", "completion": "2"}])
     write_lines(folder / "prompts.jsonl", [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2="}])
     (folder / "file").write_text("in the way")
+    write_lines(folder / "tool_prompts.jsonl", [{"prompt": [ASKED], "tools": [TOOL], "answer": "2"}])
+    write_lines(folder / "mood_prompts.jsonl", [{"prompt": [{**ASKED, "mood": "good"}], "answer": "2"}])
+    _write_templates(folder)
     _write_checkpoints(folder)
     return folder
+
+
+def _write_templates(folder: Path) -> None:
+    """Models whose chat templates cannot be used: a list without a default, one that fails, one that is not valid."""
+    for name, template in (("failing", "{{ messages[0].content + 1 }}"), ("unparsed", "{% if %}"), ("listed", "")):
+        shutil.copytree(folder / "speaks", folder / name)
+        (folder / name / "chat_template.jinja").write_text(template)
+    (folder / "listed" / "chat_template.jinja").unlink()
+    settings = folder / "listed" / "tokenizer_config.json"
+    listed = {"chat_template": [{"name": "rag", "template": "{{ documents }}"}]}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | listed))
 
 
 def _write_checkpoints(folder: Path) -> None:
@@ -88,6 +119,11 @@ ROUNDS = {
         "reward": "exact_match",
     },
 }
+SPEAKS = SFT | {"model": {"path": "{shared}/speaks"}}
+ASKED, ANSWERED = {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}
+SAID: dict[str, object] = {"messages": [ASKED, ANSWERED]}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
 # name: (what the configuration changes, overrides, lines of data or None, parts of the line)
 CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     # configuration
@@ -184,7 +220,89 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     "rounds without tokenizer": (ROUNDS, ["model.path={shared}/model"], None, ["tokenizer", "rounds need one"]),
     "steps beside rounds": (ROUNDS, ["run.steps=3"], None, ["run.steps is 3", "rollout"]),
     "updates do not divide": (ROUNDS, ["rollout.updates_per_round=3"], None, ["rollout.updates_per_round is 3"]),
+    # tokens that the tokenizer or a setting has and the model lacks
+    "text beyond the vocabulary": (
+        SFT, ["model.path={shared}/narrow"], [{"prompt": "1+1=", "completion": "2?"}],
+        ["data.jsonl:1", "completion becomes token id 44, the tokenizer's '?'", "below the model's 40"],
+    ),
+    "template beyond the vocabulary": (
+        SFT, ["model.path={shared}/asks"],
+        [{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}],
+        ["data.jsonl:1", "becomes token id 44, the tokenizer's '?'", "below the model's 44"],
+    ),
+    "prompt beyond the vocabulary": (
+        ROUNDS, ["model.path={shared}/few"], None, ["prompts.jsonl:1", "field prompt becomes token id", "below"],
+    ),
+    "end beyond the vocabulary": (
+        ROUNDS, ["model.path={shared}/endless", "rollout.reward=tiny_jobs:digits"], None,
+        ["generation_config.json: eos_token_id is [0, 200]", "below 53"],
+    ),
 }  # fmt: skip
+# text that would become other tokens than meant
+CASES |= {
+    "tools that no template reads": (
+        SPEAKS,
+        [],
+        [SAID | {"tools": [TOOL]}],
+        ["data.jsonl:1: field tools: the chat template does not read them", "allowed: "],
+    ),
+    "tools beside a string": (
+        SPEAKS,
+        [],
+        [{"prompt": "a", "completion": "b", "tools": [TOOL]}],
+        ["data.jsonl:1: field tools is", "plain string"],
+    ),
+    "call that no template writes": (
+        SPEAKS,
+        [],
+        [{"messages": [ASKED, CALL]}],
+        ["data.jsonl:1: field messages: the chat template", "allowed: "],
+    ),
+    "field that no template reads": (
+        SPEAKS,
+        [],
+        [{"messages": [ASKED, {**ANSWERED, "mood": "good"}]}],
+        ["data.jsonl:1: field messages[1].mood is not known"],
+    ),
+    "variable that no template reads": (
+        SPEAKS,
+        [],
+        [SAID | {"chat_template_kwargs": {"enable_thinking": False}}],
+        ["data.jsonl:1: field chat_template_kwargs.enable_thinking", "does not read it"],
+    ),
+    "templates without a default": (
+        SPEAKS,
+        ["model.path={shared}/listed"],
+        [SAID],
+        ["data.jsonl:1: ", "a list (rag) without a default"],
+    ),
+    "template that fails": (
+        SPEAKS,
+        ["model.path={shared}/failing"],
+        [SAID],
+        ["data.jsonl:1: field messages: the chat template fails", "TypeError"],
+    ),
+    "template that is none": (
+        SPEAKS,
+        ["model.path={shared}/unparsed"],
+        [SAID],
+        ["data.jsonl:1: ", "is not valid (line 1"],
+    ),
+    "prompt with tools that no template reads": (
+        ROUNDS,
+        ["rollout.path={shared}/tool_prompts.jsonl"],
+        None,
+        ["tool_prompts.jsonl:1: field tools: the chat template does not read them"],
+    ),
+    "prompt with a field that no template reads": (
+        ROUNDS,
+        ["rollout.path={shared}/mood_prompts.jsonl"],
+        None,
+        ["mood_prompts.jsonl:1: field prompt[0].mood is not known"],
+    ),
+    "a day that is none": ({}, ["data.date=31.1.2026"], None, ["data.date is '31.1.2026'", "YYYY-MM-DD"]),
+    "special tokens": ({}, ["data.special_tokens=all"], None, ["data.special_tokens is 'all'", "auto"]),
+}
 
 
 def filled(value, shared):

@@ -13,11 +13,11 @@ from megalign.data.config import DataConfig, Source
 from megalign.data.formats import Reading, recognise
 from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
-from megalign.data.messages import check_context
+from megalign.data.messages import MESSAGE_FIELDS, check_context
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
 from megalign.data.reading import RawRecord, read_raw
-from megalign.data.records import BadRecord, check_record, check_slot, refuse
+from megalign.data.records import BadRecord, check_message_fields, check_record, check_slot, refuse
 from megalign.data.tokenize import DEFAULT, TextOptions, encode_prompt, encode_record, token_fields
 from megalign.schema import UserError
 
@@ -157,17 +157,21 @@ def load_prompts(
     vocab_size: int,
     field: str = "rollout.path",
     options: TextOptions = DEFAULT,
+    extra_fields: str = "error",
 ) -> list[Group]:
     """Prompts to sample from: groups without responses. Other fields stay in `raw`, for the reward."""
+    known = MESSAGE_FIELDS | template_words(getattr(tokenizer, "chat_template", None))
     groups = []
     for number, raw in enumerate(read_raw(path, field=field)):
         try:
             record = raw.fields()
             check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
             check_context(record)
+            if extra_fields == "error":
+                check_message_fields({"prompt": record.get("prompt")}, known)
             name = "prompt_ids" if "prompt_ids" in record else "prompt"
             group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
-            _check_tokens(group, [name], max_length=max_length, vocab_size=vocab_size)
+            _check_tokens(group, [name], tokenizer, max_length=max_length, vocab_size=vocab_size)
         except (BadRecord, UserError) as error:
             raise UserError(f"{raw.origin}: {error}") from None
         groups.append(group)
@@ -300,7 +304,8 @@ class _Loader:
             weak=tuple((first + pinned, place) for pinned, place in record.get("weak", [])),
             raw=record,
         )
-        _check_tokens(group, token_fields(record, name), max_length=cfg.max_length, vocab_size=self.vocab_size)
+        fields = token_fields(record, name)
+        _check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
         check_pairing(group, self.pairing, format=name)
         return group
 
@@ -319,15 +324,28 @@ class _Loader:
         return True
 
 
-def _check_tokens(group: Group, fields: Sequence[str], *, max_length: int, vocab_size: int) -> None:
+def _check_tokens(
+    group: Group,
+    fields: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    vocab_size: int,
+) -> None:
     """Refuse an empty prompt, ids outside the vocabulary, and what is too long. `fields`: prompt, responses."""
     if not group.prompt_ids:
         message = f"field {fields[0]} has no tokens; allowed: at least one, or the first response token has no score"
         raise BadRecord("empty prompt", message)
     texts = [group.prompt_ids, *(response.ids for response in group.responses)]
     for name, ids in zip(fields, texts, strict=True):
-        if max(ids) >= vocab_size:
-            raise refuse(name, max(ids), f"token ids below the model's {vocab_size}", reason="token ids")
+        highest, allowed = max(ids), f"token ids below the model's {vocab_size}"
+        if highest < vocab_size:
+            continue
+        if tokenizer is None or name.endswith("_ids"):
+            raise refuse(name, highest, allowed, reason="token ids")
+        token = tokenizer.convert_ids_to_tokens(highest)
+        message = f"field {name} becomes token id {highest}, the tokenizer's {token!r}; allowed: {allowed}"
+        raise BadRecord("token ids", message, field=name)
     for name, ids in zip(fields[1:] or fields, texts[1:] or [()], strict=True):
         length = len(group.prompt_ids) + len(ids)
         if length > max_length:

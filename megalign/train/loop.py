@@ -40,7 +40,7 @@ from megalign.train.session import (
     cutting_of,
     gather,
     groups_of,
-    layers_of,
+    layers_text,
     layout_text,
     on_every_rank,
 )
@@ -106,10 +106,8 @@ def _prepare(
 ) -> Job:
     """Everything up to the first step."""
     weights = start.weights
-    report.say(
-        f"ranks {world.size}: {layout_text(groups)}; "
-        f"{layers_of(cfg, inputs.model, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
-    )
+    layers = layers_text(cfg, inputs.model, world)
+    report.say(f"ranks {world.size}: {layout_text(groups)}; {layers}; {cfg.run.dtype}; loss {cfg.loss.name}")
     if left_out := noise_left_out(inputs.hf_dir):
         report.say(left_out)
 

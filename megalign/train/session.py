@@ -21,6 +21,7 @@ from megalign.engines.scoring import Cutting
 from megalign.models.gpt import choose_layers
 from megalign.models.lora import Lora
 from megalign.runtime.distributed import World
+from megalign.runtime.quiet import missing_packages
 from megalign.schema import UserError, reason_of
 
 Result = TypeVar("Result")
@@ -87,6 +88,13 @@ def layout_text(groups: Groups) -> str:
 def layers_of(cfg: JobConfig, model: ModelConfig, world: World) -> str:
     """The layer kind the job runs with."""
     return choose_layers(cfg.engine.layers, model, on_cuda=world.device.type == "cuda")
+
+
+def layers_text(cfg: JobConfig, model: ModelConfig, world: World) -> str:
+    """Which layers compute the model and where, and what Megatron would use and lacks."""
+    absent = " and ".join(missing_packages())
+    text = f"{layers_of(cfg, model, world)} layers on {world.device.type}"
+    return f"{text} ({absent} not installed)" if absent else text
 
 
 def build_engine(
