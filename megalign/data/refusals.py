@@ -15,13 +15,17 @@ class BadRecord(Exception):
     """One record is refused; `reason` is what a report counts it under, `field` where the fault lies.
 
     kinds: a name for each fault, the same in every record with that fault; empty for what tokenising finds.
+    size: tokens of what is too long.
     """
 
-    def __init__(self, reason: str, message: str, *, field: str = "", kinds: Collection[str] = ()) -> None:
+    def __init__(
+        self, reason: str, message: str, *, field: str = "", kinds: Collection[str] = (), size: int = 0
+    ) -> None:
         super().__init__(message)
         self.reason = reason
         self.field = field
         self.kinds = frozenset(kinds)
+        self.size = size
 
 
 def refuse(field: str, value: Any, allowed: str, *, reason: str) -> BadRecord:

@@ -261,8 +261,11 @@ def test_how_many_other_records_have_the_same_faults(tmp_path):
     message = refusal(tmp_path, [good, bad, good, worse, bad, {"prompt": "", "completion": "a"}])
     assert "data.jsonl:2: field id is not known" in message
     assert message.endswith(" (the same in 2 of the 5 other records)")
-    # Faults that only tokens show are not looked for in the others.
-    assert "other records" not in refusal(tmp_path, [{"prompt": "q" * 99, "completion": "a"}] * 2)
+    # 1 + 99 + 1 tokens with the end; the others: good, 1 + 199 + 1, bad otherwise.
+    rows = [good, *({"prompt": "q", "completion": "a" * length} for length in (99, 9, 199)), bad]
+    message = refusal(tmp_path, rows)
+    assert "data.jsonl:2: field completion is 101 tokens long, prompt included; allowed: at most 99" in message
+    assert message.endswith(" (the same in 1 of the 4 other records; the longest has 201 tokens)")
 
 
 def test_no_template_names_the_format_that_needs_one(tmp_path):
