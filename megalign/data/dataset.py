@@ -284,8 +284,9 @@ class _Loader:
 
     def _encoded(self, record: dict[str, Any], name: str, number: int, first: int) -> Group:
         cfg = self.cfg
+        notes: Counter[str] = Counter()
         prompt_ids, responses = encode_record(
-            record, self.tokenizer, format=name, train_on=cfg.train_on, options=self.options, notes=self.report.notes
+            record, self.tokenizer, format=name, train_on=cfg.train_on, options=self.options, notes=notes
         )
         group = Group(
             record=number,
@@ -299,6 +300,7 @@ class _Loader:
         fields = token_fields(record, name)
         _check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
         check_pairing(group, self.pairing, format=name)
+        self.report.notes.update(notes)
         return group
 
     def _has_negatives(self, index: int, pool: WeakPool) -> bool:
