@@ -13,6 +13,7 @@ from megalign.data.config import DataConfig, Source
 from megalign.data.formats import Reading, recognise
 from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
+from megalign.data.load_report import Report
 from megalign.data.messages import MESSAGE_FIELDS, check_context
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
@@ -195,8 +196,8 @@ class _Loader:
                 self.origins.append(raw.origin)
             except BadRecord as bad:
                 shared = ""
-                if bad.kinds and self.cfg.on_bad_record == "stop":
-                    shared = self._shared(bad, raws, num_good=number - first)
+                if self.cfg.on_bad_record == "stop":
+                    shared = self._shared(bad, raws, num_good=number - first, first=first)
                 self._reject(raw.origin, bad, shared=shared)
             except UserError as error:
                 raise UserError(f"{raw.origin}: {error}") from None
@@ -231,16 +232,26 @@ class _Loader:
             origins=[self.origins[index] for index in kept],
         )
 
-    def _shared(self, bad: BadRecord, rest: Iterator[RawRecord], *, num_good: int) -> str:
-        """How many of the source's other records have the faults of `bad`; nothing where it is the only one."""
-        num_others, num_alike = num_good, 0
+    def _shared(self, bad: BadRecord, rest: Iterator[RawRecord], *, num_good: int, first: int) -> str:
+        """How many of the source's other records have the faults of `bad`; nothing where it is the only one.
+
+        Faults that tokens show are looked for by tokenising the others, which a load without faults does as well.
+        """
+        num_others, sizes = num_good, []
         for raw in rest:
             num_others += 1
             try:
-                self._checked(raw)
+                if bad.kinds:
+                    self._checked(raw)
+                else:
+                    self._group(raw, first + num_others, first)
             except BadRecord as other:
-                num_alike += bad.kinds <= other.kinds
-        return f" (the same in {num_alike} of the {num_others} other records)" if num_alike else ""
+                if bad.kinds <= other.kinds if bad.kinds else bad.reason == other.reason:
+                    sizes.append(other.size)
+            except UserError:
+                break  # it stops a job by itself, and has the word when this record is mended
+        longest = f"; the longest has {max(sizes)} tokens" if any(sizes) else ""
+        return f" (the same in {len(sizes)} of the {num_others} other records{longest})" if sizes else ""
 
     def _reject(self, origin: str, bad: BadRecord, *, shared: str = "") -> None:
         message = f"{origin}: {bad}{shared}"
@@ -335,4 +346,4 @@ def _check_tokens(
         length = len(group.prompt_ids) + len(ids)
         if length > max_length:
             message = f"field {name} is {length} tokens long, prompt included; allowed: at most {max_length}"
-            raise BadRecord("too long", message)
+            raise BadRecord("too long", message, size=length)

@@ -25,7 +25,7 @@ from megalign.data.messages import (
     check_messages,
     check_unicode,
 )
-from megalign.data.refusals import MISSING, BadRecord, joined, refuse
+from megalign.data.refusals import MISSING, BadRecord, refuse, run_all
 
 __all__ = ["BadRecord", "check_message_fields", "check_record", "check_slot", "detect_format", "refuse"]
 
@@ -73,15 +73,8 @@ def check_record(
     template_words: names that the chat template reads; a message may have fields of these names.
     """
     name = detect_format(record) if format == "auto" else format
-    faults = []
     message_fields = MESSAGE_FIELDS | template_words if extra_fields == "error" else None
-    for check in _checks(record, name, message_fields=message_fields):
-        try:
-            check()
-        except BadRecord as fault:
-            faults.append(fault)
-    if faults:
-        raise joined(faults)
+    run_all(_checks(record, name, message_fields=message_fields))
     return name
 
 

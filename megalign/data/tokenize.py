@@ -248,7 +248,8 @@ def _encode_answer(answer: tuple[str, Any, Mapping[str, Any]], text: _Text, befo
         turns = content if isinstance(content, list) else [{"role": "assistant", "content": content}]
         response = text.turns(field, before, turns)
     elif isinstance(content, list):
-        raise refuse(field, content, "a string, because the prompt is not a list of messages", reason="wrong type")
+        allowed = 'a string, because the prompt is no list of messages such as [{"role": "user", "content": ...}]'
+        raise refuse(field, content, allowed, reason="wrong type")
     else:
         response = text.string(field, before, content)
     logp = extra.get("logp")
