@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_jobs import (
     metrics,
+    numbers,
     on_two_ranks,
     read_lines,
     records,
@@ -25,7 +26,7 @@ from tiny_jobs import (
     write_model,
 )
 
-from megalign.convert.transfer import megatron_to_hf
+from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
 from megalign.runtime.distributed import process_group
 from megalign.train.checkpoint import find_checkpoint, latest, save_checkpoint
 
@@ -358,3 +359,18 @@ def test_paths_may_name_the_run_directory(folder, tmp_path):
     shutil.copyfile(folder / "data.jsonl", tmp_path / "first" / "data.jsonl")
     assert train(config, other, "run.steps=2", "data.path={run.dir}/../first/data.jsonl") == 0
     assert train(config, other, "checkpoint.resume={run.dir}/../second") == 2  # which has no checkpoint
+
+
+def test_a_restart_of_a_run_from_converted_weights_keeps_their_reference(folder, tmp_path, capfd):
+    """The reference is the policy that the run began with, after a restart too."""
+    write_model(tmp_path / "other", seed=5)
+    hf_to_megatron(str(tmp_path / "other"), tmp_path / "converted")
+    config = job_in(tmp_path, folder)
+    named = f"checkpoint.resume={tmp_path}/converted"
+    assert train(config, named, f"run.dir={tmp_path}/whole") == 0
+    assert train(config, named, NOW) == 75 and train(config, named, NOW) == 75 and train(config, named) == 0
+    assert numbers(metrics(tmp_path / "run")) == numbers(metrics(tmp_path / "whole"))
+    capfd.readouterr()
+    assert train(config, "run.steps=4") == 2  # the reference would be model.path's
+    assert "checkpoint.resume was " in capfd.readouterr().err
+    assert train(config, named, "run.steps=4") == 0
