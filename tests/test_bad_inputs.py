@@ -62,8 +62,22 @@ def shared(tmp_path_factory):
     write_lines(folder / "texts.jsonl", [{"prompt": "1+1=", "completion": "2"}])
     write_lines(folder / "prompts.jsonl", [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2="}])
     (folder / "file").write_text("in the way")
+    write_lines(folder / "tool_prompts.jsonl", [{"prompt": [ASKED], "tools": [TOOL], "answer": "2"}])
+    write_lines(folder / "mood_prompts.jsonl", [{"prompt": [{**ASKED, "mood": "good"}], "answer": "2"}])
+    _write_templates(folder)
     _write_checkpoints(folder)
     return folder
+
+
+def _write_templates(folder: Path) -> None:
+    """Models whose chat templates cannot be used: a list without a default, one that fails, one that is not valid."""
+    for name, template in (("failing", "{{ messages[0].content + 1 }}"), ("unparsed", "{% if %}"), ("listed", "")):
+        shutil.copytree(folder / "speaks", folder / name)
+        (folder / name / "chat_template.jinja").write_text(template)
+    (folder / "listed" / "chat_template.jinja").unlink()
+    settings = folder / "listed" / "tokenizer_config.json"
+    listed = {"chat_template": [{"name": "rag", "template": "{{ documents }}"}]}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | listed))
 
 
 def _write_checkpoints(folder: Path) -> None:
@@ -105,6 +119,11 @@ ROUNDS = {
         "reward": "exact_match",
     },
 }
+SPEAKS = SFT | {"model": {"path": "{shared}/speaks"}}
+ASKED, ANSWERED = {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}
+SAID: dict[str, object] = {"messages": [ASKED, ANSWERED]}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
 # name: (what the configuration changes, overrides, lines of data or None, parts of the line)
 CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     # configuration
@@ -250,6 +269,71 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
         {}, ["export.hf_dir={{run.name}}/hf"], None, ["export.hf_dir", "{run.name} stands for nothing", "{run.dir}"],
     ),
 }  # fmt: skip
+# text that would become other tokens than meant
+CASES |= {
+    "tools that no template reads": (
+        SPEAKS,
+        [],
+        [SAID | {"tools": [TOOL]}],
+        ["data.jsonl:1: field tools: the chat template does not read them", "allowed: "],
+    ),
+    "tools beside a string": (
+        SPEAKS,
+        [],
+        [{"prompt": "a", "completion": "b", "tools": [TOOL]}],
+        ["data.jsonl:1: field tools is", "plain string"],
+    ),
+    "call that no template writes": (
+        SPEAKS,
+        [],
+        [{"messages": [ASKED, CALL]}],
+        ["data.jsonl:1: field messages: the chat template", "allowed: "],
+    ),
+    "field that no template reads": (
+        SPEAKS,
+        [],
+        [{"messages": [ASKED, {**ANSWERED, "mood": "good"}]}],
+        ["data.jsonl:1: field messages[1].mood is not known"],
+    ),
+    "variable that no template reads": (
+        SPEAKS,
+        [],
+        [SAID | {"chat_template_kwargs": {"enable_thinking": False}}],
+        ["data.jsonl:1: field chat_template_kwargs.enable_thinking", "does not read it"],
+    ),
+    "templates without a default": (
+        SPEAKS,
+        ["model.path={shared}/listed"],
+        [SAID],
+        ["data.jsonl:1: ", "a list (rag) without a default"],
+    ),
+    "template that fails": (
+        SPEAKS,
+        ["model.path={shared}/failing"],
+        [SAID],
+        ["data.jsonl:1: field messages: the chat template fails", "TypeError"],
+    ),
+    "template that is none": (
+        SPEAKS,
+        ["model.path={shared}/unparsed"],
+        [SAID],
+        ["data.jsonl:1: ", "is not valid (line 1"],
+    ),
+    "prompt with tools that no template reads": (
+        ROUNDS,
+        ["rollout.path={shared}/tool_prompts.jsonl"],
+        None,
+        ["tool_prompts.jsonl:1: field tools: the chat template does not read them"],
+    ),
+    "prompt with a field that no template reads": (
+        ROUNDS,
+        ["rollout.path={shared}/mood_prompts.jsonl"],
+        None,
+        ["mood_prompts.jsonl:1: field prompt[0].mood is not known"],
+    ),
+    "a day that is none": ({}, ["data.date=31.1.2026"], None, ["data.date is '31.1.2026'", "YYYY-MM-DD"]),
+    "special tokens": ({}, ["data.special_tokens=all"], None, ["data.special_tokens is 'all'", "auto"]),
+}
 
 
 def filled(value, shared):

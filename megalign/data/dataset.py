@@ -13,11 +13,11 @@ from megalign.data.config import DataConfig, Source
 from megalign.data.formats import Reading, recognise
 from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
-from megalign.data.messages import check_context
+from megalign.data.messages import MESSAGE_FIELDS, check_context
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
 from megalign.data.reading import RawRecord, read_raw
-from megalign.data.records import BadRecord, check_record, check_slot, refuse
+from megalign.data.records import BadRecord, check_message_fields, check_record, check_slot, refuse
 from megalign.data.tokenize import DEFAULT, TextOptions, encode_prompt, encode_record, token_fields
 from megalign.schema import UserError
 
@@ -157,14 +157,18 @@ def load_prompts(
     vocab_size: int,
     field: str = "rollout.path",
     options: TextOptions = DEFAULT,
+    extra_fields: str = "error",
 ) -> list[Group]:
     """Prompts to sample from: groups without responses. Other fields stay in `raw`, for the reward."""
+    known = MESSAGE_FIELDS | template_words(getattr(tokenizer, "chat_template", None))
     groups = []
     for number, raw in enumerate(read_raw(path, field=field)):
         try:
             record = raw.fields()
             check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
             check_context(record)
+            if extra_fields == "error":
+                check_message_fields({"prompt": record.get("prompt")}, known)
             name = "prompt_ids" if "prompt_ids" in record else "prompt"
             group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
             _check_tokens(group, [name], tokenizer, max_length=max_length, vocab_size=vocab_size)

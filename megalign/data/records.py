@@ -27,7 +27,7 @@ from megalign.data.messages import (
 )
 from megalign.data.refusals import MISSING, BadRecord, joined, refuse
 
-__all__ = ["BadRecord", "check_record", "check_slot", "detect_format", "refuse"]
+__all__ = ["BadRecord", "check_message_fields", "check_record", "check_slot", "detect_format", "refuse"]
 
 ANY_FORMAT = ("teacher_scores", "weak", "temperature", "tools", "chat_template_kwargs")
 FOR_PEOPLE = ("prompt_text", "record")
@@ -108,19 +108,24 @@ def _checks(
     for place, response in enumerate(responses if isinstance(responses, list) else []):
         yield partial(_check_response, f"responses[{place}]", response, strict=strict)
     if message_fields is not None:
-        yield partial(_check_message_fields, record, name, message_fields)
+        yield partial(check_message_fields, _texts(record, name), message_fields)
     yield partial(check_context, record)
     yield partial(_check_temperature, record)
     yield partial(_check_teacher_scores, record.get("teacher_scores", {}))
     yield partial(_check_pins, record.get("weak", []))
 
 
-def _check_message_fields(record: Mapping[str, Any], name: str, known: frozenset[str]) -> None:
-    """Refuse fields of messages that nobody reads."""
+def _texts(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return everything of a record that may be messages, by its field."""
     texts = {text: record.get(text) for text, _ in SLOTS[name] if text != "responses"}
     if name == "responses" and isinstance(record.get("responses"), list):
         entries = [entry for entry in record["responses"] if isinstance(entry, dict)]
         texts |= {f"responses[{place}].text": entry.get("text") for place, entry in enumerate(entries)}
+    return texts
+
+
+def check_message_fields(texts: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Refuse fields of messages that nobody reads."""
     for field, turns in texts.items():
         for place, turn in enumerate(turns if isinstance(turns, list) else []):
             if isinstance(turn, dict) and not turn.keys() <= known:

@@ -247,4 +247,5 @@ def read_prompts(cfg: JobConfig, path: str, tokenizer: Any | None, model: ModelC
         vocab_size=model.vocab_size,
         max_length=cfg.data.max_length - cfg.rollout.max_new_tokens,
         options=cfg.data.text_options,
+        extra_fields=cfg.data.extra_fields,
     )
