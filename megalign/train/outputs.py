@@ -49,7 +49,7 @@ def job_date(cfg: JobConfig) -> str:
     found = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume)
     about = None if found is None else read_job(found.folder)
     saved = None if about is None else about["job"]["data"].get("date")
-    if saved is None and found is None and cfg.checkpoint.resume == "auto":
+    if saved is None and cfg.checkpoint.resume != "never":
         saved = _date_of_same(cfg)
     return str(saved) if saved is not None else date.today().isoformat()
 

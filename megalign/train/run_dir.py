@@ -41,9 +41,9 @@ def probe(path: Path) -> None:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself or the first directory above it that is there."""
+    """The path itself or the first above it that is there, be it a link to nowhere."""
     path = path.absolute()
-    return next(one for one in (path, *path.parents) if one.exists())
+    return next(one for one in (path, *path.parents) if one.exists() or one.is_symlink())
 
 
 def holds_training(run_dir: Path) -> bool:

@@ -26,6 +26,7 @@ from tiny_jobs import (
     write_model,
 )
 
+from megalign.convert.partial import PartialFolder
 from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
 from megalign.runtime.distributed import process_group
 from megalign.train.checkpoint import find_checkpoint, latest, save_checkpoint
@@ -115,7 +116,11 @@ class Writer:
             (folder / name).write_text(self.text)
 
 
-def die_at(monkeypatch, number: int) -> list[str]:
+def raise_killed() -> None:
+    raise Killed
+
+
+def die_at(monkeypatch, number: int, die=raise_killed) -> list[str]:
     """Kill the process at the `number`-th change of a name or removal of a file from now on; what was called."""
     calls: list[str] = []
 
@@ -125,7 +130,7 @@ def die_at(monkeypatch, number: int) -> list[str]:
         def call(*args, **kwargs):
             calls.append(name)
             if len(calls) == number:
-                raise Killed
+                die()
             return real(*args, **kwargs)
 
         monkeypatch.setattr(module, name, call)
@@ -171,6 +176,37 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(again, tmp_path):
             assert not list((run_dir / "checkpoints").glob(".*"))
             assert steps_in(run_dir / "checkpoints") in ([2, 4], [3, 4])
         assert number > 8  # renames and removals there were
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_an_export_killed_anywhere_leaves_a_whole_one(interrupted, tmp_path):
+    number, done = 0, False
+    while not done:
+        number += 1
+        target = tmp_path / str(number) / "hf"
+        target.mkdir(parents=True)
+        (target / "weights").write_text("old")
+        partial = PartialFolder(target, replace=True)
+        (partial.path / "weights").write_text("new")
+        with pytest.MonkeyPatch.context() as patch:
+            if interrupted:
+                die_at(patch, number)
+                try:
+                    partial.publish()
+                    done = True
+                except Killed:
+                    partial.abandon()
+            else:  # in a process of its own, which ends without a word
+                child = os.fork()
+                if child == 0:
+                    die_at(patch, number, lambda: os._exit(9))
+                    partial.publish()
+                    os._exit(0)
+                done = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                os.close(partial.lock)
+        PartialFolder(target, replace=True).abandon()  # the next export begins, and comes to nothing
+        assert (target / "weights").read_text() in ("old", "new"), number
+    assert number > 3 and (target / "weights").read_text() == "new"
 
 
 # what nothing would keep
