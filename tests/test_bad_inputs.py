@@ -56,6 +56,10 @@ def shared(tmp_path_factory):
     write_tokenizer(write_model(folder / "asks", vocab_size=44), template=asks)
     shutil.copytree(folder / "speaks", folder / "endless")
     (folder / "endless" / "generation_config.json").write_text('{"eos_token_id": [0, 200]}')
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name, file in {"lfs": "model.safetensors", "lfs_words": "tokenizer.json", "lfs_config": "config.json"}.items():
+        shutil.copytree(folder / "speaks", folder / name)
+        (folder / name / file).write_text(pointer)
     (folder / "empty").mkdir()
     write_lines(folder / "data.jsonl", records("samples"))
     write_lines(folder / "singles.jsonl", records("singles"))
@@ -220,6 +224,14 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     "rounds without tokenizer": (ROUNDS, ["model.path={shared}/model"], None, ["tokenizer", "rounds need one"]),
     "steps beside rounds": (ROUNDS, ["run.steps=3"], None, ["run.steps is 3", "rollout"]),
     "updates do not divide": (ROUNDS, ["rollout.updates_per_round=3"], None, ["rollout.updates_per_round is 3"]),
+    # files of which a clone has pointers only
+    "pointer as weights": (
+        {}, ["model.path={shared}/lfs"], None,
+        ["model.path: ", "lfs/model.safetensors is a Git LFS pointer, not the file of 12345 bytes", "git lfs pull"],
+    ),
+    "pointer as tokenizer": ({}, ["model.path={shared}/lfs_words"], None, ["tokenizer.json is a Git LFS pointer"]),
+    "pointer as configuration": ({}, ["model.path={shared}/lfs_config"], None, ["config.json is a Git LFS pointer"]),
+    "pointer as reference": ({}, ["reference.source={shared}/lfs"], None, ["reference.source: ", "Git LFS pointer"]),
     # tokens that the tokenizer or a setting has and the model lacks
     "text beyond the vocabulary": (
         SFT, ["model.path={shared}/narrow"], [{"prompt": "1+1=", "completion": "2?"}],

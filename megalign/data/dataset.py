@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megalign.data.chat import template_words
@@ -18,29 +18,12 @@ from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
 from megalign.data.reading import RawRecord, read_raw
 from megalign.data.records import BadRecord, check_message_fields, check_record, check_slot, refuse
+from megalign.data.report import Report
 from megalign.data.tokenize import DEFAULT, TextOptions, encode_prompt, encode_record, token_fields
 from megalign.schema import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass
-class Report:
-    """What became of the records: how many were read, and how many were skipped for which reason."""
-
-    num_records: int = 0
-    num_kept: int = 0
-    bad: dict[str, int] = field(default_factory=dict)
-    first_bad: dict[str, str] = field(default_factory=dict)  # one full message for each reason
-    notes: Counter[str] = field(default_factory=Counter)  # what was decided about texts, and of how many
-
-    def line(self) -> str:
-        """One line for a log."""
-        kept = f"{self.num_kept} of {self.num_records} records kept"
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad.items()))
-        notes = "".join(f"; {count} {note}" for note, count in sorted(self.notes.items()))
-        return (f"{kept}; skipped: {reasons}" if reasons else kept) + notes
 
 
 @dataclass(frozen=True)
@@ -292,8 +275,9 @@ class _Loader:
 
     def _encoded(self, record: dict[str, Any], name: str, number: int, first: int) -> Group:
         cfg = self.cfg
+        notes: Counter[str] = Counter()
         prompt_ids, responses = encode_record(
-            record, self.tokenizer, format=name, train_on=cfg.train_on, options=self.options, notes=self.report.notes
+            record, self.tokenizer, format=name, train_on=cfg.train_on, options=self.options, notes=notes
         )
         group = Group(
             record=number,
@@ -307,6 +291,7 @@ class _Loader:
         fields = token_fields(record, name)
         _check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
         check_pairing(group, self.pairing, format=name)
+        self.report.notes.update(notes)
         return group
 
     def _has_negatives(self, index: int, pool: WeakPool) -> bool:

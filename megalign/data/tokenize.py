@@ -62,7 +62,9 @@ def encode_record(
         return before.ids, (text.turns("messages", before, turns[first:], num_before=first),)
     prompt, answers = _split(record, format)
     if isinstance(prompt, list):
-        before = text.prompt("prompt" if "prompt" in record else answers[0][0], prompt, continued=True)
+        # Conversations that begin alike hold whole messages; a prompt that ends with the assistant's is a beginning.
+        explicit = "prompt" in record
+        before = text.prompt("prompt" if explicit else answers[0][0], prompt, continued=explicit)
         return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
     prompt_ids = encode_prompt({"prompt": prompt} if isinstance(prompt, str) else record, tokenizer, options=options)
     before = _Prompt(prompt_ids, prompt if isinstance(prompt, str) else None, ())

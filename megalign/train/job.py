@@ -67,9 +67,10 @@ def save(job: Job) -> Path:
 def export_model(job: Job) -> str:
     """Write the model as it is now; the problem, if there was one, as a line on every rank."""
     folder = Path(str(job.cfg.export.hf_dir))
-    lora = lora_of(job.cfg)
+    lora, base = lora_of(job.cfg), job.cfg.model.path
+    inputs, owner = job.inputs, job.start.owner
     try:
-        beside = export(job.engine, job.inputs.model, job.inputs.hf_dir, folder, owner=job.start.owner, lora=lora)
+        beside = export(job.engine, inputs.model, inputs.hf_dir, folder, owner=owner, lora=lora, base=base)
     except ExportFailed as error:
         return f"the export to {folder} failed: {error}"
     how = "" if lora is None else ", adapters merged"
