@@ -249,6 +249,37 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
         ROUNDS, ["model.path={shared}/endless", "rollout.reward=tiny_jobs:digits"], None,
         ["generation_config.json: eos_token_id is [0, 200]", "below 53"],
     ),
+    # another job's checkpoint, outputs that must fail
+    "checkpoint of another rate": (
+        {}, ["checkpoint.resume={shared}/checkpoints", "optimizer.lr=0.5"], None,
+        ["step_00000001 is another job's: optimizer.lr was 0.001, is 0.5", "never", "checkpoint.allow=[optimizer.lr]"],
+    ),
+    "checkpoint of another loss": (
+        {}, ["checkpoint.resume={shared}/checkpoints", "loss.name=rloo"], None,
+        ["another job's", "loss.name was 'gvpo', is 'rloo'"],
+    ),
+    "checkpoint of other data": (
+        {}, ["checkpoint.resume={shared}/checkpoints"], [answers(1, 0)],
+        ["another job's: data.path was ", "(8 records, ", "data.jsonl (1 records, ", "checkpoint.allow=[data.path]"],
+    ),
+    "checkpoint of another seed and dtype": (
+        {}, ["checkpoint.resume={shared}/checkpoints", "run.seed=7", "run.dtype=bf16"], None,
+        ["run.seed was 0, is 7; run.dtype was 'fp32', is 'bf16'", "checkpoint.allow=[run.seed, run.dtype]"],
+    ),
+    "half of what differs is allowed": (
+        {}, ["checkpoint.resume={shared}/checkpoints", "run.seed=7", "optimizer.eps=1", "checkpoint.allow=[run]"], None,
+        ["optimizer.eps was 1e-05, is 1.0; must be", "checkpoint.allow=[run.seed, optimizer.eps]"],
+    ),
+    "unknown allowance": ({}, ["checkpoint.allow=[optimizer.rate]"], None, ["checkpoint.allow.0", "optimizer.lr"]),
+    "export below a file": ({}, ["export.hf_dir={shared}/file/hf"], None, ["export.hf_dir", "Not a directory"]),
+    "export nobody can make": ({}, ["export.hf_dir=/proc/none/hf"], None, ["export.hf_dir", "cannot be written"]),
+    "export among checkpoints": (
+        {}, ["export.hf_dir={{run.dir}}/checkpoints"], None, ["export.hf_dir", "run/checkpoints", "run's own files"],
+    ),
+    "export of a long name": ({}, ["export.hf_dir=" + "a" * 300], None, ["export.hf_dir", "name too long"]),
+    "export named by nothing": (
+        {}, ["export.hf_dir={{run.name}}/hf"], None, ["export.hf_dir", "{run.name} stands for nothing", "{run.dir}"],
+    ),
 }  # fmt: skip
 # text that would become other tokens than meant
 CASES |= {
