@@ -5,21 +5,34 @@
 set -euo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
-    echo "usage: launch/torchrun.sh NPROC CONFIG.yaml [key.sub=value ...]" >&2
+    echo "usage: launch/torchrun.sh NPROC CONFIG.yaml [key.sub=value ...], NPROC a whole number >= 1" >&2
     exit 2
 fi
 ranks=$1
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
-[[ -x $python ]] || python=$(command -v python3)
+[[ -x $python ]] || python=$(command -v python3) || {
+    echo "launch: neither $root/.venv/bin/python nor python3 is there; bash launch/setup.sh makes the former" >&2
+    exit 1
+}
 # torchrun would set one thread and say so at length; the cores are shared out instead.
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# Where the processes write the job's code: not the run directory, which may hold another run's, and not a pipe, into
+# which a reward's module may print.
+handover=$(mktemp -d)
+trap 'rm -rf "$handover"' EXIT
+export MEGALIGN_RESULT_FILE=$handover/code
 
-run_dir=$("$python" -m megalign.preflight --ranks "$ranks" "$@") || exit
-rm -f "$run_dir/status.json" # an earlier run's says nothing of this one
+code=0
+"$python" -m megalign.preflight --ranks "$ranks" "$@" >&2 || code=$?
+[[ ! -s $MEGALIGN_RESULT_FILE ]] || code=$(<"$MEGALIGN_RESULT_FILE")
+if [[ $code -ne 0 ]]; then
+    [[ $code -lt 128 ]] || echo "launch: the checks were ended by signal $((code - 128))" >&2
+    exit "$code"
+fi
 
 # In the background, so that a signal reaches torchrun at once and its exit code is still waited for.
 "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" --max-restarts 0 \
@@ -34,8 +47,10 @@ while [[ -n $signalled ]]; do # a trapped signal ends `wait` early, with a code 
     code=0
     wait "$job" || code=$?
 done
-if [[ $code -ne 0 && -f $run_dir/status.json ]]; then
-    told=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$run_dir/status.json")
-    [[ $told -eq 0 ]] || code=$told
+if [[ -s $MEGALIGN_RESULT_FILE ]]; then
+    code=$(<"$MEGALIGN_RESULT_FILE")
+elif [[ $code -eq 0 ]]; then
+    echo "launch: the ranks ended without finishing the job; a module that it loads may have ended them" >&2
+    code=1
 fi
 exit "$code"

@@ -7,11 +7,11 @@ Run: python -m megalign train CONFIG.yaml [key.sub=value ...]      alone, or und
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,19 +20,13 @@ import torch.distributed as dist
 
 from megalign.config import JobConfig, load_config
 from megalign.config_file import hinted_run_dir
-from megalign.runtime.distributed import World, launched, process_group
+from megalign.runtime.command_line import Parser
+from megalign.runtime.distributed import MeetingError, World, launched, process_group
 from megalign.runtime.quiet import quiet_libraries
-from megalign.runtime.status import BAD_INPUT, DONE, explain, guarded, refuse, write_status
+from megalign.runtime.status import BAD_INPUT, DONE, FAILED, Ending, explain, guarded, leave, refuse, write_status
 from megalign.schema import UserError
 
 TIMEOUT_S = 600.0  # of the ranks' meeting where no configuration says another
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses a command line in one line, as all bad input is."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; must be: {' '.join(self.format_usage().split()[1:])}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,19 +69,25 @@ def _run(parser: argparse.ArgumentParser, arguments: list[str] | None, args: arg
         if args.command == "train":
             from megalign.train.loop import train
 
-            return train(cfg, world)
-        return _rollout(cfg, world)
+            return train(cfg, world, ending)
+        return _rollout(cfg, world, ending)
 
     run_dir = cfg.run.dir if cfg is not None else args.config and hinted_run_dir(args.config, args.overrides)
-    with process_group(timeout_s=cfg.watchdog.timeout_s if cfg is not None else TIMEOUT_S) as world:
-        return _on_rank(work, world, run_dir)
+    ending = Ending(run_dir)
+    try:
+        with process_group(timeout_s=cfg.watchdog.timeout_s if cfg is not None else TIMEOUT_S) as world:
+            return _on_rank(work, world, ending)
+    except MeetingError as error:
+        print(f"megalign: failed: {error}", file=sys.stderr, flush=True)
+        ending.write(FAILED, str(error), None)
+        return FAILED
 
 
 def _raise(problem: UserError | None) -> NoReturn:
     raise problem or UserError("no configuration")
 
 
-def _on_rank(work: Callable[[World], int], world: World, run_dir: str | None) -> int:
+def _on_rank(work: Callable[[World], int], world: World, ending: Ending) -> int:
     """Do this rank's work; a failure here ends the process at once, so that the launcher ends the others."""
     from megalign.train.session import SharedError
 
@@ -95,36 +95,39 @@ def _on_rank(work: Callable[[World], int], world: World, run_dir: str | None) ->
         return work(world)
     except SharedError as error:
         if world.is_main:
-            refuse(error, run_dir)
+            refuse(error, ending.run_dir, taken=ending.taken)
         dist.barrier()  # a launcher ends all ranks once one has ended; rank 0 has told by then
         return BAD_INPUT
     except UserError as error:
         if world.size == 1:
-            raise
+            return refuse(error, ending.run_dir, taken=ending.taken)
         # Not heard of by the others, who may wait for this rank: as with a failure, only its end frees them.
-        _end(refuse(UserError(f"rank {world.rank} of {world.size}: {error}"), run_dir))
-    except Exception as error:
+        shown = UserError(f"rank {world.rank} of {world.size}: {error}")
+        _end(refuse(shown, ending.run_dir, taken=ending.taken))
+    except (Exception, SystemExit) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, when another rank has failed too: tell first
-        traceback.print_exc()
         told, step = explain(error)
-        reason = f"rank {world.rank} of {world.size}: {told}"
-        print(f"megalign: failed: {reason}", file=sys.stderr, flush=True)
-        if run_dir is not None and Path(run_dir).is_dir():
-            write_status(run_dir, 1, reason, step)
-        _end(1)
+        who = f"rank {world.rank} of {world.size}"
+        if world.size > 1 and ending.told_by_another(error):
+            print(f"megalign: {who} ends with the rank that failed first ({told})", file=sys.stderr, flush=True)
+            _end(FAILED)
+        ending.write(FAILED, f"{who}: {told}", step)
+        traceback.print_exc()
+        print(f"megalign: failed: {who}: {told}", file=sys.stderr, flush=True)
+        _end(FAILED)
 
 
 def _end(code: int) -> NoReturn:
     """End this process at once, so that the launcher ends the others."""
     # Helper processes of a checkpoint writer would outlive this one and keep its pipes open.
     for child in psutil.Process().children(recursive=True):
-        child.kill()
+        with suppress(psutil.Error):
+            child.kill()
     # Without leaving the process group: destroying it would wait for ranks that wait for this one.
-    sys.stdout.flush()
-    os._exit(code)
+    leave(code)
 
 
-def _rollout(cfg: JobConfig, world: World) -> int:
+def _rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
     from megalign.rollout.command import load_sampler, write_rollouts
     from megalign.train.check import Inputs, check
     from megalign.train.session import gather, on_every_rank
@@ -135,7 +138,10 @@ def _rollout(cfg: JobConfig, world: World) -> int:
         return check(cfg, world.size)
 
     inputs = on_every_rank(read)
-    Path(cfg.run.dir, "status.json").unlink(missing_ok=True)  # an earlier run's
+    on_every_rank(lambda: Path(cfg.run.dir, "status.json").unlink(missing_ok=True) if world.is_main else None)
+    ending.take_over()
+    for note in inputs.notes if world.is_main else ():
+        print(note, flush=True)
     sampler = load_sampler(inputs.hf_dir, dtype=cfg.run.dtype, device=world.device)
     on_every_rank(
         lambda: write_rollouts(
@@ -148,4 +154,4 @@ def _rollout(cfg: JobConfig, world: World) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

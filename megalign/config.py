@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
@@ -16,7 +16,16 @@ from megalign.convert.model_config import ModelConfig
 from megalign.data.config import DataConfig
 from megalign.layout import Layout, refusal
 from megalign.losses.base import LOSSES, LossConfig, choose_loss
-from megalign.schema import Strict, UserError, first_problem, shorten
+from megalign.schema import (
+    Strict,
+    UserError,
+    all_problems,
+    find_problems,
+    key_names,
+    section_of,
+    shorten,
+    takes_text,
+)
 from megalign.sections import (
     CheckpointConfig,
     EngineConfig,
@@ -112,7 +121,10 @@ def _check_plain(cfg: JobConfig) -> None:
     if cfg.run.steps is None and cfg.run.epochs is None:
         raise UserError("run.steps is missing; give run.steps or run.epochs")
     if cfg.run.steps is not None and cfg.run.epochs is not None:
-        raise UserError(f"run.epochs is {cfg.run.epochs}: run.steps is {cfg.run.steps} already; give only one of them")
+        raise UserError(
+            f"run.epochs is {cfg.run.epochs}: run.steps is {cfg.run.steps} already; give only one of them: "
+            "run.steps=null or run.epochs=null unsets the other"
+        )
     if cfg.data.path is None and cfg.data.sources is None:
         raise UserError("data.path is missing; give data.path or data.sources")
     if cfg.data.groups_per_step is None:
@@ -130,8 +142,8 @@ def _check_rounds(cfg: JobConfig, rollout: RolloutConfig) -> None:
     for field, value in taken.items():
         if value is not None:
             raise UserError(
-                f"{field} is {shorten(value)}: must be left out with a rollout section, which has rollout.path and "
-                "rollout.rounds x rollout.updates_per_round steps"
+                f"{field} is {shorten(value)}: must be left out with a rollout section ({field}=null), which has "
+                "rollout.path and rollout.rounds x rollout.updates_per_round steps"
             )
     if cfg.loss.traits().pairing.kind == "single":
         raise UserError(f"loss.name is {cfg.loss.name!r}: it does not use rewards; leave the rollout section out")
@@ -145,14 +157,29 @@ def _check_rounds(cfg: JobConfig, rollout: RolloutConfig) -> None:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
-    """Read a YAML file with `key.sub=value` on top; whatever is wrong is one line that begins with the file."""
-    tree = read_tree(path, overrides)
+    """Read a YAML file with `key.sub=value` on top; whatever is wrong is one line that begins with its source."""
+    tree, origins = read_tree(path, overrides, is_text_key)
     try:
         return JobConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(first_problem(error, where=path, model=JobConfig)) from None
+        problems = find_problems(error, model=JobConfig)
+        raise UserError(all_problems(problems, lambda problem: origins.of(problem.keys))) from None
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{origins.of_message(str(error), tree)}: {error}") from None
+
+
+def is_text_key(keys: Sequence[str]) -> bool:
+    """Whether a dotted key takes text as it stands; unknown ones do, so that what is told is that they are unknown."""
+    annotation: Any = JobConfig
+    for key in keys:
+        section = section_of(annotation)
+        if section is None:  # inside what is passed through
+            return False
+        sections = [loss.config for loss in LOSSES.values()] if section is LossConfig else [section]
+        annotation = next((names[key] for names in map(key_names, sections) if key in names), None)
+        if annotation is None:
+            return True
+    return takes_text(annotation)
 
 
 def dump_config(cfg: JobConfig) -> str:

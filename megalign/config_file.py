@@ -1,16 +1,20 @@
-"""YAML files and `key.sub=value` overrides as a tree of plain values; nothing here knows what a key means."""
+"""YAML files and `key.sub=value` overrides as a tree of plain values; of all keys, only `run.dir` is known here."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megalign.schema import UserError, shorten
+from megalign.schema import UserError, expand_path, shorten
+
+COMMAND_LINE = "command line"
+NULLS = ("", "null", "Null", "NULL")
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,9 +35,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-# YAML 1.1, which PyYAML reads, wants a dot and a signed exponent in a float and takes 1e-6 for a word.
+# PyYAML reads YAML 1.1, where 1:30 is 90, 010 is 8, a day is an object and 1e-6 is a word. Here numbers are decimal (or
+# 0x, 0o, 0b) with or without an exponent, and what looks like a day is text.
+REPLACED = ("int", "float", "timestamp")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
 )
 
 
@@ -48,12 +68,51 @@ def parse_yaml(text: str) -> Any:
         raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def read_tree(path: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The file's values with the overrides on top."""
-    tree = _read_file(path)
+TakesText = Callable[[Sequence[str]], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """Where the keys of a configuration came from, for the lines that refuse one."""
+
+    path: str
+    given: set[tuple[str, ...]] = field(default_factory=set)  # the keys that overrides set, the sections they began
+
+    def of(self, keys: Sequence[str]) -> str:
+        """The source of a key: the command line where it or a section around it was given there, else the file."""
+        on_command_line = any(tuple(keys[:depth]) in self.given for depth in range(1, len(keys) + 1))
+        return COMMAND_LINE if on_command_line else self.path
+
+    def of_message(self, message: str, tree: dict[str, Any]) -> str:
+        """The source of what a message names: of the key that it begins with first, then of the others."""
+        first, *others = re.findall(r"[a-z_]+(?:\.\w+)+|^\w+", message) or [""]
+        if self.of(first.split(".")) == COMMAND_LINE:
+            return COMMAND_LINE
+        if all(self.of(other.split(".")) == self.path for other in others):
+            return self.path
+        return f"{COMMAND_LINE} and {self.path}" if _holds(tree, first.split(".")) else COMMAND_LINE
+
+
+def _holds(tree: Any, keys: Sequence[str]) -> bool:
+    for key in keys:
+        if not isinstance(tree, dict) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
+
+
+def read_tree(path: str, overrides: Sequence[str], takes_text: TakesText) -> tuple[dict[str, Any], Origins]:
+    """The file's values with the overrides on top, and which is from where.
+
+    takes_text: whether the value of a dotted key is text, which an override gives as it stands; others are YAML.
+    """
+    tree, origins = _read_file(path), Origins(path)
     for override in overrides:
-        _apply(tree, override)
-    return tree
+        try:
+            _apply(tree, override, takes_text, origins.given)
+        except UserError as error:
+            raise UserError(f"{COMMAND_LINE}: override {override!r}: {error}") from None
+    return tree, origins
 
 
 def hinted_run_dir(path: str, overrides: Sequence[str] = ()) -> str | None:
@@ -64,10 +123,15 @@ def hinted_run_dir(path: str, overrides: Sequence[str] = ()) -> str | None:
         return None
     for override in overrides:
         with contextlib.suppress(UserError):
-            _apply(tree, override)
+            _apply(tree, override, lambda keys: list(keys) == ["run", "dir"], set())
     run = tree.get("run")
     folder = run.get("dir") if isinstance(run, dict) else None
-    return folder if isinstance(folder, str) and folder else None
+    if not isinstance(folder, str) or not folder:
+        return None
+    try:
+        return expand_path(folder)
+    except ValueError:
+        return None
 
 
 def _read_file(path: str) -> dict[str, Any]:
@@ -86,20 +150,26 @@ def _read_file(path: str) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Put one `key.sub=value` into the tree."""
+def _apply(tree: dict[str, Any], override: str, takes_text: TakesText, given: set[tuple[str, ...]]) -> None:
+    """Put one `key.sub=value` into the tree, and what it set or began into `given`."""
     dotted, equals, text = override.partition("=")
     parts = dotted.split(".")
     if not equals or not all(parts):
-        raise UserError(f"override {override!r}: must look like key.sub=value")
-    try:
-        value = parse_yaml(text)
-    except UserError as error:
-        raise UserError(f"override {override!r}: value of {dotted}: {error}") from None
+        raise UserError("must look like key.sub=value")
+    value: Any
+    if takes_text(parts):
+        value = None if text in NULLS else text
+    else:
+        try:
+            value = parse_yaml(text)
+        except UserError as error:
+            raise UserError(f"value of {dotted}: {error}") from None
     for depth, part in enumerate(parts[:-1], start=1):
         if tree.get(part) is None:
             tree[part] = {}
+            given.add(tuple(parts[:depth]))
         tree = tree[part]
         if not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: {'.'.join(parts[:depth])} is {shorten(tree)}, which has no keys")
+            raise UserError(f"{'.'.join(parts[:depth])} is {shorten(tree)}, which has no keys")
     tree[parts[-1]] = value
+    given.add(tuple(parts))

@@ -1,38 +1,42 @@
 """Checks configuration and data in one plain process, for launchers that are about to start many.
 
 Run: python -m megalign.preflight --ranks N CONFIG.yaml [key.sub=value ...]
-Prints the run directory, whose status.json then holds the job's exit code.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from contextlib import redirect_stdout
 
 from megalign.config import load_config
 from megalign.config_file import hinted_run_dir
-from megalign.runtime.status import guarded
-from megalign.train.check import check, check_outputs
+from megalign.runtime.command_line import Parser
+from megalign.runtime.status import DONE, guarded, leave
+from megalign.schema import UserError
+from megalign.train.check import check
+from megalign.train.outputs import check_outputs
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Exit code 2 and one line where the job would refuse its input."""
-    parser = argparse.ArgumentParser(prog="python -m megalign.preflight", allow_abbrev=False)
+    parser = Parser(prog="python -m megalign.preflight", allow_abbrev=False)
     parser.add_argument("--ranks", type=int, required=True, help="processes the job will have")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    args = parser.parse_args()
+    args = argparse.Namespace(config=None)
 
     def run() -> int:
+        parser.parse_args(arguments, args)
         cfg = load_config(args.config, args.overrides)
-        with redirect_stdout(sys.stderr):  # a reward's module may print, and stdout is the launcher's
+        try:
             check_outputs(cfg, check(cfg, args.ranks))
-        print(cfg.run.dir)
-        return 0
+        except SystemExit as error:  # of a module that the checks import
+            raise UserError(
+                f"{args.config}: a module that it names ended the checks by sys.exit({error.code!r})"
+            ) from None
+        return DONE
 
-    return guarded(run, lambda: hinted_run_dir(args.config, args.overrides))
+    return guarded(run, lambda: args.config and hinted_run_dir(args.config, args.overrides))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Iterable
-from typing import Any, get_args
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
 class UserError(Exception):
@@ -30,30 +34,114 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
-def first_problem(
-    error: ValidationError, *, where: str = "", model: type[BaseModel] | None = None, section: str = ""
-) -> str:
-    """One line for the first thing pydantic refused: dotted field, value, what is allowed.
+def expand_path(path: str) -> str:
+    """Replace a leading `~` or `~user` by that home directory; ValueError for what cannot be a path."""
+    if any(ord(character) < 32 for character in path):
+        raise ValueError("must be a path without control characters")
+    if not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path)
+    if found == path:
+        user = path[1:].partition("/")[0]
+        raise ValueError(
+            f"no user {user!r} is known here; must be a known user's home, or ./{path} for that name itself"
+        )
+    return found
+
+
+def hub_hint(path: str) -> str:
+    """The end of an error about a directory that is not there: how the model of that name on the Hub is written."""
+    name = re.fullmatch(r"(?:https?://)?(?:huggingface\.co/|hf:/{0,2})?([\w-][\w.-]*/[\w.-]+(?:@[\w./-]+)?)/?", path)
+    return f"; for the model on the Hugging Face Hub: hf://{name[1]}" if name else ""
+
+
+Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(expand_path)]
+# YAML reads `none` as a word; where a key is otherwise text it would silently become a file of that name.
+NoneWord = BeforeValidator(lambda value: None if value in ("none", "None") else value)
+
+
+def takes_text(annotation: Any) -> bool:
+    """Whether a key's value can only be text (or nothing), so that an override's value is taken as it stands."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return takes_text(parts[0])
+    if origin in (Union, UnionType):
+        return all(part is NoneType or takes_text(part) for part in parts)
+    if origin is Literal:
+        return all(isinstance(part, str) for part in parts)
+    return annotation is str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that pydantic refused: where it stands, and what is told of it."""
+
+    keys: tuple[str, ...]
+    kind: Literal["unknown", "missing", "value"]
+    text: str
+
+    @property
+    def field(self) -> str:
+        return ".".join(self.keys) or "value"
+
+
+def first_problem(error: ValidationError, *, model: type[BaseModel] | None = None) -> str:
+    """One line for the most telling thing pydantic refused: dotted field, value, what is allowed."""
+    return find_problems(error, model=model)[0].text
+
+
+def all_problems(problems: Sequence[Problem], source: Callable[[Problem], str] = lambda problem: "") -> str:
+    """One line for up to five problems, each behind its source where that is not the one before's."""
+    line, last = "", ""
+    shown = problems[:5]
+    for (origin, kind), members in groupby(shown, key=lambda one: (source(one), one.kind)):
+        first, *others = members
+        line += ("; " if line else "") + (f"{origin}: " if origin != last else "") + first.text
+        if kind == "missing" and others:
+            line += f"; so {'is' if len(others) == 1 else 'are'} {', '.join(other.field for other in others)}"
+        elif others:
+            line += "".join(f"; {other.text}" for other in others)
+        last = origin
+    return line + (f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else "")
+
+
+def find_problems(error: ValidationError, *, model: type[BaseModel] | None = None, section: str = "") -> list[Problem]:
+    """Everything pydantic refused: unknown keys first, then missing ones, then values.
 
     model: the class that was validated; with it an unknown key comes with the known ones and a union speaks as one.
     section: dotted prefix of the fields.
     """
-    problems = error.errors(include_url=False)
-    problem = problems[0]
-    path, siblings, inner = _locate(problem["loc"], model)
-    field = ".".join(([section] if section else []) + path) or "value"
-    prefix = f"{where}: " if where else ""
-    if problem["type"] == "missing":
-        return f"{prefix}{field} is missing; it is required"
-    if problem["type"] == "extra_forbidden":
-        return f"{prefix}{field} is not a known key{allowed_keys(path[-1], siblings)}"
-    if problem["type"] == "model_type":
-        known = f" with keys {', '.join(inner)}" if inner else ""
-        return f"{prefix}{field} is {shorten(problem['input'])}: must be a section{known}"
-    same_field = [p["msg"] for p in problems if _locate(p["loc"], model)[0] == path]
-    messages = [m.removeprefix("Value error, ").removeprefix("Input should be ") for m in same_field]
-    must_be = "must be " if problem["msg"].startswith("Input should be ") else ""
-    return f"{prefix}{field} is {shorten(problem['input'])}: {must_be}{' or '.join(dict.fromkeys(messages))}"
+    found: dict[tuple[str, ...], Problem] = {}
+    raw = error.errors(include_url=False)
+    for problem in raw:
+        path, siblings, inner = _locate(problem["loc"], model)
+        keys = (*([section] if section else []), *path)
+        if keys in found:
+            continue
+        field = ".".join(keys) or "value"
+        if problem["type"] == "missing":
+            found[keys] = Problem(keys, "missing", f"{field} is missing; it is required")
+        elif problem["type"] == "extra_forbidden":
+            text = f"{field} is not a known key{allowed_keys(path[-1], siblings, model)}"
+            found[keys] = Problem(keys, "unknown", text)
+        elif problem["type"] == "model_type":
+            known = f" with keys {', '.join(inner)}" if inner else ""
+            found[keys] = Problem(keys, "value", f"{field} is {shorten(problem['input'])}: must be a section{known}")
+        else:
+            same_field = [other for other in raw if _locate(other["loc"], model)[0] == path]
+            found[keys] = Problem(keys, "value", f"{field} is {shorten(problem['input'])}: {_allowed(same_field)}")
+    return sorted(found.values(), key=lambda one: ("unknown", "missing", "value").index(one.kind))
+
+
+def _allowed(problems: Sequence[Any]) -> str:
+    """What the refusals of one value say is allowed."""
+    messages = [p["msg"].removeprefix("Value error, ").removeprefix("Input should be ") for p in problems]
+    must_be = "must be " if problems[0]["msg"].startswith("Input should be ") else ""
+    quotes = ""
+    if problems[0]["type"] == "string_type" and isinstance(problems[0]["input"], int | float):
+        quotes = f"; as text: '{problems[0]['input']}', in quotes"
+    return must_be + " or ".join(dict.fromkeys(messages)) + quotes
 
 
 def shorten(value: Any) -> str:
@@ -62,12 +150,33 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def allowed_keys(key: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown key: the nearest known one, then all of them."""
+def allowed_keys(key: str, known: Iterable[str], model: type[BaseModel] | None = None) -> str:
+    """The end of an error about an unknown key: the nearest known one, then all of them.
+
+    model: whose other sections may hold a key of that very name.
+    """
     names = sorted(known)
-    nearest = difflib.get_close_matches(key, names, n=1)
-    guess = f"; did you mean {nearest[0]}?" if nearest else ""
-    return f"{guess}; known: {', '.join(names)}" if names else ""
+    elsewhere = () if model is None else _dotted(model)
+    nearest = _nearest(key, names) or [dotted for dotted in elsewhere if dotted.rpartition(".")[2] == key]
+    guess = f"; did you mean {' or '.join(nearest)}?" if 0 < len(nearest) < 3 else ""
+    return f"{guess}; known: {', '.join(names)}" if names else guess
+
+
+def _nearest(key: str, names: Sequence[str]) -> list[str]:
+    """The one name that a mistyped or otherwise known key stands for: r for rank, lora_alpha for alpha."""
+    close = difflib.get_close_matches(key, names, n=1)
+    initials = "".join(word[:1] for word in key.split("_"))
+    alike = [name for name in names if name.startswith(key) or key.endswith(f"_{name}") or name == initials]
+    return close or (alike if len(alike) == 1 else [])
+
+
+def _dotted(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a configuration, with its sections before it."""
+    for name, annotation in key_names(model).items():
+        section = section_of(annotation)
+        yield prefix + name
+        if section is not None:
+            yield from _dotted(section, f"{prefix}{name}.")
 
 
 def key_names(model: type[BaseModel]) -> dict[str, Any]:

@@ -21,11 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from megalign.schema import Strict, UserError, shorten
+from megalign.schema import NoneWord, PathText, Strict, Text, UserError, hub_hint, shorten
 
-Text = Annotated[str, Field(min_length=1)]
-# YAML reads `none` as a word; where a key is otherwise text it would silently become a file of that name.
-NoneWord = BeforeValidator(lambda value: None if value == "none" else value)
 Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -44,11 +41,11 @@ def only(default: Any) -> AfterValidator:
 
 def is_checkpoint_dir(path: str) -> bool:
     """Whether `path` looks like a Hugging Face checkpoint on this machine."""
-    return (Path(path).expanduser() / "config.json").is_file()
+    return (Path(path) / "config.json").is_file()
 
 
 class RunConfig(Strict):
-    dir: Text
+    dir: PathText
     seed: NonNegativeInt = 0
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
@@ -61,12 +58,12 @@ class RunConfig(Strict):
 
 
 class ModelSection(Strict):
-    path: Text
+    path: PathText
     aux_loss_coefficient: NonNegativeFloat = 0.0
 
 
 class EvalConfig(Strict):
-    path: Annotated[Text | None, NoneWord] = None
+    path: Annotated[PathText | None, NoneWord] = None
     every: NonNegativeInt = 0
 
     @model_validator(mode="after")
@@ -79,8 +76,8 @@ class EvalConfig(Strict):
 class ReferenceConfig(Strict):
     """`source` is None only until the job has put its loss's default there."""
 
-    source: Text | None = None
-    cache_dir: Annotated[Text | None, NoneWord, only(None)] = None
+    source: PathText | None = None
+    cache_dir: Annotated[PathText | None, NoneWord, only(None)] = None
 
     @field_validator("source")
     @classmethod
@@ -91,16 +88,17 @@ class ReferenceConfig(Strict):
             return source
         raise ValueError(
             "must be initial, none, round_start, hf://org/name or an existing Hugging Face directory with a config.json"
+            + hub_hint(source)
         )
 
 
 class TeacherConfig(Strict):
     name: Text
-    path: Text
+    path: PathText
 
 
 class RolloutConfig(Strict):
-    path: Text
+    path: PathText
     rounds: PositiveInt
     prompts_per_round: PositiveInt
     k: PositiveInt
@@ -264,8 +262,8 @@ class CheckpointConfig(Strict):
     keep: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     async_save: Annotated[bool, only(False)] = Field(default=False, alias="async")
-    resume: Text = "auto"
-    allow: Annotated[list[str], only([])] = []
+    resume: PathText = "auto"
+    allow: list[Text] = []  # keys or sections in which a resumed job may differ from the one that saved
 
     @field_validator("resume")
     @classmethod
@@ -276,7 +274,7 @@ class CheckpointConfig(Strict):
 
 
 class ExportConfig(Strict):
-    hf_dir: Annotated[Text | None, NoneWord] = None
+    hf_dir: Annotated[PathText | None, NoneWord] = None
     every: NonNegativeInt = 0
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ import pytest
 from tiny_jobs import VOCAB_SIZE, on_two_ranks, records, status, train, write_config, write_lines, write_model
 
 PROMPT = {"prompt_ids": [5, 6]}
+SIDES = ("chosen", "rejected")
 
 
 def answers(*rewards: object, ids: object = (7, 8)) -> dict[str, object]:
@@ -90,7 +91,7 @@ ROUNDS = {
 # name: (what the configuration changes, overrides, lines of data or None, parts of the line)
 CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     # configuration
-    "unknown key": ({}, ["run.step=3"], None, ["job.yaml: run.step is not a known key", "did you mean steps"]),
+    "unknown key": ({}, ["run.step=3"], None, ["command line: run.step is not a known key", "did you mean steps"]),
     "unknown section": ({}, ["optimiser.lr=1"], None, ["optimiser is not a known key", "optimizer"]),
     "wrong type": ({}, ["optimizer.lr=fast"], None, ["optimizer.lr is 'fast'", "number"]),
     "out of range": ({}, ["run.steps=0"], None, ["run.steps is 0", "greater than 0"]),
@@ -140,6 +141,30 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
         ["data.jsonl:1", "token id 59", "below 53", "teachers.0.path"],
     ),
     "held-out file": ({}, ["eval.path={shared}/absent", "eval.every=1"], None, ["eval.path", "absent", "no such file"]),
+    # records of other programs
+    "Git LFS pointer as data": (
+        SFT, [], ["version https://git-lfs.github.com/spec/v1", "oid sha256:4d7a", "size 12"],
+        ["data.path", "data.jsonl", "Git LFS pointer", "git lfs pull"],
+    ),
+    "one object over several lines": (
+        SFT, [], ["{", '"data": [', "{}]}"], ["data.path", "one JSON object over several lines", "'data'"],
+    ),
+    "HH-RLHF strings": (
+        {"loss": {"name": "dpo"}}, [], [{side: f"\n\nHuman: q\n\nAssistant: {side}" for side in SIDES}],
+        ["data.jsonl:1", "prompt is missing", "dialogues as strings", "the rest"],
+    ),
+    "question and answer": (
+        SFT, [], [{"question": "1", "answer": "2"}] * 3,
+        ["data.jsonl:1", "rename question to prompt and answer to completion", "the same in 2 of the 2 other"],
+    ),
+    "a call in ShareGPT": (
+        SFT, [], [{"conversations": [{"from": "human", "value": "1"}, {"from": "function_call", "value": "{}"}]}],
+        ["data.jsonl:1", "conversations[1].from is 'function_call'", "tool_calls"],
+    ),
+    "several faults at once": (
+        {}, [], [{"promt": "1", "id": 3, "responses": [{"text": "a", "reward": "1"}, {"text": "", "reward": 0}]}],
+        ["promt, id are not known", "also: field prompt is missing", "reward is '1'", "responses[1].text is ''"],
+    ),
     # resume, export, trackers, places
     "nothing to resume": ({}, ["checkpoint.resume={shared}/empty"], None, ["checkpoint.resume", "no checkpoint"]),
     "resume not there": ({}, ["checkpoint.resume={shared}/absent"], None, ["checkpoint.resume", "absent"]),
@@ -151,7 +176,7 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     "checkpoint of another program": ({}, ["checkpoint.resume={shared}/foreign"], None, ["hf/config.json is missing"]),
     "latest points nowhere": ({}, ["checkpoint.resume={shared}/lost"], None, ["latest", "step_00000007", "none"]),
     "export over other files": ({}, ["export.hf_dir={shared}/checkpoints"], None, ["checkpoints"]),
-    "tracker not installed": ({}, ["trackers=[wandb]"], None, ["trackers", "wandb", "megalign[wandb]"]),
+    "tracker not installed": ({}, ["trackers=[wandb]"], None, ["trackers", "wandb", "pip install wandb"]),
     # rounds
     "prompt without an answer": (ROUNDS, [], None, ["prompts.jsonl:2", "answer"]),
     "unknown reward": (ROUNDS, ["rollout.reward=best"], None, ["rollout.reward is 'best'", "exact_match"]),

@@ -145,9 +145,15 @@ def round_sections(folder: Path, **rollout: Any) -> dict[str, Any]:
 
 
 def digits(prompt: str, response: str, record: dict[str, Any]) -> float:
-    """A reward that ragged random text earns unequally; a record may ask rank 1 to be signalled while it is given."""
+    """A reward that ragged random text earns unequally.
+
+    A record may ask rank 1 to be signalled while it is given, or somebody's file to come up in a directory.
+    """
     if record.get("signal") and os.environ.get("RANK") == "1":
         os.kill(os.getpid(), signal.SIGTERM)
+    if record.get("spoil"):
+        Path(record["spoil"]).mkdir(exist_ok=True)
+        Path(record["spoil"], "notes.txt").write_text("somebody's")
     return sum(character.isdigit() for character in response) - len(response) / 8 + record["bonus"]
 
 

@@ -20,6 +20,8 @@ from rich.table import Table
 from torch import Tensor
 
 from megalign.convert import resolve_model
+from megalign.runtime.command_line import ToolParser, model_argument, path_argument
+from megalign.runtime.status import guarded
 from megalign.schema import UserError
 
 
@@ -102,13 +104,13 @@ def text_prompts(folder: Path, args: argparse.Namespace) -> list[Tensor]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("a_hf_dir", metavar="A_HF_DIR", help="directory or hf://org/name")
-    parser.add_argument("b_hf_dir", metavar="B_HF_DIR", help="directory or hf://org/name")
+    parser = ToolParser(__doc__)
+    parser.add_argument("a_hf_dir", type=model_argument, metavar="A_HF_DIR", help="directory or hf://org/name")
+    parser.add_argument("b_hf_dir", type=model_argument, metavar="B_HF_DIR", help="directory or hf://org/name")
     parser.add_argument("--tokens", type=_at_least_one, default=64, help="tokens a prompt (default 64)")
     parser.add_argument("--prompts", type=_at_least_one, default=4, help="number of prompts (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
-    parser.add_argument("--text", type=Path, help="take the prompts from the lines of this file instead")
+    parser.add_argument("--text", type=path_argument, help="take the prompts from the lines of this file instead")
     parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest difference over largest logit")
     return parser.parse_args(arguments)
@@ -152,11 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        return 0 if run(args, Console()) else 1
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return guarded(lambda: 0 if run(args, Console()) else 1)
 
 
 if __name__ == "__main__":

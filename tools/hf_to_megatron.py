@@ -9,24 +9,23 @@ code: 0; 2 for wrong input, 75 stopped by a signal.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
 from megalign.convert.report import tensor_map
 from megalign.convert.transfer import How, hf_to_megatron
+from megalign.runtime.command_line import ToolParser, model_argument, path_argument
 from megalign.runtime.progress import ByteBar
 from megalign.runtime.status import stoppable
 from megalign.schema import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hf_dir", help="Hugging Face directory, or hf://org/name")
-    parser.add_argument("out_dir", type=Path, nargs="?", help="new or empty directory")
+    parser = ToolParser(__doc__)
+    parser.add_argument("hf_dir", type=model_argument, help="Hugging Face directory, or hf://org/name")
+    parser.add_argument("out_dir", type=path_argument, nargs="?", help="new or empty directory")
     parser.add_argument("--workers", type=int, default=2, help="threads, each of which holds one tensor (2)")
     parser.add_argument("--file-gb", type=float, default=5.0, help="size of the files, in 10^9 bytes (5)")
     parser.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, plain tensors only")

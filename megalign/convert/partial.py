@@ -33,6 +33,7 @@ class PartialFolder:
         self.folder, self.key, self.replace = Path(folder).absolute(), key, replace
         self.done: dict[str, Any] = {}
         self.guard = threading.Lock()
+        self.ended = False
         above = self.folder.parents
         self.made = [one for one in above if not one.exists()]  # the nearest first
         try:
@@ -117,15 +118,21 @@ class PartialFolder:
             if before is not None:
                 shutil.rmtree(before.parent, ignore_errors=True)
         sync(self.folder.parent)
-        os.close(self.lock)
+        self._end()
 
     def abandon(self, *, keep: bool = False) -> None:
-        """Remove what was written, or with `keep` leave it to a later job."""
+        """Remove what was written, or with `keep` leave it to a later job; nothing where that is done already."""
+        if self.ended:
+            return
         if not (keep and self.key is not None):
             shutil.rmtree(self.path, ignore_errors=True)
             with contextlib.suppress(OSError):  # others may have put something there
                 for folder in self.made:
                     folder.rmdir()
+        self._end()
+
+    def _end(self) -> None:
+        self.ended = True
         os.close(self.lock)
 
     def __enter__(self) -> PartialFolder:

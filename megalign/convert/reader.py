@@ -13,7 +13,7 @@ from megalign.convert.model_config import ModelConfig
 from megalign.convert.rules import EMBED, FAMILIES, Piece, Rule, find_rule
 from megalign.convert.safetensors_file import NAMES, Spec
 from megalign.convert.stored import INDEX, PICKLE_INDEX, STORED, StoredFiles
-from megalign.schema import UserError
+from megalign.schema import UserError, expand_path, hub_hint
 
 HEAD = "lm_head.weight"
 TOKENIZER_FILES = (
@@ -38,11 +38,13 @@ DOWNLOADED = ("config.json", "generation_config.json", INDEX, "*.safetensors", *
 def resolve_model(path: str, *, allow_pickle: bool = False) -> Path:
     """A local checkpoint directory; `hf://org/name[@revision]` is downloaded (or found in the cache) first."""
     try:
-        folder = _download(path, allow_pickle) if path.startswith("hf://") else Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{path} names no user's home directory") from None
+        folder = _download(path, allow_pickle) if path.startswith("hf://") else Path(expand_path(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if not folder.is_dir():
-        raise UserError(f"{path} is not a directory; needed: a Hugging Face checkpoint directory or hf://org/name")
+        raise UserError(
+            f"{path} is not a directory; needed: a Hugging Face checkpoint directory or hf://org/name{hub_hint(path)}"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no config.json; needed: a Hugging Face checkpoint directory")
     StoredFiles.find(folder, allow_pickle=allow_pickle)

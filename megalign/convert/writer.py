@@ -30,7 +30,42 @@ from megalign.schema import UserError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 ADAPTER, ADAPTER_FILES = "adapter", ("adapter_model.safetensors", "adapter_config.json")
-MARK = ".megalign_export"  # an empty file: only a directory that bears it is ever replaced
+MARK = ".megalign_export"  # only a directory that bears this file is ever replaced; it says which run made it
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The run that an export is of; its later exports replace its earlier ones, and no other run's.
+
+    run: its directory. job: digest of what it trains. resumed: it goes on from a checkpoint of its own directory.
+    """
+
+    run: str
+    job: str
+    resumed: bool = False
+
+    def mark(self) -> bytes:
+        """Say in an export whose it is."""
+        return (json.dumps({"run": self.run, "job": self.job}) + "\n").encode()
+
+    def made(self, folder: Path) -> bool:
+        """Whether an export is this run's: two of directory, job and a checkpoint to go on from say so.
+
+        So a run may be moved, or go on with a changed setting that it was allowed.
+        """
+        by = made_by(folder)
+        if not by:  # of a version that did not say
+            return self.resumed
+        return (by.get("run") == self.run) + (by.get("job") == self.job) + self.resumed >= 2
+
+
+def made_by(folder: Path) -> dict[str, Any]:
+    """What an export says of the run that made it; nothing where it does not say."""
+    try:
+        found = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class HFWriter:
@@ -39,7 +74,8 @@ class HFWriter:
     Everything goes to a hidden directory beside `folder`, which takes its name in `close`, after the result passed the
     audit that reading makes; an exception inside `with` leaves nothing, unless `key` says that a later writer of the
     same key may go on with the finished files. No tensor is held once it is written. Safe for several threads.
-    An existing `folder` must be empty or, with `overwrite`, an earlier export other than `source`.
+    An existing `folder` must be empty or, with `overwrite`, an earlier export other than `source`, and of `owner` where
+    one is given.
     `specs` says what tensors come; without it they are those of the model in `source`, in `dtype` or, where that is
     None, in that of the first that comes.
     """
@@ -53,12 +89,13 @@ class HFWriter:
         specs: Mapping[str, Spec] | None = None,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         overwrite: bool = False,
+        owner: Owner | None = None,
         key: str | None = None,
     ) -> None:
         self.folder, self.source = Path(folder).absolute(), Path(source)
-        check_target(self.folder, self.source, overwrite=overwrite)
+        check_target(self.folder, self.source, overwrite=overwrite, owner=owner)
         self.model = read_model_config(self.source)
-        self.max_shard_bytes, self.overwrite = max_shard_bytes, overwrite
+        self.max_shard_bytes, self.overwrite, self.owner = max_shard_bytes, overwrite, owner
         self.specs: dict[str, Spec] = {}
         self.file_of: dict[str, str] = {}
         self.open: dict[str, SafetensorsFile] = {}
@@ -146,7 +183,7 @@ class HFWriter:
                 if not shard.closed:  # others have written it
                     shard.close()
             self._write_index()
-            write_synced(self.partial.path / MARK, b"")
+            write_synced(self.partial.path / MARK, b"" if self.owner is None else self.owner.mark())
             for name, content in self.beside.items():
                 write_synced(self.partial.path / name, content)
             self._write_config()
@@ -154,7 +191,8 @@ class HFWriter:
                 audit(self.partial.path, read_model_config(self.partial.path))
             except UserError as error:
                 raise RuntimeError(f"the export to {self.folder} is not a whole checkpoint: {error}") from error
-            check_target(self.folder, self.source, overwrite=self.overwrite)  # it may have come up since
+            # Again, for something may have come up since.
+            check_target(self.folder, self.source, overwrite=self.overwrite, owner=self.owner)
         except BaseException as error:
             self.abandon(keep=not isinstance(error, UserError | RuntimeError | ValueError | OSError))
             raise
@@ -312,8 +350,8 @@ def read_companions(source: Path) -> dict[str, bytes]:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
-def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
-    """UserError unless `folder` may be written to: new, empty, or with `overwrite` an earlier export."""
+def check_target(folder: Path, source: Path, *, overwrite: bool, owner: Owner | None = None) -> None:
+    """UserError unless `folder` may be written to: new, empty, or with `overwrite` an earlier export (of `owner`)."""
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_mount():
@@ -324,12 +362,17 @@ def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
         raise UserError(f"{folder} is the model the export starts from; needed: another directory")
     if not any(folder.iterdir()):
         return
-    if not (overwrite and _is_ours(folder)):
-        allowed = "a new or empty directory" + (", or an earlier export" if overwrite else "")
+    allowed = "a new or empty directory" + (", or an earlier export" if overwrite else "")
+    if not (overwrite and is_export(folder)):
         raise UserError(f"{folder} exists and is not empty; needed: {allowed}")
+    if owner is not None and not owner.made(folder):
+        by = made_by(folder).get("run")
+        told = "does not say which run made it" if by is None else f"is another job's, whose run.dir is {by}"
+        told = "is of this run.dir's job before its settings or data changed" if by == owner.run else told
+        raise UserError(f"{folder} {told}; needed: {allowed} of this run")
 
 
-def _is_ours(folder: Path) -> bool:
+def is_export(folder: Path) -> bool:
     """Whether the directory is an earlier export and holds nothing else that a replacement would lose."""
     named = {MARK, "config.json", INDEX, *(path.name for path in folder.glob("*.safetensors"))}
     named |= {path.relative_to(folder).parts[0] for path in companions(folder)}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from megalign.data.tokenize import TextOptions
-from megalign.schema import Strict
+from megalign.schema import NoneWord, PathText, Strict
 
 Format = Literal["auto", "messages", "prompt_completion", "preference", "responses"]
 TrainOn = Literal["last_assistant", "all_assistant"]
@@ -20,7 +20,7 @@ class Source(Strict):
     Weight 1 takes each once an epoch, 2 twice, 0.5 one half in one epoch and the other half in the next.
     """
 
-    path: Annotated[str, Field(min_length=1)]
+    path: PathText
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
@@ -33,7 +33,7 @@ class TeacherFilter(Strict):
 class DataConfig(Strict):
     """`path` or `sources`; with rounds neither, because the rounds make the records."""
 
-    path: Annotated[str, Field(min_length=1)] | None = None
+    path: Annotated[PathText | None, NoneWord] = None
     sources: Annotated[list[Source], Field(min_length=1)] | None = None
     format: Format = "auto"
     max_length: PositiveInt  # prompt and response in tokens; a longer record is a bad record, never cut
@@ -52,7 +52,7 @@ class DataConfig(Strict):
     @classmethod
     def _one_input(cls, value: list[Source] | None, info: ValidationInfo) -> list[Source] | None:
         if value is not None and info.data.get("path") is not None:
-            raise ValueError("path is given too; allowed: either path or sources")
+            raise ValueError("path is given too; allowed: either path or sources; data.path=null unsets it")
         return value
 
     @field_validator("date", mode="before")

@@ -1,4 +1,4 @@
-"""Raw records from JSONL files and `datasets` directories, and the check of everything tokens need not be known for.
+"""Check everything about a record for which tokens need not be known.
 
 A record's field names follow the TRL dataset formats:
     messages            {"messages": [...]}
@@ -12,13 +12,13 @@ A sampler says its `temperature` and which responses are `finished`; what it wri
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from megalign.schema import UserError, shorten
+from megalign.data.hints import advice
+from megalign.schema import shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ANY_FORMAT = ("teacher_scores", "weak", "temperature")
@@ -33,80 +33,35 @@ SLOTS: dict[str, tuple[tuple[str, str | None], ...]] = {
 
 
 class BadRecord(Exception):
-    """One record is refused; `reason` is what a report counts it under."""
+    """One record is refused; `reason` is what a report counts it under, `field` where the fault lies.
 
-    def __init__(self, reason: str, message: str) -> None:
+    kinds: a name for each fault, the same in every record with that fault; empty for what tokenising finds.
+    """
+
+    def __init__(self, reason: str, message: str, *, field: str = "", kinds: Collection[str] = ()) -> None:
         super().__init__(message)
         self.reason = reason
+        self.field = field
+        self.kinds = frozenset(kinds)
 
 
 def refuse(field: str, value: Any, allowed: str, *, reason: str) -> BadRecord:
     """The one shape of such messages: field, the value that came, what is allowed."""
     shown = "missing" if value is MISSING else shorten(value)
-    return BadRecord(reason, f"field {field} is {shown}; allowed: {allowed}")
+    return BadRecord(reason, f"field {field} is {shown}; allowed: {allowed}", field=field)
+
+
+def joined(faults: Sequence[BadRecord]) -> BadRecord:
+    """One refusal for all the faults of a record; faults of one kind, such as of each response, are told once."""
+    by_kind: dict[str, list[BadRecord]] = {}
+    for fault in faults:
+        by_kind.setdefault(f"{fault.reason}: {re.sub('[0-9]+', '', fault.field)}", []).append(fault)
+    more = {kind: f" (and {len(alike) - 1} more like it)" if alike[1:] else "" for kind, alike in by_kind.items()}
+    message = "; also: ".join(f"{alike[0]}{more[kind]}" for kind, alike in by_kind.items())
+    return BadRecord(faults[0].reason, message, field=faults[0].field, kinds=by_kind)
 
 
 MISSING = object()
-
-
-@dataclass(frozen=True, slots=True)
-class RawRecord:
-    """A line of a file or a row of a directory, not yet looked at. `origin` is `path:line` or `path:row`."""
-
-    origin: str
-    content: bytes | Mapping[str, Any]
-
-    def fields(self) -> dict[str, Any]:
-        """The record as a dict; a line that is not a JSON object is a bad record."""
-        if not isinstance(self.content, bytes):
-            return dict(self.content)
-        try:
-            value = json.loads(self.content.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise BadRecord(
-                "invalid JSON", f"the line is not valid JSON ({error}); allowed: one object a line"
-            ) from None
-        if not isinstance(value, dict):
-            raise BadRecord("invalid JSON", f"the line is a {type(value).__name__}; allowed: one object a line")
-        return value
-
-
-def read_raw(path: str, *, field: str = "data.path") -> Iterator[RawRecord]:
-    """Records of a JSONL file (line from 1; blank lines are none) or a `datasets` directory (row from 0)."""
-    allowed = "allowed: a JSONL file or a directory written by datasets' save_to_disk"
-    if not Path(path).exists():
-        raise UserError(f"{field} is {path!r}: no such file or directory; {allowed}")
-    if Path(path).is_dir():
-        yield from _read_directory(path, field=field, allowed=allowed)
-        return
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if text.strip():
-                    yield RawRecord(f"{path}:{number}", text)
-    except OSError as error:
-        raise UserError(f"{field} is {path!r}: {error.strerror}; {allowed}") from None
-
-
-def _read_directory(path: str, *, field: str, allowed: str) -> Iterator[RawRecord]:
-    import datasets  # heavy, and needed for directories alone
-
-    try:
-        rows = datasets.load_from_disk(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{field} is {path!r}: {str(error).splitlines()[0]}; {allowed}") from None
-    if isinstance(rows, datasets.DatasetDict):
-        raise UserError(f"{field} is {path!r}, which holds splits; allowed: one of its folders {sorted(rows)}")
-    for number, row in enumerate(rows.with_format(None)):
-        yield RawRecord(f"{path}:{number}", _without_nulls(row))
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every row every field; null is its way to say that the record has none."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def detect_format(record: Mapping[str, Any]) -> str:
@@ -117,48 +72,76 @@ def detect_format(record: Mapping[str, Any]) -> str:
         found += [(name, mark) for mark in sorted(marks & record.keys())]
     if not found:
         allowed = "messages, prompt with completion, prompt with chosen and rejected, or prompt with responses"
-        strangers = sorted(record.keys() - {"prompt", "prompt_ids", *ANY_FORMAT})
-        problem = f"field {strangers[0]} is not known" if strangers else "field completion is missing"
-        raise BadRecord("unknown format", f"{problem}, and no other field says what is trained on; allowed: {allowed}")
+        strangers = sorted(map(str, record.keys() - {"prompt", "prompt_ids", *ANY_FORMAT}))
+        problem = f"{_not_known(strangers)}, and" if strangers else "field completion is missing, and"
+        missing = [name for name in ("prompt", "completion", "chosen", "rejected", "messages") if name not in record]
+        message = f"{problem} no other field says what is trained on; allowed: {allowed}"
+        message += advice(record, missing=missing, unknown=strangers)
+        raise BadRecord("unknown format", message, kinds={f"unknown format: {strangers}"})
     if len({name for name, _ in found}) > 1:
         fields = " and ".join(mark for _, mark in found)
-        raise BadRecord(
-            "unknown format", f"field {found[-1][1]}: {fields} belong to different formats; set data.format"
-        )
+        message = f"field {found[-1][1]}: {fields} belong to different formats; set data.format"
+        raise BadRecord("unknown format", message, kinds={f"two formats: {fields}"})
     return found[0][0]
 
 
 def check_record(record: Mapping[str, Any], *, format: str = "auto", extra_fields: str = "error") -> str:
-    """Return the record's format, or raise `BadRecord` for the first thing wrong with it."""
+    """Return the record's format, or raise one `BadRecord` that tells everything wrong with it."""
     name = detect_format(record) if format == "auto" else format
+    faults = []
+    for check in _checks(record, name, strict=extra_fields == "error"):
+        try:
+            check()
+        except BadRecord as fault:
+            faults.append(fault)
+    if faults:
+        raise joined(faults)
+    return name
+
+
+def _checks(record: Mapping[str, Any], name: str, *, strict: bool) -> Iterator[Callable[[], None]]:
+    """What has to hold of a record of format `name`; each raises for the first thing wrong with its own part."""
     known = {form for slot in SLOTS[name] for form in slot if form} | set(ANY_FORMAT)
     known |= set(FOR_PEOPLE) if name == "responses" else set()
-    strict = extra_fields == "error"
     if strict:
-        _check_known("", record, known)
+        yield partial(_check_known, "", record, known, slots=SLOTS[name])
     implicit = name == "preference" and not {"prompt", "prompt_ids"} & record.keys()
     implicit = implicit and all(isinstance(record.get(side), list) for side in ("chosen", "rejected"))
     for text, ids in SLOTS[name]:
         if not implicit:
-            check_slot(record, text, ids, strict=strict, is_prompt=text == "prompt")
+            yield partial(check_slot, record, text, ids, strict=strict, is_prompt=text == "prompt")
         elif text != "prompt":
-            _check_messages(text, record[text], strict=strict)
-            _check_answers(text, record[text], first=len(record[text]) - 1)
-    for place, response in enumerate(record.get("responses", []) if name == "responses" else []):
-        _check_response(f"responses[{place}]", response, strict=strict)
-    if "temperature" in record and not (is_number(record["temperature"]) and record["temperature"] > 0):
-        raise refuse("temperature", record["temperature"], "a number above 0, the sampler's", reason="temperature")
-    _check_teacher_scores(record.get("teacher_scores", {}))
-    _check_pins(record.get("weak", []))
-    return name
+            yield partial(_check_implicit, text, record[text], strict=strict)
+    responses = record.get("responses") if name == "responses" else None
+    for place, response in enumerate(responses if isinstance(responses, list) else []):
+        yield partial(_check_response, f"responses[{place}]", response, strict=strict)
+    yield partial(_check_temperature, record.get("temperature", 1))
+    yield partial(_check_teacher_scores, record.get("teacher_scores", {}))
+    yield partial(_check_pins, record.get("weak", []))
 
 
-def _check_known(prefix: str, record: Mapping[str, Any], known: set[str]) -> None:
-    for name in record:
-        if name not in known:
-            fields = ", ".join(sorted(known))
-            message = f"field {prefix}{name} is not known; allowed: {fields} (or data.extra_fields: ignore)"
-            raise BadRecord("unknown field", message)
+def _check_implicit(side: str, messages: Any, *, strict: bool) -> None:
+    """chosen or rejected as a whole conversation, without a prompt field."""
+    _check_messages(side, messages, strict=strict)
+    _check_answers(side, messages, first=len(messages) - 1)
+
+
+def _check_known(
+    prefix: str, record: Mapping[str, Any], known: set[str], *, slots: tuple[tuple[str, str | None], ...] = ()
+) -> None:
+    strangers = [name for name in record if name not in known]
+    if strangers:
+        missing = [text for text, ids in slots if text not in record and ids not in record]
+        fields = ", ".join(sorted(known))
+        message = f"{_not_known([prefix + str(name) for name in strangers])}; allowed: {fields} "
+        message += f"(or data.extra_fields: ignore){advice(record, missing=missing, unknown=strangers)}"
+        raise BadRecord("unknown field", message, field=f"{prefix}{' '.join(map(str, strangers))}")
+
+
+def _not_known(names: Sequence[str]) -> str:
+    """Fields nobody knows, at most six of them by name."""
+    more = f" and {len(names) - 6} more" if names[6:] else ""
+    return f"field {names[0]} is not known" if len(names) == 1 else f"fields {', '.join(names[:6])}{more} are not known"
 
 
 def check_slot(record: Mapping[str, Any], text: str, ids: str | None, *, strict: bool, is_prompt: bool) -> None:
@@ -168,7 +151,8 @@ def check_slot(record: Mapping[str, Any], text: str, ids: str | None, *, strict:
             raise BadRecord("text and ids", f"fields {text} and {ids} are both there; allowed: one of them")
         check_ids(ids or "", record[ids or ""])
     elif text not in record:
-        raise refuse(text, MISSING, f"{text} or {ids}" if ids else text, reason="missing field")
+        hint = "" if strict else advice(record, missing=[text], unknown=list(record))
+        raise refuse(text, MISSING, (f"{text} or {ids}" if ids else text) + hint, reason="missing field")
     elif text == "responses":
         if not isinstance(record[text], list) or not record[text]:
             raise refuse(text, record[text], "a list of one or more objects", reason="responses")
@@ -272,6 +256,11 @@ def _check_logp(field: str, values: Any) -> None:
     for place, value in enumerate(values):
         if not is_number(value) or value > 0:
             raise refuse(f"{field}[{place}]", value, "a finite number <= 0", reason="logp")
+
+
+def _check_temperature(value: Any) -> None:
+    if not is_number(value) or value <= 0:
+        raise refuse("temperature", value, "a number above 0, the sampler's", reason="temperature")
 
 
 def _check_teacher_scores(scores: Any) -> None:

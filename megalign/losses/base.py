@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megalign.data.group import Pairing
 from megalign.losses.groups import group_size
-from megalign.schema import Strict, UserError, first_problem
+from megalign.schema import Strict, UserError, all_problems, find_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,4 +152,4 @@ def choose_loss(raw: Any) -> LossConfig:
     try:
         return config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(first_problem(error, model=config, section="loss")) from None
+        raise UserError(all_problems(find_problems(error, model=config, section="loss"))) from None

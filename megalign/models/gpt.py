@@ -304,6 +304,10 @@ def _mark_shards(chunk: PolicyModel) -> None:
                 parameter.allreduce = False
                 parameter.sequence_parallel = False  # tensor ranks hold different experts
     for parameter in chunk.parameters():
+        if not getattr(parameter, "allreduce", True):
+            # Norms leave out what is not cut on all tensor ranks but the first; these have experts of their own, or
+            # their own part of an expert's optimizer.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
 
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
+import sysconfig
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from megalign.rollout.answers import equal_answers
@@ -37,12 +40,19 @@ class Reward:
 
     def check_record(self, record: Mapping[str, Any], where: str) -> None:
         """Refuse a record that lacks a field this reward reads; before anything was sampled."""
+        problem = self.problem(record)
+        if problem is not None:
+            raise UserError(f"{where}: {problem}")
+
+    def problem(self, record: Mapping[str, Any]) -> str | None:
+        """Which field that this reward reads the record lacks, if any."""
         for dotted in self.needs:
             value: Any = record
             for key in dotted.split("."):
                 value = value.get(key) if isinstance(value, Mapping) else None
             if not isinstance(value, str):
-                raise UserError(f"{where}: {dotted} is {value!r}; reward {self.name!r} needs a string there")
+                return f"{dotted} is {shorten(value)}; reward {self.name!r} needs a string there"
+        return None
 
     def __call__(
         self, prompt: str, response: str, record: Mapping[str, Any], where: str, *, limit_s: float = LIMIT_S
@@ -94,7 +104,11 @@ def choose_reward(spec: str) -> Reward:
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
-        raise UserError(f"rollout.reward is {spec!r}: module {module_name!r} cannot be imported: {error}") from error
+        lost = isinstance(error, ModuleNotFoundError) and error.name == module_name.split(".")[0]
+        looked = f"; looked for in {_module_folders()}; PYTHONPATH adds to these" if lost else ""
+        raise UserError(
+            f"rollout.reward is {spec!r}: module {module_name!r} cannot be imported: {error}{looked}"
+        ) from error
     except (Exception, SystemExit) as error:
         reason = f"module {module_name!r} cannot be imported: it raised {describe(error)}"
         raise UserError(f"rollout.reward is {spec!r}: {reason}") from error
@@ -104,6 +118,13 @@ def choose_reward(spec: str) -> Reward:
     if not callable(function):
         raise UserError(f"rollout.reward is {spec!r}: {function_name!r} is not a function (prompt, response, record)")
     return Reward(spec, function)
+
+
+def _module_folders() -> str:
+    """The folders that modules are imported from, as an error shows them; Python's own are one word."""
+    own = sysconfig.get_path("stdlib"), sys.prefix, sys.base_prefix
+    folders = [folder or str(Path.cwd()) for folder in sys.path if not folder.startswith(own)]
+    return ", ".join([*dict.fromkeys(folders), "the installed packages"])
 
 
 @reward("exact_match", needs=("answer",))
@@ -125,7 +146,7 @@ def reasoning_gym(prompt: str, response: str, record: dict[str, Any]) -> float:
         from reasoning_gym import get_score_answer_fn
     except ImportError as error:
         raise UserError(
-            "rollout.reward is 'reasoning_gym': the package is missing; pip install 'megalign[rollout]'"
+            "rollout.reward is 'reasoning_gym': the package is missing; pip install reasoning-gym"
         ) from error
     name = record["metadata"]["source_dataset"]
     try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +17,14 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megalign.schema import UserError, reason_of
+
 Result = TypeVar("Result")
+NAME_S = 5.0  # for a name server that has no answer yet
+
+
+class MeetingError(Exception):
+    """Ranks did not meet: the message is the one line shown, and the exit code is 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +43,24 @@ class World:
 
 def launched() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) when run alone."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return rank, size, int(os.environ.get("LOCAL_RANK", 0))
+    rank, size, local_rank = _number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK")
+    if size is None and rank:
+        raise UserError(f"WORLD_SIZE is missing: RANK is {rank}; must be the number of processes")
+    if size == 0:
+        raise UserError("WORLD_SIZE is '0': must be the number of processes, 1 or more")
+    if size is not None and size > 1 and rank is None:
+        raise UserError(f"RANK is missing: WORLD_SIZE is {size}; must be this process's number, 0 to {size - 1}")
+    if rank is not None and rank >= (size or 1):
+        raise UserError(f"RANK is {rank}: must be below WORLD_SIZE {size or 1}")
+    return rank or 0, size or 1, local_rank or 0
+
+
+def _number(name: str) -> int | None:
+    """A whole number from the environment; None where nothing is set."""
+    text = os.environ.get(name, "").strip()
+    if text and not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{name} is {text!r}: must be a whole number >= 0, as torchrun sets it")
+    return int(text) if text else None
 
 
 @contextmanager
@@ -45,13 +71,17 @@ def process_group(*, timeout_s: float) -> Iterator[World]:
     """
     rank, size, local_rank = launched()
     on_cuda = torch.cuda.is_available()
+    if on_cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"LOCAL_RANK is {local_rank}: must be below the {torch.cuda.device_count()} CUDA devices here")
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        "nccl" if on_cuda else "gloo", store=_store(rank, size, timeout), rank=rank, world_size=size, timeout=timeout
-    )
+    store = _store(rank, size, timeout)
+    try:
+        dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    except RuntimeError as error:
+        raise MeetingError(f"rank {rank} of {size}: the ranks could not connect: {reason_of(error)}") from error
     try:
         yield World(rank, size, local_rank, device)
     finally:
@@ -70,17 +100,80 @@ def make_deterministic() -> None:
 
 def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     """The rendezvous store; each attempt has names of its own, because a dead one's keys stay in the agent's store."""
-    if size == 1 and "MASTER_ADDR" not in os.environ:
+    if size == 1:
         return dist.HashStore()
+    address, port = _meeting_point(size)
     under_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    tcp = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        size,
-        is_master=rank == 0 and not under_agent,
-        timeout=timeout,
-    )
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+    serves = rank == 0 and not under_agent
+    if serves:
+        _check_port(port)
+    else:
+        _await_server(address, port, f"rank {rank} of {size}", timeout)
+    try:
+        tcp = dist.TCPStore(address, port, size, is_master=serves, timeout=timeout)
+    except RuntimeError as error:
+        came = re.search(r"(\d+)/\d+ clients joined", str(error))
+        what = f"{came[1]} of the {size} ranks came" if came else reason_of(error)
+        raise MeetingError(
+            f"rank {rank} of {size}: waited {timeout.total_seconds():g} s (watchdog.timeout_s) at MASTER_ADDR "
+            f"{address}, MASTER_PORT {port}: {what}; all must be started, with the same MASTER_ADDR, MASTER_PORT and "
+            "WORLD_SIZE"
+        ) from None
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+    if not under_agent and store.add(f"rank {rank}", 1) > 1:
+        raise UserError(f"RANK is {rank}: another process of the job has it too; must be different for each")
+    return store
+
+
+def _meeting_point(size: int) -> tuple[str, int]:
+    """MASTER_ADDR and MASTER_PORT, the first of which names a machine."""
+    address, port = os.environ.get("MASTER_ADDR", "").strip(), _number("MASTER_PORT")
+    if not address:
+        raise UserError(f"MASTER_ADDR is missing: WORLD_SIZE is {size}; must be the host name or address of rank 0")
+    if port is None:
+        raise UserError(f"MASTER_PORT is missing: WORLD_SIZE is {size}; must be a free port of rank 0's machine")
+    if not 0 < port < 65536:
+        raise UserError(f"MASTER_PORT is {port}: must be 1 to 65535")
+    until = time.monotonic() + NAME_S
+    while True:
+        try:
+            socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+            return address, port
+        except (OSError, UnicodeError) as error:
+            again = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+            if not again or time.monotonic() > until:
+                why = error.strerror if isinstance(error, OSError) else error
+                raise UserError(
+                    f"MASTER_ADDR is {address!r}: not resolved ({why}); must be the host name or address of rank 0"
+                ) from None
+        time.sleep(0.5)
+
+
+def _check_port(port: int) -> None:
+    """Refuse a port that rank 0 cannot listen on."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("", port))
+        except OSError as error:
+            why = "another process listens there" if error.errno == errno.EADDRINUSE else error.strerror
+            raise UserError(f"MASTER_PORT is {port}: {why}; must be a free port of rank 0's machine") from None
+
+
+def _await_server(address: str, port: int, who: str, timeout: timedelta) -> None:
+    """Wait until rank 0, or torchrun's agent, listens; torch's own waiting prints a page of warnings."""
+    until = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=min(5.0, max(0.1, until - time.monotonic()))).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise MeetingError(
+                    f"{who}: waited {timeout.total_seconds():g} s (watchdog.timeout_s) for rank 0 at MASTER_ADDR "
+                    f"{address}, MASTER_PORT {port}: {error.strerror or error}; rank 0 must run there and be reachable"
+                ) from None
+        time.sleep(0.2)
 
 
 def free_port() -> int:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from megalign.schema import UserError
 
-DONE, BAD_INPUT, STOPPED = 0, 2, 75
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+RESULT_FILE = "MEGALIGN_RESULT_FILE"  # set by launch/torchrun.sh: a new file from which it reads the job's code
+RUN_FILES = ("log.txt", "metrics.jsonl", "checkpoints", "rollout.jsonl")  # any of them: a run has had the directory
+# What torch, gloo and NCCL say where another process has gone or does not answer.
+PEER_GONE = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed? ?out|remote process|by peer|NCCL.*abort",
+    re.IGNORECASE,
+)
+PATIENCE_S = 5.0  # for the rank whose failure was the first to tell of it
 
 
 class During(Exception):
@@ -47,18 +60,101 @@ def explain(error: BaseException) -> tuple[str, int | None]:
     return ": ".join(part for part in (doing, inside, text) if part), step
 
 
-def write_status(run_dir: str | Path, code: int, reason: str, step: int | None) -> None:
-    """Put `status.json` into the run directory, whole or not at all; `step` is the last finished one, if any."""
+def is_consequence(error: BaseException) -> bool:
+    """Whether a failure only says that another process has gone or does not answer."""
+    cause = error.__cause__ if isinstance(error, During) and error.__cause__ is not None else error
+    return isinstance(cause, RuntimeError) and PEER_GONE.search(str(cause)) is not None
+
+
+@dataclass
+class Ending:
+    """How this process tells the job's end: the first of its ranks that fails writes `status.json`, and no other.
+
+    Until the job has taken the run directory over, a status there is another run's, which a refusal leaves alone.
+    """
+
+    run_dir: str | None = None
+    taken: bool = False
+
+    def take_over(self) -> None:
+        """Note that the run directory is this job's and holds no earlier status; called on every rank."""
+        self.taken = True
+
+    def told_by_another(self, error: BaseException) -> bool:
+        """Whether another rank has written, or writes within a few seconds, the failure that `error` follows from."""
+        if not is_consequence(error):
+            return False
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            if any(path.exists() for path in self._written()):
+                return True
+            time.sleep(0.1)
+        return False
+
+    def write(self, code: int, reason: str, step: int | None) -> None:
+        """Write a failure's status unless a rank has written one, or the directory is another run's."""
+        if self.run_dir is None or (not self.taken and is_of_another_run(self.run_dir)):
+            _write_result(code, replace=False)
+            return
+        with suppress(OSError, ValueError):  # what is printed and the exit code say it already
+            write_status(self.run_dir, code, reason, step, replace=not self.taken)
+
+    def _written(self) -> list[Path]:
+        result = os.environ.get(RESULT_FILE)
+        paths = [Path(result)] if result else []
+        return [*paths, Path(self.run_dir, "status.json")] if self.taken and self.run_dir is not None else paths
+
+
+def is_of_another_run(run_dir: str | Path) -> bool:
+    """Whether a directory that this job has not taken over is a run's: it has files of one, or its status."""
+    folder = Path(run_dir)
+    try:
+        if any((folder / name).exists() for name in RUN_FILES):
+            return True
+        held = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return not isinstance(held, dict) or held.get("code") != BAD_INPUT or held.get("step") is not None
+
+
+def write_status(run_dir: str | Path, code: int, reason: str, step: int | None, *, replace: bool = True) -> None:
+    """Put `status.json` into the run directory, whole or not at all; `step` is the last finished one, if any.
+
+    replace: whether one that is there gives way; else the first one stays.
+    """
+    _write_result(code, replace=replace)
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    # Ranks may refuse the same input at the same time, hence a name for each process.
-    temporary = folder / f".status.{os.getpid()}.json"
+    _write_whole(folder / "status.json", json.dumps({"code": code, "reason": reason, "step": step}), replace=replace)
+
+
+def _write_result(code: int, *, replace: bool) -> None:
+    """Tell the launcher the code, where one asked for it."""
+    result = os.environ.get(RESULT_FILE)
+    if result:
+        with suppress(OSError):  # of a launcher that is gone
+            _write_whole(Path(result), str(code), replace=replace)
+
+
+def _write_whole(path: Path, text: str, *, replace: bool) -> None:
+    """Write a line to a file that appears whole; without `replace`, one that is there stays."""
+    # Ranks may write at the same time, hence a name for each process.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({"code": code, "reason": reason, "step": step}, file)
-        file.write("\n")
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(folder / "status.json")
+    if replace:
+        temporary.replace(path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        with suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+            file.write(text + "\n")
+    temporary.unlink()
 
 
 def guarded(main: Callable[[], int], run_dir_hint: Callable[[], str | None] = lambda: None) -> int:
@@ -100,11 +196,22 @@ def stoppable(main: Callable[[], int], *, afterwards: str = "") -> int:
             signal.signal(one, handler)
 
 
-def refuse(error: UserError, run_dir: str | None) -> int:
-    """Tell of bad input: one line, and a status where the run directory is known; the exit code."""
+def refuse(error: UserError, run_dir: str | None, *, taken: bool = False) -> int:
+    """Tell of bad input: one line, and a status where the run directory is known; the exit code.
+
+    taken: whether the job has taken the run directory over; otherwise another run's status stays.
+    """
     reason = " ".join(str(error).split())
     print(f"megalign: error: {reason}", file=sys.stderr, flush=True)
-    if run_dir is not None:
-        with suppress(OSError):  # the line above and the code say it already
-            write_status(run_dir, BAD_INPUT, reason, None)
+    Ending(run_dir, taken).write(BAD_INPUT, reason, None)
     return BAD_INPUT
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with `code`, whatever a module of the user's does or leaves running at exit."""
+    with suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)

@@ -20,27 +20,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalign.config import JobConfig, dump_config, total_steps
+from megalign.config import JobConfig, total_steps
 from megalign.convert import ModelConfig
 from megalign.convert.hf_config import noise_left_out
 from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups
 from megalign.engines.megatron import MegatronEngine
-from megalign.engines.megatron_state import holds_optimizer
 from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
 from megalign.runtime.distributed import World, make_deterministic
-from megalign.runtime.status import DONE, STOPPED, during, write_status
-from megalign.schema import UserError
-from megalign.train.check import Inputs, Records, check, check_outputs
+from megalign.runtime.status import DONE, STOPPED, Ending, during, write_status
+from megalign.train.check import Inputs, Records, check
 from megalign.train.checkpoint import save_checkpoint
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
+from megalign.train.outputs import Start, check_outputs
 from megalign.train.report import Reporter, keep_metrics_up_to, start_log
 from megalign.train.rounds import RoundFeed, evaluate_reward, fixed_reference, live_sampler
-from megalign.train.schedule import learning_rate
+from megalign.train.run_dir import open_run_dir
+from megalign.train.schedule import keeps_last, learning_rate, resume_lines
 from megalign.train.session import (
+    ExportFailed,
     build_engine,
     cutting_of,
     export,
+    gather,
     groups_of,
     layers_of,
     layout_text,
@@ -58,6 +60,7 @@ class Job:
 
     cfg: JobConfig
     inputs: Inputs
+    start: Start
     world: World
     engine: Engine
     feed: Feed
@@ -66,6 +69,7 @@ class Job:
     held_out: DatasetFeed | None
     started: float  # time.perf_counter when the job began
     step: int = 0  # finished ones
+    saved: Path | None = None  # the checkpoint of this run that holds `step`
     bad_steps: int = 0
     signalled: str = ""
     modes: set[str] = field(default_factory=set)  # the pass modes that the log has named
@@ -75,40 +79,46 @@ class Job:
         return Path(self.cfg.run.dir)
 
 
-def train(cfg: JobConfig, world: World) -> int:
+def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     """Run the job to its end; exit code 0, or 75 when it stopped early after saving. Called on every rank."""
     if cfg.run.deterministic:
         make_deterministic()
     run_dir, started = Path(cfg.run.dir), time.perf_counter()
     inputs = on_every_rank(lambda: check(cfg, world.size))
-    resumed = on_every_rank(lambda: check_outputs(cfg, inputs))
-    on_every_rank(lambda: _open_run_dir(cfg, world))
+    # One rank's findings are every rank's: the directory changes while others would still look at it.
+    start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs) if world.is_main else None))[0]
+    kept = on_every_rank(lambda: _open_run_dir(cfg, start) if world.is_main else [])
+    ending.take_over()
     start_log(run_dir, main=world.is_main)
     groups = groups_of(cfg)
     # The total is set once the data are known; teachers are scored before that.
     with Reporter(run_dir, 0, main=world.is_main, trackers=cfg.trackers) as report:
+        for line in (*kept, *start.notes):
+            report.say(line)
+        if not cfg.checkpoint.every and cfg.export.hf_dir is None:
+            report.say(
+                "neither checkpoint.every nor export.hf_dir is set: a checkpoint after the last step keeps the model"
+            )
         with during("before the first step", None):
-            weights = None if resumed is None or holds_optimizer(resumed) else resumed
-            job = _prepare(cfg, inputs, world, groups, report, started, weights)
+            job = _prepare(cfg, inputs, world, groups, report, started, start)
         with _signals(job):
-            with during(f"loading {resumed}", None):
-                _resume(job, resumed if weights is None else None)
+            with during(f"loading {start.checkpoint}", None):
+                _resume(job)
             return _run(job)
 
 
-def _open_run_dir(cfg: JobConfig, world: World) -> None:
-    """Create the run directory, with the resolved configuration and no earlier run's status; only rank 0 writes."""
-    if not world.is_main:
-        return
-    run_dir = Path(cfg.run.dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
-        (run_dir / "status.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run.dir is {cfg.run.dir!r}: {error.strerror}; must be a directory that can be written"
-        ) from None
+def _open_run_dir(cfg: JobConfig, start: Start) -> list[str]:
+    sources = [one.path for one in cfg.data.sources or ()] + [cfg.data.path, cfg.eval.path]
+    sources += [None if cfg.rollout is None else cfg.rollout.path]
+    inputs = [Path(path) for path in sources if path is not None]
+    inputs += [path for path in (start.weights, start.checkpoint) if path is not None]
+    return open_run_dir(
+        cfg,
+        resumed=start.checkpoint if start.own else None,
+        rolled_back=start.rolled_back,
+        changed=bool(start.changed),
+        inputs=inputs,
+    )
 
 
 def _prepare(
@@ -118,15 +128,18 @@ def _prepare(
     groups: Groups,
     report: Reporter,
     started: float,
-    weights: Path | None,
+    start: Start,
 ) -> Job:
-    """Everything up to the first step; `weights` is a converted checkpoint whose weights stand for model.path's."""
+    """Everything up to the first step."""
+    weights = start.weights
     report.say(
         f"ranks {world.size}: {layout_text(groups)}; "
         f"{layers_of(cfg, inputs.model, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
     )
     if left_out := noise_left_out(inputs.hf_dir):
         report.say(left_out)
+    for note in inputs.notes:
+        report.say(note)
 
     def feed_of(records: Records, *, held_out: bool) -> DatasetFeed:
         report.say(records.dataset.report.line())
@@ -164,16 +177,23 @@ def _prepare(
     report.total = num_steps
     if weights is not None:
         report.say(f"initial weights from {weights}")
-    return Job(cfg, inputs, world, engine, feed, num_steps, report, held_out, started)
+    return Job(cfg, inputs, start, world, engine, feed, num_steps, report, held_out, started)
 
 
-def _resume(job: Job, checkpoint: Path | None) -> None:
+def _resume(job: Job) -> None:
     """Go on from a checkpoint, or begin; metrics of steps to be taken (again) are dropped."""
+    start, checkpoint = job.start, job.start.checkpoint
     if checkpoint is not None:
         extra = job.engine.load(checkpoint)
         job.step, job.bad_steps = extra["step"], extra["bad_steps"]
-        job.feed.restore(extra["feed"])
+        job.saved = checkpoint if start.own else None
         job.report.say(f"resumed from {checkpoint} after step {job.step}")
+        if all(key.startswith("optimizer.") for key in start.changed):
+            job.feed.restore(extra["feed"])
+        elif job.cfg.rollout is not None:
+            job.report.say("the round in progress is sampled anew, for what it was made with has changed")
+        for line in resume_lines(job.cfg, job.step, job.num_steps, start.num_steps_before):
+            job.report.say(line)
     if job.world.is_main:
         keep_metrics_up_to(job.run_dir, job.step)
 
@@ -186,15 +206,18 @@ def _run(job: Job) -> int:
             _step(job)
         with during(f"after step {job.step}", job.step):
             stop, last = _why_stop(job), job.step == job.num_steps
-            if (cfg.checkpoint.every and (job.step % cfg.checkpoint.every == 0 or last)) or (stop and not last):
+            due = bool(cfg.checkpoint.every) and job.step % cfg.checkpoint.every == 0
+            if due or (last and keeps_last(cfg)) or (stop and not last):
                 _save(job)
             if stop and not last:
                 return _finish(job, STOPPED, stop)
-            if cfg.export.every and job.step % cfg.export.every == 0 and not last:
-                _export(job)
+            if cfg.export.every and job.step % cfg.export.every == 0 and not last and (problem := _export(job)):
+                job.report.say(f"{problem}; training goes on")
     if cfg.export.hf_dir is not None:
         with during("exporting", job.step):
-            _export(job)
+            problem = _export(job)
+        if problem:
+            return _finish(job, 1, _keep(job, problem))
     return _finish(job, DONE, "done")
 
 
@@ -326,20 +349,47 @@ def _why_stop(job: Job) -> str:
     return f"stopped by {job.signalled or 'a signal to another rank'}" if asked == 2.0 else "run.max_minutes is over"
 
 
-def _save(job: Job) -> None:
+def _save(job: Job) -> Path:
     extra = {"step": job.step, "bad_steps": job.bad_steps, "feed": job.feed.state()}
-    keep = job.cfg.checkpoint
-    folder = save_checkpoint(job.engine, job.run_dir, job.step, extra, keep=keep.keep, keep_every=keep.keep_every)
-    job.report.say(f"saved {folder}")
+    start, keep = job.start, job.cfg.checkpoint
+    job.saved = save_checkpoint(
+        job.engine,
+        job.run_dir,
+        job.step,
+        extra,
+        about={"job": start.job, "num_steps": job.num_steps, "started_from": start.started_from},
+        keep=keep.keep,
+        keep_every=keep.keep_every,
+        spare=start.started_from,
+    )
+    job.report.say(f"saved {job.saved}")
+    return job.saved
 
 
-def _export(job: Job) -> None:
+def _export(job: Job) -> str:
+    """Write the model as it is now; the problem, if there was one, as a line on every rank."""
     folder = Path(str(job.cfg.export.hf_dir))
-    beside = export(job.engine, job.inputs.model, job.inputs.hf_dir, folder, lora=lora_of(job.cfg))
-    how = "" if job.cfg.lora is None else ", adapters merged"
+    lora = lora_of(job.cfg)
+    try:
+        beside = export(job.engine, job.inputs.model, job.inputs.hf_dir, folder, owner=job.start.owner, lora=lora)
+    except ExportFailed as error:
+        return f"the export to {folder} failed: {error}"
+    how = "" if lora is None else ", adapters merged"
     how += " and in its folder adapter" if beside else ""
-    alone = job.cfg.lora is not None and not beside
+    alone = lora is not None and not beside
     job.report.say(f"exported {folder}{how}" + (" (PEFT has no place for single experts' adapters)" if alone else ""))
+    return ""
+
+
+def _keep(job: Job, problem: str) -> str:
+    """Save the model that could not be exported; what to tell of it."""
+    job.report.say(problem)
+    with during(f"{problem}; saving a checkpoint instead", job.step):
+        folder = _save(job) if job.saved is None or not job.saved.name.endswith(f"{job.step:08d}") else job.saved
+    return (
+        f"{problem}; step {job.step} is kept in {folder}: python tools/megatron_to_hf.py {folder} OUT_HF_DIR "
+        "exports it, or this command again"
+    )
 
 
 def _finish(job: Job, code: int, reason: str) -> int:

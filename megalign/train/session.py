@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from megalign.config import JobConfig
 from megalign.convert import HFWriter, ModelConfig, hf_parts
 from megalign.convert.transfer import write_adapter
-from megalign.convert.writer import HFPart, SharedFiles, model_specs
+from megalign.convert.writer import HFPart, Owner, SharedFiles, model_specs
 from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups, make_groups
 from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
@@ -22,7 +21,7 @@ from megalign.engines.scoring import Cutting
 from megalign.models.gpt import choose_layers
 from megalign.models.lora import Lora
 from megalign.runtime.distributed import World
-from megalign.schema import UserError
+from megalign.schema import UserError, reason_of
 
 Result = TypeVar("Result")
 
@@ -57,6 +56,11 @@ def cutting_of(cfg: JobConfig) -> Cutting:
 
 def dtype_of(cfg: JobConfig) -> torch.dtype:
     return torch.bfloat16 if cfg.run.dtype == "bf16" else torch.float32
+
+
+def temperature_of(cfg: JobConfig) -> float:
+    """What divides the logits of every log-prob that is trained on."""
+    return cfg.rollout.temperature if cfg.rollout is not None else 1.0
 
 
 def lora_of(cfg: JobConfig) -> Lora | None:
@@ -103,7 +107,7 @@ def build_engine(
         layers=layers_of(cfg, model, world),
         sequence_parallel=cfg.parallel.sequence,
         recompute=cfg.engine.recompute if trainable else "none",
-        temperature=cfg.rollout.temperature if cfg.rollout is not None else 1.0,
+        temperature=temperature_of(cfg),
         chunk_tokens=None if cfg.engine.chunk_tokens == "auto" else cfg.engine.chunk_tokens,
         tp_invariant=cfg.engine.tp_invariant,
         aux_loss_coefficient=cfg.model.aux_loss_coefficient if trainable else 0.0,
@@ -115,27 +119,57 @@ def build_engine(
     return MegatronEngine(model, groups, options, adamw=adamw, seed=cfg.run.seed)
 
 
-def export(engine: Engine, model: ModelConfig, source: Path, folder: Path, *, lora: Lora | None = None) -> bool:
+class ExportFailed(Exception):
+    """An export came to nothing, on every rank alike; the text is the reason."""
+
+
+def export(
+    engine: Engine, model: ModelConfig, source: Path, folder: Path, *, owner: Owner, lora: Lora | None = None
+) -> bool:
     """Write the live weights as a Hugging Face directory, every rank its part; called on every rank.
 
     `folder` must be on a file system that all ranks see. Adapters are merged; whether they also lie beside in PEFT's
-    format, known to rank 0.
+    format, known to rank 0. Raises ExportFailed on every rank, whichever failed.
     """
-    main, beside = dist.get_rank() == 0, False
+    main = dist.get_rank() == 0
     specs = model_specs(model, engine.dtype)
-    writer = on_every_rank(lambda: HFWriter(folder, source=source, specs=specs, overwrite=True) if main else None)
-    with writer or nullcontext():
-        shared = on_every_rank(lambda: writer.share() if writer is not None else None)
+    writer = _or_fail(
+        lambda: HFWriter(folder, source=source, specs=specs, overwrite=True, owner=owner) if main else None
+    )
+    try:
+        shared = _or_fail(lambda: writer.share() if writer is not None else None)
         written = _write_part(engine, model, next(one for one in gather(shared) if one is not None))
+        return _or_fail(lambda: _close(engine, writer, written, lora))
+    except BaseException:
         if writer is not None:
-            for one in written:
-                writer.received(one)
-            if lora is not None:
-                beside = write_adapter(writer, engine.adapter_tensors(), asdict(lora))
-        else:
-            for _ in engine.adapter_tensors() if lora is not None else ():
-                pass
-    dist.barrier()
+            writer.abandon()
+        raise
+
+
+def _or_fail(read: Callable[[], Result]) -> Result:
+    """`read`'s result, unless any rank's call failed, whatever the reason: then ExportFailed on all."""
+    result, problem = None, None
+    try:
+        result = read()
+    except Exception as error:  # of a disk, a file system, a library that writes files
+        problem = reason_of(error)
+    for found in gather(problem):
+        if found is not None:
+            raise ExportFailed(found)
+    return result  # type: ignore[return-value]
+
+
+def _close(engine: Engine, writer: HFWriter | None, written: list[dict[str, Any]], lora: Lora | None) -> bool:
+    """Add the adapters and publish; ranks other than 0 only take part in gathering."""
+    adapters = engine.adapter_tensors() if lora is not None else iter(())
+    if writer is None:
+        for _ in adapters:
+            pass
+        return False
+    for one in written:
+        writer.received(one)
+    beside = lora is not None and write_adapter(writer, adapters, asdict(lora))
+    writer.close()
     return beside
 
 
@@ -143,12 +177,13 @@ def _write_part(
     engine: Engine, model: ModelConfig, shared: SharedFiles
 ) -> list[dict[str, list[tuple[str, int | None]]]]:
     """Write this rank's part of an export; what each rank wrote. A failure is told on all, after all are through."""
-    part, problem = HFPart(shared), None
+    part = HFPart(shared)
+    problem: Exception | None = None
     for name, full in engine.own_tensors():  # to its end: ranks wait for each other in it
         try:
             for stored, expert, tensor in hf_parts(name, full, model) if problem is None else ():
                 part.add(stored, tensor, expert)
-        except UserError as error:
+        except (UserError, OSError) as error:
             problem = error
 
     def finish() -> dict[str, list[tuple[str, int | None]]]:
@@ -159,4 +194,4 @@ def _write_part(
         finally:
             part.abandon()
 
-    return gather(on_every_rank(finish))
+    return gather(_or_fail(finish))

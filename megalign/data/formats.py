@@ -1,0 +1,246 @@
+"""Recognise records of other programs and rewrite them with the fields of our own formats.
+
+    ShareGPT       {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
+    Alpaca         {"instruction", "input", "output"}: instruction and input are the user's message
+    UltraFeedback  a prompt string beside whole conversations in chosen and rejected, or in messages
+    OpenAI pairs   {"input": {"messages"}, "preferred_output", "non_preferred_output"}
+
+Only what can be read in one way is rewritten; what could mean two things is refused with the line to write instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megalign.data.records import BadRecord, refuse
+from megalign.schema import UserError
+
+SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+ROLES = ("system", "user", "assistant", "tool")
+SIDES = ("chosen", "rejected")
+OURS_ALONE = {"responses", "prompt_ids", "response_ids", "chosen_ids", "rejected_ids"}
+TEXTS = ("prompt", "completion", *SIDES, "messages")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A record with our own fields, the name of the format it came in, and the fields that were left out."""
+
+    record: dict[str, Any]
+    name: str = ""  # empty: it came in one of our own
+    left_out: tuple[str, ...] = ()
+
+    def told(self) -> str:
+        """How the record was read, for a log."""
+        return f"{self.name}{', without ' + ', '.join(self.left_out) if self.left_out else ''}"
+
+    def named(self, error: BadRecord | UserError) -> BadRecord | UserError:
+        """The refusal with the format that the record was read as, whose fields are not those of the message."""
+        if not self.name:
+            return error
+        message = f"{error} (the record was read as {self.name})"
+        if isinstance(error, UserError):
+            return UserError(message)
+        return BadRecord(error.reason, message, field=error.field, kinds=error.kinds)
+
+
+def recognise(record: Mapping[str, Any], *, format: str = "auto") -> Reading:
+    """The record with our own fields; `format`: what `data.format` says it is, which a rewriting must give."""
+    if OURS_ALONE & record.keys():
+        return Reading(dict(record))
+    if format in ("auto", "preference"):
+        _refuse_dialogue_strings(record)
+    for reader, targets in READERS:
+        if format in ("auto", *targets):
+            reading = reader(record)
+            if reading is not None and format in ("auto", _target(reading.record)):
+                return reading
+    return Reading(dict(record))
+
+
+def _target(record: Mapping[str, Any]) -> str:
+    if "messages" in record:
+        return "messages"
+    return "preference" if "chosen" in record else "prompt_completion"
+
+
+def _left_out(record: Mapping[str, Any], *names: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Which of the named fields the record has, and the record without them."""
+    present = tuple(name for name in names if name in record)
+    return present, {name: value for name, value in record.items() if name not in present}
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
+
+
+def _says(value: Any) -> bool:
+    """Whether it is ShareGPT's turns, or one of them."""
+    turns = [value] if isinstance(value, Mapping) else value
+    return _is_chat(turns) and any("from" in turn and "value" in turn for turn in turns)
+
+
+def _sharegpt(record: Mapping[str, Any]) -> Reading | None:
+    """`conversations` (or `conversation`), and turns with from and value under any of our own names."""
+    key = next((name for name in ("conversations", "conversation") if name in record), None)
+    if not any(_says(record.get(name)) for name in TEXTS) and (key is None or not _is_chat(record[key])):
+        return None
+    if key is not None and ("messages" in record or "prompt" in record):
+        return None
+    left_out, rest = _left_out(record, "id")
+    for name in TEXTS:
+        if _says(rest.get(name)):
+            rest[name] = _turns(name, rest[name])
+    if key is not None:
+        turns = _turns(key, rest.pop(key))
+        system = rest.pop("system", None)
+        if system:
+            turns = [{"role": "system", "content": system}, *turns]
+        rest["prompt" if "chosen" in rest and "rejected" in rest else "messages"] = turns
+    return Reading(rest, "ShareGPT", left_out)
+
+
+def _turns(field: str, value: Any) -> list[dict[str, Any]]:
+    turns = []
+    for place, turn in enumerate([value] if isinstance(value, Mapping) else value):
+        if "from" not in turn:
+            turns.append(dict(turn))
+            continue
+        speaker = turn["from"]
+        role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        if role not in ROLES:
+            allowed = (
+                f"{', '.join(sorted({*SPEAKERS, *ROLES}))}; calls of tools are written as messages with tool_calls"
+            )
+            raise refuse(f"{field}[{place}].from", speaker, allowed, reason="messages")
+        rest = {name: inner for name, inner in turn.items() if name not in ("from", "value")}
+        turns.append({"role": role, **({"content": turn["value"]} if "value" in turn else {}), **rest})
+    return turns
+
+
+def _alpaca(record: Mapping[str, Any]) -> Reading | None:
+    """instruction with output, or chosen and rejected; system and history (earlier turns) as LLaMA-Factory has them."""
+    answers = ("output",) if "output" in record else SIDES
+    if "instruction" not in record or any(name not in record for name in answers):
+        return None
+    if {"prompt", "completion", "messages", "responses"} & record.keys():
+        return None
+    left_out, rest = _left_out(record, "id", *(["text"] if _renders(record) else []))
+    asked = [rest.pop("instruction"), rest.pop("input", None) or ""]
+    said = {name: rest.pop(name) for name in answers}
+    for name, text in [("instruction", asked[0]), ("input", asked[1]), *said.items()]:
+        if not isinstance(text, str):
+            raise refuse(name, text, "a string", reason="wrong type")
+        if not text and name != "input":
+            reason = "empty prompt" if name == "instruction" else "empty response"
+            raise refuse(name, text, "a string that is not empty", reason=reason)
+    system, history = rest.pop("system", None), rest.pop("history", None) or []
+    prompt = [{"role": "system", "content": system}] if system else []
+    for place, exchange in enumerate(history):
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            raise refuse(f"history[{place}]", exchange, "[what the user said, the answer]", reason="wrong type")
+        prompt += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), exchange, strict=True)]
+    prompt.append({"role": "user", "content": "\n".join(text for text in asked if text)})
+    ours = {"completion" if name == "output" else name: text for name, text in said.items()}
+    return Reading({"prompt": prompt, **ours, **rest}, "Alpaca", left_out)
+
+
+def _renders(record: Mapping[str, Any]) -> bool:
+    """Whether `text` only repeats the instruction and the output, as in the first published file."""
+    text = record.get("text")
+    parts = (record["instruction"], record.get("output"))
+    return isinstance(text, str) and all(isinstance(part, str) and part in text for part in parts)
+
+
+def _ultrafeedback_pair(record: Mapping[str, Any]) -> Reading | None:
+    """A prompt beside chosen and rejected that begin with it: the prompt is what both begin with."""
+    chosen, rejected, prompt = (record.get(name) for name in (*SIDES, "prompt"))
+    if not (isinstance(chosen, list) and isinstance(rejected, list) and _is_chat(chosen) and _is_chat(rejected)):
+        return None
+    if prompt is None or _says(chosen):
+        return None
+    if isinstance(prompt, list):
+        whole = bool(prompt) and all(side[: len(prompt)] == prompt for side in (chosen, rejected))
+        if not whole or len(prompt) == min(len(chosen), len(rejected)):
+            return None
+        ours = {side: record[side][len(prompt) :] for side in SIDES}
+        return Reading({**record, **ours}, "whole conversations beside their prompt")
+    if not isinstance(prompt, str) or all(side[0].get("role") == "assistant" for side in (chosen, rejected)):
+        return None
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    asked = [turn.get("content") for turn in chosen[:shared] if turn.get("role") == "user"]
+    if prompt not in (asked[:1] + asked[-1:]):
+        allowed = (
+            "a message of the user that chosen and rejected both hold, or no field prompt beside whole conversations"
+        )
+        raise refuse("prompt", prompt, allowed, reason="implicit prompt")
+    repeated = ["messages"] if record.get("messages") == chosen else []
+    rest = {name: value for name, value in record.items() if name != "prompt"}
+    left_out, rest = _left_out(rest, "prompt_id", *repeated, "score_chosen", "score_rejected")
+    return Reading(rest, "UltraFeedback's rows", left_out)
+
+
+def _chat_with_prompt(record: Mapping[str, Any]) -> Reading | None:
+    """messages beside a prompt string that is one of the user's messages."""
+    prompt, messages = record.get("prompt"), record.get("messages")
+    if not isinstance(prompt, str) or not _is_chat(messages) or {"completion", "responses", *SIDES} & record.keys():
+        return None
+    if prompt not in [turn.get("content") for turn in messages or [] if turn.get("role") == "user"]:
+        allowed = "one of the user's messages, or no field prompt beside messages"
+        raise refuse("prompt", prompt, allowed, reason="wrong type")
+    left_out, rest = _left_out({name: value for name, value in record.items() if name != "prompt"}, "prompt_id")
+    return Reading(rest, "messages beside their prompt", left_out)
+
+
+def _openai_pair(record: Mapping[str, Any]) -> Reading | None:
+    """input, preferred_output and non_preferred_output, as preference fine-tuning takes them."""
+    given = record.get("input")
+    if not {"preferred_output", "non_preferred_output"} <= record.keys() or not isinstance(given, Mapping):
+        return None
+    rest = {name: value for name, value in record.items() if name != "input"}
+    pair = {"chosen": rest.pop("preferred_output"), "rejected": rest.pop("non_preferred_output")}
+    inner = {("prompt" if name == "messages" else name): value for name, value in given.items()}
+    left_out, inner = _left_out(inner, "parallel_tool_calls")
+    if not inner.get("tools", True):
+        del inner["tools"]
+    return Reading({**inner, **pair, **rest}, "OpenAI pairs", tuple(f"input.{name}" for name in left_out))
+
+
+def _refuse_dialogue_strings(record: Mapping[str, Any]) -> None:
+    """HH-RLHF: two dialogues as strings can be trained on as they are or as messages; the record has to say which."""
+    sides = [record.get(side) for side in SIDES]
+    if {"prompt", "prompt_ids"} & record.keys() or not all(isinstance(side, str) for side in sides):
+        return
+    if all(re.search(r"(^|\n)Human: ", str(side)) and "\nAssistant:" in str(side) for side in sides):
+        raise BadRecord(
+            "missing field",
+            "field prompt is missing, and chosen and rejected are whole dialogues as strings; must be "
+            r'{"prompt": what both say up to and with the last "\n\nAssistant:", "chosen": the rest, '
+            '"rejected": the rest}, '
+            'or chosen and rejected as lists of messages {"role": "user" or "assistant", "content": ...}',
+            kinds={"dialogue strings"},
+        )
+
+
+# Who reads what, and the formats that come of it; the first that recognises the record reads it.
+READERS: tuple[tuple[Callable[[Mapping[str, Any]], Reading | None], tuple[str, ...]], ...] = (
+    (_openai_pair, ("preference",)),
+    (_ultrafeedback_pair, ("preference",)),
+    (_alpaca, ("prompt_completion", "preference")),
+    (_sharegpt, ("messages", "prompt_completion", "preference")),
+    (_chat_with_prompt, ("messages",)),
+)

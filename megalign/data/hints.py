@@ -1,0 +1,47 @@
+"""Tell what to write instead of fields that other programs use: the end of a line about fields that are not known."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+SAMPLES = '{"prompt": ..., "responses": [{"text": ..., "reward": ...}, ...]}'
+PAIR = '{"prompt": ..., "chosen": ..., "rejected": ...}'
+SINGLE = '{"prompt": ..., "completion": ...}'
+# Fields that are all there: what to write. The first that fits is told.
+SENTENCES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("completions", "labels"), f"several answers to a prompt are written {SAMPLES}"),
+    (("completions",), f"several answers to a prompt are written {SAMPLES}"),
+    (("responses", "rewards"), f"rewards stand with their answers: {SAMPLES}"),
+    (("responses", "scores"), f"rewards stand with their answers: {SAMPLES}"),
+    (("completion", "label"), f"labels become rewards of one prompt's answers, {SAMPLES}, or pairs, {PAIR}"),
+    (("response_a", "response_b"), f"the better and the worse answer are written {PAIR}"),
+    (("response_0", "response_1"), f"the better and the worse answer are written {PAIR}"),
+    (("response_j", "response_k"), f"the better and the worse answer are written {PAIR}"),
+    (("input_ids",), 'tokens are written {"prompt_ids": [...], "response_ids": [...]}'),
+    (("text",), f"a text is divided into what is given and what is trained on: {SINGLE}"),
+    (("data",), "the records under data are written one a line, or as a list"),
+)
+ALIASES: dict[str, tuple[str, ...]] = {
+    "prompt": ("question", "query", "instruction", "input", "problem", "inputs", "source"),
+    "completion": ("answer", "response", "output", "solution", "target", "outputs", "generation"),
+    "chosen": ("preferred", "preferred_output", "accepted", "winner", "chosen_response", "positive"),
+    "rejected": ("dispreferred", "non_preferred_output", "loser", "rejected_response", "negative"),
+    "messages": ("conversations", "conversation", "dialog", "dialogue", "chat", "turns"),
+}
+
+
+def advice(record: Mapping[str, Any], *, missing: Collection[str], unknown: Collection[str]) -> str:
+    """The end of the line: "; ..." that says what to rename or write, or nothing where that cannot be told.
+
+    missing: fields that the record lacks, in the order they are needed; unknown: those of it that nobody knows.
+    """
+    for fields, sentence in SENTENCES:
+        if all(field in record for field in fields) and set(fields) & set(unknown):
+            return f"; {sentence}"
+    renamed = []
+    for name in missing:
+        alias = next((alias for alias in ALIASES.get(name, ()) if alias in unknown), None)
+        if alias is not None:
+            renamed.append(f"{alias} to {name}")
+    return f"; rename {' and '.join(renamed)}" if renamed else ""

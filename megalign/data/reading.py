@@ -1,0 +1,227 @@
+"""Read raw records: JSON lines, lists in JSON, CSV, Parquet (each gz, bz2 or xz too) and `datasets` directories.
+
+The first bytes of a file decide what it is, not its name; CSV alone has no mark and goes by its suffix.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megalign.data.records import BadRecord
+from megalign.schema import UserError, reason_of
+
+ALLOWED = (
+    "must be a file of JSON lines, a list of objects in JSON, CSV or Parquet (each may be gz, bz2 or xz), "
+    "or a directory written by datasets' save_to_disk"
+)
+HEAD = 512  # bytes read to see what a file is
+BOM = b"\xef\xbb\xbf"
+OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+# Beginning of a file that is not records: what it is, and what to do about it.
+FOREIGN: dict[bytes, str] = {
+    b"version https://git-lfs": "a Git LFS pointer, not the data; fetch it with `git lfs pull`",
+    b"(\xb5/\xfd": "compressed with zstd; decompress it with `zstd -d`",
+    b"\x04\x22\x4d\x18": "compressed with lz4; decompress it with `lz4 -d`",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"ARROW1": "an Arrow file; give the directory that save_to_disk wrote, or Parquet",
+    b"\xff\xff\xff\xff": "an Arrow file; give the directory that save_to_disk wrote, or Parquet",
+    b"\xff\xfe": "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
+    b"\xfe\xff": "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
+    b"SQLite format 3": "an SQLite database; write its rows as JSON lines",
+    b"<!doctype html": "an HTML page, not data; download the file itself",
+    b"<html": "an HTML page, not data; download the file itself",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """A line of a file or a row of a table, not yet looked at. `origin` is `path:line`, `path:row` or `path[index]`."""
+
+    origin: str
+    content: Any  # bytes of a line, or what a row or an element of a list holds
+
+    def fields(self) -> dict[str, Any]:
+        """The record as a dict; a line that is not a JSON object is a bad record."""
+        if isinstance(self.content, Mapping):
+            return dict(self.content)
+        noun, value = "element", self.content
+        if isinstance(self.content, bytes):
+            noun = "line"
+            try:
+                value = json.loads(self.content.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                message = f"the line is not valid JSON ({error}); allowed: one object a line"
+                raise BadRecord("invalid JSON", message, kinds={"invalid JSON"}) from None
+        if not isinstance(value, dict):
+            message = f"the {noun} is a {type(value).__name__}; allowed: one object a line, or a list of objects"
+            raise BadRecord("invalid JSON", message, kinds={"not an object"})
+        return value
+
+
+def read_raw(path: str, *, field: str = "data.path") -> Iterator[RawRecord]:
+    """Records of a file (lines count from 1; blank lines are none) or of a directory or table (rows from 0)."""
+    place = Path(path)
+    if not place.exists():
+        hub = ""
+        if re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+", path) and not place.suffix.startswith(".json"):
+            hub = "; a data set of the Hub is saved first with datasets.load_dataset(...).save_to_disk(DIR)"
+        raise UserError(f"{field} is {path!r}: no such file or directory; {ALLOWED}{hub}")
+    try:
+        yield from _read_directory(place, field=field) if place.is_dir() else _read_file(path, field=field)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or reason_of(error)
+        raise UserError(f"{field} is {path!r}: {reason}; {ALLOWED}") from None
+
+
+def foreign_kind(head: bytes) -> str | None:
+    """What a file that begins with `head` is, if it holds no records: such as a Git LFS pointer or an archive."""
+    start = head.lstrip()[:20].lower()
+    for mark, kind in FOREIGN.items():
+        if head.startswith(mark) or (mark.startswith(b"<") and start.startswith(mark)):
+            return kind
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it"
+    return "a binary file of another kind" if b"\x00" in head else None
+
+
+def _read_file(path: str, *, field: str) -> Iterator[RawRecord]:
+    with open(path, "rb") as file:
+        mark = file.peek(HEAD)[:HEAD]
+    opener = next((opener for magic, opener in OPENERS.items() if mark.startswith(magic)), open)
+    with opener(path, "rb") as stream:
+        head = stream.peek(HEAD)[:HEAD]
+        if head.startswith(b"PAR1"):
+            yield from _parquet_rows(path, io.BytesIO(stream.read()) if opener is not open else stream, field=field)
+            return
+        if kind := foreign_kind(head):
+            raise UserError(f"{field} is {path!r}, which is {kind}; {ALLOWED}")
+        suffixes = {suffix.lower() for suffix in Path(path).suffixes[-2:]}
+        if suffixes & {".csv", ".tsv"}:
+            yield from _csv_rows(path, stream, field=field, delimiter="\t" if ".tsv" in suffixes else ",")
+        elif head.removeprefix(BOM).lstrip().startswith(b"["):
+            yield from _list_or_lines(path, stream, field=field)
+        else:
+            yield from _lines(path, stream, field=field)
+
+
+def _lines(path: str, stream: IO[bytes], *, field: str) -> Iterator[RawRecord]:
+    first = stream.readline()
+    if first.removeprefix(BOM).strip() and _parsed(first) is None:
+        rest = stream.read()
+        whole = _parsed(first + rest)
+        if isinstance(whole, dict):
+            lists = [repr(key) for key, value in whole.items() if isinstance(value, list)]
+            alone = f" (such as the one under {' or '.join(lists[:3])} alone)" if lists else ""
+            raise UserError(
+                f"{field} is {path!r}, which is one JSON object over several lines; "
+                f"must be one object a line, or a list of objects{alone}"
+            )
+        stream = io.BytesIO(rest)
+    for number, line in enumerate(itertools.chain([first], stream), start=1):
+        text = line.removeprefix(BOM) if number == 1 else line
+        if text.strip():
+            yield RawRecord(f"{path}:{number}", text)
+
+
+def _list_or_lines(path: str, stream: IO[bytes], *, field: str) -> Iterator[RawRecord]:
+    """Records of a file that is one list in JSON; where its first line is a list of other things, its lines."""
+    data = stream.read()
+    try:
+        rows = json.loads(data.removeprefix(BOM).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        if _parsed(data.lstrip(BOM + b"\r\n\t ").partition(b"\n")[0]) is None:
+            raise UserError(f"{field} is {path!r}, a list in JSON that is not valid ({error}); {ALLOWED}") from None
+        rows = None
+    if isinstance(rows, list) and (not rows or isinstance(rows[0], dict)):
+        for index, row in enumerate(rows):
+            yield RawRecord(f"{path}[{index}]", row)
+    else:
+        yield from _lines(path, io.BytesIO(data), field=field)
+
+
+def _parsed(text: bytes) -> Any:
+    """The JSON value of `text`; None where it is none."""
+    try:
+        return json.loads(text.removeprefix(BOM).decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _csv_rows(path: str, stream: IO[bytes], *, field: str, delimiter: str) -> Iterator[RawRecord]:
+    rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                names = len(rows.fieldnames or [])
+                raise UserError(f"{path}:{rows.line_num}: the row has not as many cells as the header; must be {names}")
+            yield RawRecord(f"{path}:{rows.line_num}", row)
+    except (csv.Error, UnicodeDecodeError) as error:
+        where = f"{path}:{rows.line_num}"
+        raise UserError(
+            f"{field}: {where}: the row is not valid CSV in UTF-8 ({reason_of(error)}); {ALLOWED}"
+        ) from None
+
+
+def _parquet_rows(path: str, source: IO[bytes], *, field: str) -> Iterator[RawRecord]:
+    import pyarrow  # heavy, and needed for Parquet alone
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
+            for row in batch.to_pylist():
+                yield RawRecord(f"{path}:{number}", _without_nulls(row))
+                number += 1
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{field} is {path!r}: the Parquet file cannot be read ({reason_of(error)})") from None
+
+
+def _read_directory(place: Path, *, field: str) -> Iterator[RawRecord]:
+    import datasets  # heavy, and needed for directories alone
+
+    path = str(place)
+    for file in sorted(place.glob("*.arrow")):
+        with open(file, "rb") as stream:
+            kind = foreign_kind(stream.read(HEAD))
+        if kind and "LFS" in kind:
+            raise UserError(f"{field} is {path!r}: {file.name} is {kind}")
+    try:
+        rows = datasets.load_from_disk(path)
+    except (OSError, ValueError) as error:
+        inside = sorted(str(file.relative_to(place)) for file in place.rglob("*") if _looks_like_data(file))
+        files = (
+            f"; it holds {', '.join(inside[:4])}{', ...' if inside[4:] else ''}: give one of them, or several as "
+            + ("data.sources" if inside else "")
+        )
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{field} is {path!r}: {reason}; {ALLOWED}{files if inside else ''}") from None
+    if isinstance(rows, datasets.DatasetDict):
+        raise UserError(f"{field} is {path!r}, which holds splits; allowed: one of its folders {sorted(rows)}")
+    for number, row in enumerate(rows.with_format(None)):
+        yield RawRecord(f"{path}:{number}", _without_nulls(row))
+
+
+def _looks_like_data(file: Path) -> bool:
+    return (
+        bool({".json", ".jsonl", ".parquet", ".csv", ".tsv"} & set(file.suffixes)) and file.name != "dataset_info.json"
+    )
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every row every field; null is its way to say that the record has none."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,120 @@
+"""Files are read by what they hold, whatever their name; what holds no records is refused in a line that says why."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megalign.data.reading import read_raw
+from megalign.schema import UserError
+
+ROWS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": 'a, "b"\nc', "completion": "d"}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+ARRAY = json.dumps(ROWS, indent=2).encode()
+CSV = b'prompt,completion\n1+1=,2\n"a, ""b""\nc",d\n'
+
+
+def parquet(rows=ROWS):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def read(path):
+    raws = list(read_raw(str(path)))
+    return [raw.origin.removeprefix(str(path)) for raw in raws], [raw.fields() for raw in raws]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "origins"),
+    [
+        ("a.jsonl", LINES, [":1", ":2"]),
+        ("a.jsonl", b"\xef\xbb\xbf\n" + LINES, [":2", ":3"]),
+        ("a.jsonl", gzip.compress(LINES), [":1", ":2"]),
+        ("a.jsonl.gz", gzip.compress(LINES), [":1", ":2"]),
+        ("a.jsonl", bz2.compress(LINES), [":1", ":2"]),
+        ("a.json.xz", lzma.compress(ARRAY), ["[0]", "[1]"]),
+        ("a.jsonl", parquet(), [":0", ":1"]),
+        ("a.parquet", parquet(), [":0", ":1"]),
+        ("a.jsonl", gzip.compress(parquet()), [":0", ":1"]),
+        ("a.json", ARRAY, ["[0]", "[1]"]),
+        ("a.jsonl", b"\xef\xbb\xbf  \n" + ARRAY, ["[0]", "[1]"]),
+        ("a", json.dumps(ROWS).encode(), ["[0]", "[1]"]),
+        ("a.csv", CSV, [":2", ":4"]),
+        ("a.csv.gz", gzip.compress(CSV), [":2", ":4"]),
+        ("a.tsv", b'prompt\tcompletion\n1+1=\t2\n"a, ""b""\nc"\td\n', [":2", ":4"]),
+    ],
+)
+def test_a_file_is_read_by_its_content(name, content, origins, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path / name) == (origins, ROWS)
+
+
+def test_rows_of_parquet_lack_what_is_null(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "a", "name": None}, {"role": "tool", "content": "b", "name": "c"}]}
+    ]
+    (tmp_path / "a").write_bytes(parquet(rows + [{"messages": None}]))
+    first, second = read(tmp_path / "a")[1]
+    assert first == {"messages": [{"role": "user", "content": "a"}, rows[0]["messages"][1]]} and second == {}
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("a.jsonl", POINTER, ["a Git LFS pointer, not the data", "git lfs pull"]),
+        ("a.parquet", POINTER, ["a Git LFS pointer"]),
+        ("a.jsonl", gzip.compress(LINES)[:-20], ["ended before", "must be"]),
+        ("a.jsonl", b"\x1f\x8b\x08nonsense that is no stream", ["must be a file of JSON lines"]),
+        ("a.jsonl", parquet()[:-30], ["Parquet file cannot be read"]),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd rest", ["zstd -d"]),
+        ("a.jsonl", b"PK\x03\x04 rest", ["a zip archive"]),
+        ("a.jsonl", b"ARROW1\x00\x00", ["an Arrow file", "save_to_disk"]),
+        ("a.jsonl", LINES.decode().encode("utf-16"), ["UTF-16", "iconv"]),
+        ("a.jsonl", b"<!DOCTYPE html>\n<html>", ["an HTML page"]),
+        ("a.jsonl", b"\x89PNG\x00\x01", ["a binary file"]),
+        ("a.json", json.dumps({"version": 1, "data": ROWS}, indent=1).encode(), ["over several lines", "under 'data'"]),
+        ("a.json", ARRAY[:-5], ["a list in JSON that is not valid"]),
+        ("a.csv", b"prompt,completion\n1,2,3\n", [":2: the row has not as many cells", "must be 2"]),
+        ("a.csv", b"prompt,completion\n1\n", [":2: the row has not as many cells"]),
+        ("a.csv", b"prompt,completion\n\xe9,b\n", ["not valid CSV in UTF-8"]),
+        ("a.csv", b'prompt,completion\n"1,2\n', ["not valid CSV"]),
+    ],
+)
+def test_what_holds_no_records_is_told_in_a_line(name, content, parts, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert "data.path" in str(error.value) or str(error.value).startswith(f"{path}:2: ")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_archives_inside_gzip_are_told_too(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b"name".ljust(257, b"\x00") + b"ustar\x00"))
+    with pytest.raises(UserError, match="a tar archive; unpack it"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_a_directory_of_other_files_names_them(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000-of-00001.parquet").write_bytes(parquet())
+    with pytest.raises(UserError, match="it holds data/train-00000-of-00001.parquet: give one of them, or several as"):
+        read(tmp_path)
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(POINTER)
+    with pytest.raises(UserError, match="data-00000-of-00001.arrow is a Git LFS pointer"):
+        read(tmp_path)
+
+
+def test_a_name_of_the_hub_says_how_to_save_it():
+    with pytest.raises(UserError, match="data.path is 'org/name': no such file.*save_to_disk.DIR"):
+        read("org/name")
