@@ -26,13 +26,22 @@ handover=$(mktemp -d)
 trap 'rm -rf "$handover"' EXIT
 export MEGALIGN_RESULT_FILE=$handover/code
 
+result() { # the code that was handed over; else the process's own, which must be a failure
+    if [[ -s $MEGALIGN_RESULT_FILE ]]; then
+        code=$(<"$MEGALIGN_RESULT_FILE")
+    else
+        local ended="exit code $code"
+        [[ $code -le 128 ]] || ended="signal $((code - 128))"
+        echo "launch: $1 ended early, by $ended; a module that the job loads may have done it" >&2
+        [[ $code -ne 0 ]] || code=1
+    fi
+}
+
 code=0
 "$python" -m megalign.preflight --ranks "$ranks" "$@" >&2 || code=$?
-[[ ! -s $MEGALIGN_RESULT_FILE ]] || code=$(<"$MEGALIGN_RESULT_FILE")
-if [[ $code -ne 0 ]]; then
-    [[ $code -lt 128 ]] || echo "launch: the checks were ended by signal $((code - 128))" >&2
-    exit "$code"
-fi
+result "the checks"
+[[ $code -eq 0 ]] || exit "$code"
+rm "$MEGALIGN_RESULT_FILE"
 
 # In the background, so that a signal reaches torchrun at once and its exit code is still waited for.
 "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" --max-restarts 0 \
@@ -47,10 +56,5 @@ while [[ -n $signalled ]]; do # a trapped signal ends `wait` early, with a code 
     code=0
     wait "$job" || code=$?
 done
-if [[ -s $MEGALIGN_RESULT_FILE ]]; then
-    code=$(<"$MEGALIGN_RESULT_FILE")
-elif [[ $code -eq 0 ]]; then
-    echo "launch: the ranks ended without finishing the job; a module that it loads may have ended them" >&2
-    code=1
-fi
+result "the ranks"
 exit "$code"

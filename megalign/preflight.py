@@ -10,15 +10,15 @@ import argparse
 from megalign.config import load_config
 from megalign.config_file import hinted_run_dir
 from megalign.runtime.command_line import Parser
-from megalign.runtime.status import DONE, guarded, leave
+from megalign.runtime.quiet import quiet_libraries
+from megalign.runtime.status import DONE, guarded, leave, write_result
 from megalign.schema import UserError
-from megalign.train.check import check
-from megalign.train.outputs import check_outputs
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 2 and one line where the job would refuse its input."""
-    parser = Parser(prog="python -m megalign.preflight", allow_abbrev=False)
+    quiet_libraries()
+    parser = Parser(usage="launch/torchrun.sh NPROC CONFIG.yaml [key.sub=value ...]", allow_abbrev=False)
     parser.add_argument("--ranks", type=int, required=True, help="processes the job will have")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -27,7 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
     def run() -> int:
         parser.parse_args(arguments, args)
         cfg = load_config(args.config, args.overrides)
+        # Imported here: it takes seconds, and a configuration that is wrong should not wait for them.
+        from megalign.train.check import check
+        from megalign.train.outputs import check_outputs, job_date, with_date
+
         try:
+            cfg = with_date(cfg, job_date(cfg))
             check_outputs(cfg, check(cfg, args.ranks))
         except SystemExit as error:  # of a module that the checks import
             raise UserError(
@@ -39,4 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    code = main()
+    write_result(code, replace=True)  # without it, the launcher knows that the checks did not come to their end
+    leave(code)

@@ -10,7 +10,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_jobs import VOCAB_SIZE, on_two_ranks, records, status, train, write_config, write_lines, write_model
+from tiny_jobs import (
+    TEMPLATE,
+    VOCAB_SIZE,
+    on_two_ranks,
+    records,
+    status,
+    train,
+    write_config,
+    write_lines,
+    write_model,
+    write_tokenizer,
+)
 
 PROMPT = {"prompt_ids": [5, 6]}
 SIDES = ("chosen", "rejected")
@@ -39,6 +50,12 @@ def shared(tmp_path_factory):
     (folder / "no_config" / "config.json").unlink()
     shutil.copytree(folder / "speaks", folder / "bad_tokenizer")
     (folder / "bad_tokenizer" / "tokenizer.json").write_text("{")
+    write_model(folder / "narrow", vocab_size=40, tokenizer=True)
+    write_model(folder / "few", vocab_size=3, tokenizer=True)
+    asks = TEMPLATE.replace("'<'", "'?<'").replace("%}<assistant>", "%}?<assistant>")  # each turn begins with a "?"
+    write_tokenizer(write_model(folder / "asks", vocab_size=44), template=asks)
+    shutil.copytree(folder / "speaks", folder / "endless")
+    (folder / "endless" / "generation_config.json").write_text('{"eos_token_id": [0, 200]}')
     (folder / "empty").mkdir()
     write_lines(folder / "data.jsonl", records("samples"))
     write_lines(folder / "singles.jsonl", records("singles"))
@@ -184,6 +201,23 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     "rounds without tokenizer": (ROUNDS, ["model.path={shared}/model"], None, ["tokenizer", "rounds need one"]),
     "steps beside rounds": (ROUNDS, ["run.steps=3"], None, ["run.steps is 3", "rollout"]),
     "updates do not divide": (ROUNDS, ["rollout.updates_per_round=3"], None, ["rollout.updates_per_round is 3"]),
+    # tokens that the tokenizer or a setting has and the model lacks
+    "text beyond the vocabulary": (
+        SFT, ["model.path={shared}/narrow"], [{"prompt": "1+1=", "completion": "2?"}],
+        ["data.jsonl:1", "completion becomes token id 44, the tokenizer's '?'", "below the model's 40"],
+    ),
+    "template beyond the vocabulary": (
+        SFT, ["model.path={shared}/asks"],
+        [{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}],
+        ["data.jsonl:1", "becomes token id 44, the tokenizer's '?'", "below the model's 44"],
+    ),
+    "prompt beyond the vocabulary": (
+        ROUNDS, ["model.path={shared}/few"], None, ["prompts.jsonl:1", "field prompt becomes token id", "below"],
+    ),
+    "end beyond the vocabulary": (
+        ROUNDS, ["model.path={shared}/endless", "rollout.reward=tiny_jobs:digits"], None,
+        ["generation_config.json: eos_token_id is [0, 200]", "below 53"],
+    ),
 }  # fmt: skip
 
 

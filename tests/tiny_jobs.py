@@ -238,13 +238,19 @@ def status(run_dir: Path) -> dict[str, Any]:
 
 CLOCKS = (
     "seconds", "tokens_per_second", "peak_memory_gb", "rollout_seconds", "round_seconds", "sampling_seconds",
-    "scoring_seconds", "round_tokens_per_second",
+    "scoring_seconds", "round_tokens_per_second", "eval_seconds", "time",
 )  # fmt: skip
 
 
 def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What must be the same whenever the same steps are taken: everything but clocks and memory."""
     return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
+
+
+def training_numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The numbers of the steps alone, whatever was evaluated beside them."""
+    steps = [line for line in lines if line["step"]]
+    return numbers([{key: value for key, value in line.items() if not key.startswith("eval_")} for line in steps])
 
 
 def hf_logps(folder: Path, prompt_ids: list[int], response_ids: list[int], *, temperature: float = 1.0) -> torch.Tensor:

@@ -3,8 +3,8 @@
     python tools/verify_checkpoint.py A B
 
 A run directory stands for its newest checkpoint. A Megatron checkpoint is compared under the Hugging Face names of its
-weights, its adapters merged. Prints a table of what differs and a summary. Exit code: 0 if every tensor is equal bit by bit, 1 if not, 2 for wrong input, 75
-stopped by a signal.
+weights, its adapters merged. Prints a table of what differs and a summary. Exit code: 0 if every tensor is equal bit by
+bit, 1 if not, 2 for wrong input, 75 stopped by a signal.
 """
 
 from __future__ import annotations

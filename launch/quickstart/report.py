@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from megalign.rollout.prompts import plain_text
 from megalign.rollout.rewards import choose_reward
-from megalign.rollout.rounds import end_ids, pad_id
+from megalign.rollout.rounds import end_ids
 from megalign.rollout.sample import sample
 
 MODELS = {  # key in summary.json: (folder, what was done)
@@ -45,6 +45,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def answer(hf_dir: Path, problems: Sequence[dict[str, Any]]) -> list[str]:
     """The model's greedy answers."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(hf_dir), AutoTokenizer.from_pretrained(hf_dir)
+    ends = end_ids(model, tokenizer)
     groups = sample(
         model,
         [tuple(tokenizer(problem["prompt"], add_special_tokens=False)["input_ids"]) for problem in problems],
@@ -52,8 +53,8 @@ def answer(hf_dir: Path, problems: Sequence[dict[str, Any]]) -> list[str]:
         k=1,
         temperature=0,
         max_new_tokens=LONGEST_ANSWER,
-        eos_ids=end_ids(model, tokenizer),
-        pad_id=pad_id(tokenizer),
+        eos_ids=ends,
+        pad_id=ends[0],
     )
     return [plain_text(tokenizer, group[0].ids) for group in groups]
 
@@ -88,13 +89,15 @@ def draw(folder: Path, accuracies: dict[str, float]) -> None:
     figure, (rewards, losses, bars) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     steps = {name: read_lines(folder / part / "metrics.jsonl") for name, (part, _) in MODELS.items()}
     lines = steps["gvpo"]
-    rewards.plot([line["step"] for line in lines], [line["reward_mean"] for line in lines], label="samples")
+    sampled = [line for line in lines if "reward_mean" in line]  # step 0 is an evaluation alone
+    rewards.plot([line["step"] for line in sampled], [line["reward_mean"] for line in sampled], label="samples")
     held_out = [line for line in lines if "eval_reward" in line]
     rewards.plot(
         [line["step"] for line in held_out], [line["eval_reward"] for line in held_out], label="held out, greedy"
     )
     rewards.set(title="GVPO: mean reward", xlabel="step", ylim=(0, 1))
-    for name, lines in steps.items():
+    for name, every in steps.items():
+        lines = [line for line in every if "loss" in line]
         losses.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=name, linewidth=1)
     losses.set(title="loss, each its own", xlabel="step", yscale="log")
     bars.bar(list(accuracies), list(accuracies.values()))

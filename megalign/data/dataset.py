@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from megalign.data.chat import template_words
 from megalign.data.config import DataConfig, Source
 from megalign.data.formats import Reading, recognise
 from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
+from megalign.data.messages import check_context
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
 from megalign.data.reading import RawRecord, read_raw
@@ -160,9 +162,10 @@ def load_prompts(
         try:
             record = raw.fields()
             check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
+            check_context(record)
             name = "prompt_ids" if "prompt_ids" in record else "prompt"
             group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
-            _check_tokens(group, [name], max_length=max_length, vocab_size=vocab_size)
+            _check_tokens(group, [name], tokenizer, max_length=max_length, vocab_size=vocab_size)
             check(record)
         except BadRecord as bad:
             report.reject(raw.origin, bad, on_bad_record=on_bad_record)
@@ -195,6 +198,7 @@ class _Loader:
         self.cfg, self.tokenizer, self.pairing = cfg, tokenizer, pairing
         self.old_temperature = old_temperature
         self.options = cfg.text_options
+        self.template_words = template_words(getattr(tokenizer, "chat_template", None))
         self.seed, self.vocab_size = seed, vocab_size
         self.report = Report()
         self.groups: list[Group] = []
@@ -229,7 +233,8 @@ class _Loader:
             pool = WeakPool(self.groups, self.pairing, seed=self.seed, max_length=self.cfg.max_length)
             kept = [index for index in kept if self._has_negatives(index, pool)]
         if not kept:
-            raise UserError(f"no record is usable; the first problem: {self.report.first_problem()}")
+            problem = f"{self.report.first_problem()}; {self.report.line()}"
+            raise UserError(f"no record is usable; the first problem: {problem}")
         groups = [self.groups[index] for index in kept]
         spans = [
             Span(sum(first <= group.record < first + count for group in groups), weight)
@@ -265,7 +270,12 @@ class _Loader:
         """The record with our own fields, and its format, or `BadRecord` with everything that is wrong with it."""
         reading = recognise(raw.fields(), format=self.cfg.format)
         try:
-            name = check_record(reading.record, format=self.cfg.format, extra_fields=self.cfg.extra_fields)
+            name = check_record(
+                reading.record,
+                format=self.cfg.format,
+                extra_fields=self.cfg.extra_fields,
+                template_words=self.template_words,
+            )
         except BadRecord as bad:
             raise reading.named(bad) from None
         return reading, name
@@ -294,7 +304,8 @@ class _Loader:
             weak=tuple((first + pinned, place) for pinned, place in record.get("weak", [])),
             raw=record,
         )
-        _check_tokens(group, token_fields(record, name), max_length=cfg.max_length, vocab_size=self.vocab_size)
+        fields = token_fields(record, name)
+        _check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
         check_pairing(group, self.pairing, format=name)
         self._check_temperature(group)
         return group
@@ -330,15 +341,28 @@ class _Loader:
         return True
 
 
-def _check_tokens(group: Group, fields: Sequence[str], *, max_length: int, vocab_size: int) -> None:
+def _check_tokens(
+    group: Group,
+    fields: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    vocab_size: int,
+) -> None:
     """Refuse an empty prompt, ids outside the vocabulary, and what is too long. `fields`: prompt, responses."""
     if not group.prompt_ids:
         message = f"field {fields[0]} has no tokens; allowed: at least one, or the first response token has no score"
         raise BadRecord("empty prompt", message)
     texts = [group.prompt_ids, *(response.ids for response in group.responses)]
     for name, ids in zip(fields, texts, strict=True):
-        if max(ids) >= vocab_size:
-            raise refuse(name, max(ids), f"token ids below the model's {vocab_size}", reason="token ids")
+        highest, allowed = max(ids), f"token ids below the model's {vocab_size}"
+        if highest < vocab_size:
+            continue
+        if tokenizer is None or name.endswith("_ids"):
+            raise refuse(name, highest, allowed, reason="token ids")
+        token = tokenizer.convert_ids_to_tokens(highest)
+        message = f"field {name} becomes token id {highest}, the tokenizer's {token!r}; allowed: {allowed}"
+        raise BadRecord("token ids", message, field=name)
     for name, ids in zip(fields[1:] or fields, texts[1:] or [()], strict=True):
         length = len(group.prompt_ids) + len(ids)
         if length > max_length:

@@ -173,6 +173,9 @@ class MegatronEngine:
             self._wrapped,
             use_gloo_process_groups=self.options.device.type == "cuda",
         )
+        # Where adapters are on experts alone Megatron keeps a stand-in for all else, which it cannot save.
+        parts = self.optimizer.chained_optimizers
+        self.optimizer.chained_optimizers = [part for part in parts if not part.is_stub_optimizer]
         cpu_shims.install()
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()

@@ -22,6 +22,7 @@ from megalign.convert.megatron_source import HF_FILES
 from megalign.convert.rules import find_rule
 from megalign.convert.torch_dist import TorchDistReader, read_index
 from megalign.convert.writer import changed, config_changes
+from megalign.engines.optimizer_state import fill_optimizers, load_optimizer
 from megalign.models.lora import Lora
 from megalign.schema import UserError
 
@@ -319,28 +320,11 @@ def load(engine: MegatronEngine, folder: Path) -> dict[str, Any]:
     if with_optimizer:
         parts = engine.optimizer.chained_optimizers  # Megatron saves one alone as it is, several by number
         for place, part in enumerate(parts):
-            _load_optimizer(part, state["optimizer"] if len(parts) == 1 else state["optimizer"][place])
+            load_optimizer(part, state["optimizer"] if len(parts) == 1 else state["optimizer"][place])
     elif engine.optimizer is not None:
         engine.optimizer.reload_model_params()
     extra: dict[str, Any] = state.get("extra", {})
     return extra
-
-
-def _load_optimizer(part: Any, state: dict[str, Any]) -> None:
-    """Load the distributed optimizer; torch's AdamW counts steps by parameter, which Megatron's own load misses."""
-    parameter_state = state.pop("param_state")
-    groups = part.optimizer.param_groups
-    kept = [{key: group[key] for key in ("weight_decay", "betas", "eps") if key in group} for group in groups]
-    part.load_state_dict(state)
-    entries = list(part.optimizer.state.values())
-    steps = [entry.pop("step", None) for entry in entries]
-    part.load_parameter_state_from_fully_reshardable(parameter_state)
-    for entry, step in zip(entries, steps, strict=True):
-        if step is not None:
-            # One tensor each: torch counts them up in place, and a shared one would be counted up for every parameter.
-            entry["step"] = torch.tensor(float(step))
-    for group, settings in zip(part.optimizer.param_groups, kept, strict=True):
-        group.update(settings)  # this run's configuration, not the saved one's
 
 
 def _sharded_state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
@@ -349,5 +333,6 @@ def _sharded_state(engine: MegatronEngine, *, loading: bool, with_optimizer: boo
         f"model{place}": chunk.sharded_state_dict(metadata=metadata) for place, chunk in enumerate(engine.chunks)
     }
     if engine.optimizer is not None and with_optimizer:
+        fill_optimizers(engine.optimizer, most=engine.max_over_job)
         state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
     return state

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from megalign.schema import UserError, reason_of
 
 Result = TypeVar("Result")
 NAME_S = 5.0  # for a name server that has no answer yet
+LAST_WORD_S = 2.0  # that rank 0, whose store it is, stays for the others to read why the job ends
 
 
 class MeetingError(Exception):
@@ -105,24 +106,76 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     address, port = _meeting_point(size)
     under_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = rank == 0 and not under_agent
+    until = time.monotonic() + timeout.total_seconds()
+    where = f"{timeout.total_seconds():g} s (watchdog.timeout_s) at MASTER_ADDR {address}, MASTER_PORT {port}"
     if serves:
         _check_port(port)
-    else:
-        _await_server(address, port, f"rank {rank} of {size}", timeout)
     try:
-        tcp = dist.TCPStore(address, port, size, is_master=serves, timeout=timeout)
-    except RuntimeError as error:
-        came = re.search(r"(\d+)/\d+ clients joined", str(error))
-        what = f"{came[1]} of the {size} ranks came" if came else reason_of(error)
-        raise MeetingError(
-            f"rank {rank} of {size}: waited {timeout.total_seconds():g} s (watchdog.timeout_s) at MASTER_ADDR "
-            f"{address}, MASTER_PORT {port}: {what}; all must be started, with the same MASTER_ADDR, MASTER_PORT and "
-            "WORLD_SIZE"
-        ) from None
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
-    if not under_agent and store.add(f"rank {rank}", 1) > 1:
-        raise UserError(f"RANK is {rank}: another process of the job has it too; must be different for each")
+        if not serves:
+            _await_server(address, port, until)
+        tcp = _tcp_store(address, port, serves=serves, timeout=timeout)
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+        if not under_agent:
+            _await_ranks(store, rank, size, until)
+    except (RuntimeError, OSError) as error:
+        raise MeetingError(f"rank {rank} of {size}: waited up to {where}: {reason_of(error)}") from None
     return store
+
+
+def _await_ranks(store: dist.Store, rank: int, size: int, until: float) -> None:
+    """Wait until every rank has come to the store; refuse a second one of a number, or of another world size."""
+    problem = ""
+    if store.add(f"number {rank}", 1) > 1:
+        problem = f"RANK is {rank}: another process of the job has it too; must be different for each"
+    elif (found := store.compare_set("size", "", str(size)).decode()) != str(size):
+        problem = f"WORLD_SIZE is {size}: another rank has {found}; must be the same for all"
+    if problem:
+        _end_meeting(store, rank, problem)
+        raise UserError(problem)
+    store.set(f"rank {rank}", "came")
+    store.add("came", 1)
+    pause = 0.05
+    while store.add("came", 0) < size:
+        if store.check(["end"]):
+            raise RuntimeError(store.get("end").decode())
+        if time.monotonic() > until:
+            missing = [other for other in range(size) if not store.check([f"rank {other}"])]
+            shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            problem = (
+                f"{size - len(missing)} of {size} ranks came, missing: {shown}; all must be started with the same "
+                "MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
+            )
+            _end_meeting(store, rank, problem)
+            raise RuntimeError(problem)
+        time.sleep(pause)
+        pause = min(LAST_WORD_S / 4, pause * 1.5)
+
+
+def _end_meeting(store: dist.Store, rank: int, problem: str) -> None:
+    """Tell the ranks that wait in the store why the job ends."""
+    store.set("end", problem)
+    if rank == 0:
+        time.sleep(LAST_WORD_S)
+
+
+def _tcp_store(address: str, port: int, *, serves: bool, timeout: timedelta) -> dist.Store:
+    """Join the store of rank 0; in a thread, because torch waits for ever for a server that is none of its own."""
+    found: list[dist.Store | Exception] = []
+
+    def join() -> None:
+        try:
+            found.append(dist.TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + 5.0)
+    if not found:
+        raise RuntimeError("what listens there does not answer as a rank of a job does")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def _meeting_point(size: int) -> tuple[str, int]:
@@ -160,18 +213,16 @@ def _check_port(port: int) -> None:
             raise UserError(f"MASTER_PORT is {port}: {why}; must be a free port of rank 0's machine") from None
 
 
-def _await_server(address: str, port: int, who: str, timeout: timedelta) -> None:
+def _await_server(address: str, port: int, until: float) -> None:
     """Wait until rank 0, or torchrun's agent, listens; torch's own waiting prints a page of warnings."""
-    until = time.monotonic() + timeout.total_seconds()
     while True:
         try:
             socket.create_connection((address, port), timeout=min(5.0, max(0.1, until - time.monotonic()))).close()
             return
         except OSError as error:
             if time.monotonic() > until:
-                raise MeetingError(
-                    f"{who}: waited {timeout.total_seconds():g} s (watchdog.timeout_s) for rank 0 at MASTER_ADDR "
-                    f"{address}, MASTER_PORT {port}: {error.strerror or error}; rank 0 must run there and be reachable"
+                raise RuntimeError(
+                    f"rank 0 does not answer ({error.strerror or error}); must be started there and be reachable"
                 ) from None
         time.sleep(0.2)
 

@@ -26,6 +26,7 @@ PEER_GONE = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed? ?out|remote process|by peer|NCCL.*abort",
     re.IGNORECASE,
 )
+GLOO_NOISE = re.compile(r"\[\S+\.(?:cc|h):\d+\] | This is typically caused by a remote worker.*")
 PATIENCE_S = 5.0  # for the rank whose failure was the first to tell of it
 
 
@@ -56,7 +57,7 @@ def explain(error: BaseException) -> tuple[str, int | None]:
     calls = [frame.name for frame in frames if Path(frame.filename).name == "distributed_c10d.py"]
     ours = [frame.name for frame in frames if "megalign" in Path(frame.filename).parts]
     inside = f"{calls[-1]} of {ours[-1]}" if calls and ours else ""
-    text = " ".join(f"{type(cause).__name__}: {cause}".split())
+    text = GLOO_NOISE.sub("", " ".join(f"{type(cause).__name__}: {cause}".split()))
     return ": ".join(part for part in (doing, inside, text) if part), step
 
 
@@ -94,7 +95,7 @@ class Ending:
     def write(self, code: int, reason: str, step: int | None) -> None:
         """Write a failure's status unless a rank has written one, or the directory is another run's."""
         if self.run_dir is None or (not self.taken and is_of_another_run(self.run_dir)):
-            _write_result(code, replace=False)
+            write_result(code, replace=False)
             return
         with suppress(OSError, ValueError):  # what is printed and the exit code say it already
             write_status(self.run_dir, code, reason, step, replace=not self.taken)
@@ -122,13 +123,13 @@ def write_status(run_dir: str | Path, code: int, reason: str, step: int | None, 
 
     replace: whether one that is there gives way; else the first one stays.
     """
-    _write_result(code, replace=replace)
+    write_result(code, replace=replace)
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     _write_whole(folder / "status.json", json.dumps({"code": code, "reason": reason, "step": step}), replace=replace)
 
 
-def _write_result(code: int, *, replace: bool) -> None:
+def write_result(code: int, *, replace: bool) -> None:
     """Tell the launcher the code, where one asked for it."""
     result = os.environ.get(RESULT_FILE)
     if result:

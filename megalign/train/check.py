@@ -20,6 +20,7 @@ from megalign.data.group import Sequence as FlatSequence
 from megalign.data.report import Report
 from megalign.data.tokenize import retokenize
 from megalign.engines.megatron_state import holds_optimizer, saved_lora
+from megalign.rollout.ends import check_ends
 from megalign.rollout.prompts import Prompt, load_prompts
 from megalign.rollout.rewards import choose_reward
 from megalign.schema import UserError, shorten
@@ -93,6 +94,7 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
     tokenizer = load_tokenizer(hf_dir)
     if cfg.rollout is not None:
         prompts, told = read_prompts(cfg, "rollout.path", cfg.rollout.path, tokenizer, model)
+        check_ends(hf_dir, tokenizer, vocab_size=model.vocab_size)
         held_out: Sequence[Prompt] = ()
         notes = [told]
         if eval_path is not None:

@@ -5,78 +5,50 @@ Run: python -m megalign train CONFIG.yaml [key.sub=value ...]
 
 from __future__ import annotations
 
-import json
 import math
-import resource
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megalign.config import JobConfig, total_steps
 from megalign.convert import ModelConfig
 from megalign.convert.hf_config import noise_left_out
-from megalign.engines.engine import Engine
 from megalign.engines.groups import Groups
 from megalign.engines.megatron import MegatronEngine
-from megalign.engines.step import StepBatch, StepResult, accumulate, evaluate
+from megalign.engines.step import StepBatch, StepResult, accumulate
 from megalign.runtime.distributed import World, make_deterministic
-from megalign.runtime.status import DONE, STOPPED, Ending, during, write_status
+from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, during, write_status
+from megalign.train.cannot_learn import Doubts
 from megalign.train.check import Inputs, Records, check
-from megalign.train.checkpoint import save_checkpoint
+from megalign.train.evaluation import evaluation_due, held_out_metrics
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
-from megalign.train.outputs import Start, check_outputs
-from megalign.train.report import Reporter, keep_metrics_up_to, start_log
-from megalign.train.rounds import RoundFeed, evaluate_reward, fixed_reference, live_sampler
+from megalign.train.job import Job, export_model, keep_instead, resume, save
+from megalign.train.outputs import Start, check_outputs, job_date, with_date
+from megalign.train.plan import evaluation_plan, run_plan
+from megalign.train.report import Reporter, start_log, utc_now
+from megalign.train.round_report import report_round
+from megalign.train.rounds import RoundFeed, fixed_reference, live_sampler
 from megalign.train.run_dir import open_run_dir
-from megalign.train.schedule import keeps_last, learning_rate, resume_lines
+from megalign.train.schedule import keeps_last, learning_rate
 from megalign.train.session import (
-    ExportFailed,
     build_engine,
     cutting_of,
-    export,
     gather,
     groups_of,
-    layers_of,
+    layers_text,
     layout_text,
-    lora_of,
     on_every_rank,
 )
+from megalign.train.step_metrics import dump_step, position, step_metrics
+from megalign.train.summary import report_summary
 
 # Where the two passes of a step may differ by rounding of non-deterministic kernels and no more.
 AUTO_PASS_GAP = {"fp32": 1e-3, "bf16": 0.1}
-
-
-@dataclass
-class Job:
-    """What the loop holds between steps."""
-
-    cfg: JobConfig
-    inputs: Inputs
-    start: Start
-    world: World
-    engine: Engine
-    feed: Feed
-    num_steps: int
-    report: Reporter
-    held_out: DatasetFeed | None
-    started: float  # time.perf_counter when the job began
-    step: int = 0  # finished ones
-    saved: Path | None = None  # the checkpoint of this run that holds `step`
-    bad_steps: int = 0
-    signalled: str = ""
-    modes: set[str] = field(default_factory=set)  # the pass modes that the log has named
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.cfg.run.dir)
 
 
 def train(cfg: JobConfig, world: World, ending: Ending) -> int:
@@ -84,6 +56,8 @@ def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     if cfg.run.deterministic:
         make_deterministic()
     run_dir, started = Path(cfg.run.dir), time.perf_counter()
+    # Rank 0's day is every rank's, and a resumed run's is the one that it began on.
+    cfg = with_date(cfg, gather(on_every_rank(lambda: job_date(cfg) if world.is_main else None))[0])
     inputs = on_every_rank(lambda: check(cfg, world.size))
     # One rank's findings are every rank's: the directory changes while others would still look at it.
     start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs) if world.is_main else None))[0]
@@ -103,7 +77,7 @@ def train(cfg: JobConfig, world: World, ending: Ending) -> int:
             job = _prepare(cfg, inputs, world, groups, report, started, start)
         with _signals(job):
             with during(f"loading {start.checkpoint}", None):
-                _resume(job)
+                resume(job)
             return _run(job)
 
 
@@ -132,17 +106,15 @@ def _prepare(
 ) -> Job:
     """Everything up to the first step."""
     weights = start.weights
-    report.say(
-        f"ranks {world.size}: {layout_text(groups)}; "
-        f"{layers_of(cfg, inputs.model, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
-    )
+    layers = layers_text(cfg, inputs.model, world)
+    report.say(f"ranks {world.size}: {layout_text(groups)}; {layers}; {cfg.run.dtype}; loss {cfg.loss.name}")
     if left_out := noise_left_out(inputs.hf_dir):
         report.say(left_out)
     for note in inputs.notes:
         report.say(note)
 
     def feed_of(records: Records, *, held_out: bool) -> DatasetFeed:
-        report.say(records.dataset.report.line())
+        report.say(f"{'held-out data' if held_out else 'training data'}: {records.dataset.report.line()}")
         return DatasetFeed(cfg, with_teachers(cfg, records, groups, world, report, held_out=held_out))
 
     def scorer(model: ModelConfig) -> MegatronEngine:
@@ -177,30 +149,26 @@ def _prepare(
     report.total = num_steps
     if weights is not None:
         report.say(f"initial weights from {weights}")
-    return Job(cfg, inputs, start, world, engine, feed, num_steps, report, held_out, started)
-
-
-def _resume(job: Job) -> None:
-    """Go on from a checkpoint, or begin; metrics of steps to be taken (again) are dropped."""
-    start, checkpoint = job.start, job.start.checkpoint
-    if checkpoint is not None:
-        extra = job.engine.load(checkpoint)
-        job.step, job.bad_steps = extra["step"], extra["bad_steps"]
-        job.saved = checkpoint if start.own else None
-        job.report.say(f"resumed from {checkpoint} after step {job.step}")
-        if all(key.startswith("optimizer.") for key in start.changed):
-            job.feed.restore(extra["feed"])
-        elif job.cfg.rollout is not None:
-            job.report.say("the round in progress is sampled anew, for what it was made with has changed")
-        for line in resume_lines(job.cfg, job.step, job.num_steps, start.num_steps_before):
-            job.report.say(line)
-    if job.world.is_main:
-        keep_metrics_up_to(job.run_dir, job.step)
+    report.say(
+        run_plan(cfg, num_steps, len(inputs.prompts) if dataset_feed is None else dataset_feed.dataset.epoch_size)
+    )
+    if cfg.eval.path is not None:
+        report.say(
+            evaluation_plan(cfg, num_steps, len(inputs.held_out_prompts if held_out is None else held_out.dataset))
+        )
+    report.rounds = 0 if cfg.rollout is None else cfg.rollout.rounds
+    doubts = Doubts(cfg)
+    for doubt in doubts.before(num_steps, None if dataset_feed is None else dataset_feed.dataset, inputs.prompts):
+        report.warn(doubt)
+    return Job(cfg, inputs, start, world, engine, feed, num_steps, report, held_out, doubts, started)
 
 
 def _run(job: Job) -> int:
     cfg = job.cfg
     job.report.begin(job.step)
+    if job.step == 0 and evaluation_due(cfg, 0, job.num_steps):
+        with during("evaluating before the first step", None):
+            job.report.evaluation({"step": 0, **position(cfg, job.feed, 0), **_evaluate(job), "time": utc_now()})
     while job.step < job.num_steps:
         with during(f"step {job.step + 1}", job.step):
             _step(job)
@@ -208,22 +176,25 @@ def _run(job: Job) -> int:
             stop, last = _why_stop(job), job.step == job.num_steps
             due = bool(cfg.checkpoint.every) and job.step % cfg.checkpoint.every == 0
             if due or (last and keeps_last(cfg)) or (stop and not last):
-                _save(job)
+                save(job)
             if stop and not last:
                 return _finish(job, STOPPED, stop)
-            if cfg.export.every and job.step % cfg.export.every == 0 and not last and (problem := _export(job)):
+            if cfg.export.every and job.step % cfg.export.every == 0 and not last and (problem := export_model(job)):
                 job.report.say(f"{problem}; training goes on")
+    problem = ""
     if cfg.export.hf_dir is not None:
         with during("exporting", job.step):
-            problem = _export(job)
-        if problem:
-            return _finish(job, 1, _keep(job, problem))
+            problem = export_model(job)
+    if problem:
+        return _finish(job, FAILED, keep_instead(job, problem))
+    seconds = time.perf_counter() - job.started
+    report_summary(job.report, cfg, step=job.step, begun_at=job.begun_at, seconds=seconds)
     return _finish(job, DONE, "done")
 
 
 def _step(job: Job) -> None:
-    """One optimizer step with everything that is told of it."""
-    cfg, batch = job.cfg, job.feed.batch(job.step)
+    """Run one optimizer step and report it."""
+    cfg, batch = job.cfg, _next_batch(job)
     began = time.perf_counter()
     result, norm = _take_step(job, batch)
     seconds = time.perf_counter() - began
@@ -231,12 +202,35 @@ def _step(job: Job) -> None:
     if result.pass_mode not in job.modes:
         job.modes.add(result.pass_mode)
         job.report.say(f"step {job.step}: {result.pass_mode.replace('_', ' ')}")
-    record = _record(job, batch, result, norm, seconds)
+    rate = learning_rate(cfg.optimizer, job.step, job.num_steps)
+    record = {
+        "step": job.step,
+        **position(cfg, job.feed, job.step),
+        **step_metrics(job.engine, batch, result, rate=rate, norm=norm, seconds=seconds),
+        **job.feed.stats(job.step - 1),
+    }
     if job.step in cfg.run.dump_steps and job.world.is_main:
-        _dump(job, batch, result)
-    if cfg.eval.every and job.step % cfg.eval.every == 0:
+        dump_step(job.run_dir, job.step, batch, result)
+    for doubt in job.doubts.of_step(job.step, batch, norm):
+        job.report.warn(doubt)
+    if evaluation_due(cfg, job.step, job.num_steps):
         record.update(_evaluate(job))
-    job.report.step(record)
+    job.report.step({**record, "time": utc_now()})
+
+
+def _next_batch(job: Job) -> StepBatch:
+    """The next step's batch; of a round that begins with it, what was sampled is reported."""
+    rollout, feed = job.cfg.rollout, job.feed
+    if rollout is None or not isinstance(feed, RoundFeed) or job.step % rollout.updates_per_round:
+        return feed.batch(job.step)
+    number = job.step // rollout.updates_per_round + 1
+    job.report.doing(f"sampling round {number}")
+    batch = feed.batch(job.step)
+    job.report.doing("training")
+    report_round(job.report, number, rollout.rounds, feed.records, feed.stats(job.step), feed.inputs.tokenizer)
+    for doubt in job.doubts.of_round(number, feed.records, feed.stats(job.step)):
+        job.report.warn(doubt)
+    return batch
 
 
 def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
@@ -263,59 +257,10 @@ def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
     return result, math.nan if norm is None else norm
 
 
-def _record(job: Job, batch: StepBatch, result: StepResult, norm: float, seconds: float) -> dict[str, Any]:
-    tokens = sum(len(sequence) for sequence in batch.sequences)
-    return {
-        "step": job.step,
-        "loss": result.loss,
-        "grad_norm": norm,
-        "lr": learning_rate(job.cfg.optimizer, job.step, job.num_steps),
-        "tokens": tokens,
-        "sequences": len(batch.sequences),
-        "groups": batch.num_groups,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "padding_fraction": result.padding_fraction,
-        "pass_mode": result.pass_mode,
-        "pass_gap": result.pass_gap,
-        "peak_memory_gb": job.engine.max_over_job(_peak_memory_gb(job.world.device)),
-        **result.metrics,
-        **job.feed.stats(job.step - 1),
-    }
-
-
-def _peak_memory_gb(device: torch.device) -> float:
-    """Of the device's memory on CUDA, of this process's resident memory else; 1e9 bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def _evaluate(job: Job) -> dict[str, float]:
-    if isinstance(job.feed, RoundFeed):
-        return evaluate_reward(job.feed, job.inputs.held_out_prompts)
-    assert job.held_out is not None
-    result = evaluate(job.engine, job.held_out.whole(), job.cfg.loss, cutting=cutting_of(job.cfg))
-    return {"eval_loss": result.loss, **{f"eval_{name}": value for name, value in result.metrics.items()}}
-
-
-def _dump(job: Job, batch: StepBatch, result: StepResult) -> None:
-    """`steps/step_<n>.jsonl`: one line a sequence that the step trained on."""
-    folder = job.run_dir / "steps"
-    folder.mkdir(exist_ok=True)
-    with open(folder / f"step_{job.step}.jsonl", "w", encoding="utf-8") as file:
-        for place, sequence in enumerate(batch.sequences):
-            line = {
-                "record": sequence.record,
-                "group": sequence.group,
-                "role": sequence.role,
-                "prompt_ids": list(sequence.prompt_ids),
-                "response_ids": list(sequence.response.ids),
-                "logp": float(result.policy_S[place]),
-                "reference_logp": None if batch.reference is None else batch.reference[place].total,
-                "coefficient": float(result.coefficient_S[place]),
-            }
-            file.write(json.dumps(line) + "\n")
+    job.report.doing("evaluating")
+    held_out = job.inputs.held_out_prompts if job.held_out is None else job.held_out
+    return held_out_metrics(job.cfg, job.engine, job.feed, held_out)
 
 
 @contextmanager
@@ -349,52 +294,10 @@ def _why_stop(job: Job) -> str:
     return f"stopped by {job.signalled or 'a signal to another rank'}" if asked == 2.0 else "run.max_minutes is over"
 
 
-def _save(job: Job) -> Path:
-    extra = {"step": job.step, "bad_steps": job.bad_steps, "feed": job.feed.state()}
-    start, keep = job.start, job.cfg.checkpoint
-    job.saved = save_checkpoint(
-        job.engine,
-        job.run_dir,
-        job.step,
-        extra,
-        about={"job": start.job, "num_steps": job.num_steps, "started_from": start.started_from},
-        keep=keep.keep,
-        keep_every=keep.keep_every,
-        spare=start.started_from,
-    )
-    job.report.say(f"saved {job.saved}")
-    return job.saved
-
-
-def _export(job: Job) -> str:
-    """Write the model as it is now; the problem, if there was one, as a line on every rank."""
-    folder = Path(str(job.cfg.export.hf_dir))
-    lora = lora_of(job.cfg)
-    try:
-        beside = export(job.engine, job.inputs.model, job.inputs.hf_dir, folder, owner=job.start.owner, lora=lora)
-    except ExportFailed as error:
-        return f"the export to {folder} failed: {error}"
-    how = "" if lora is None else ", adapters merged"
-    how += " and in its folder adapter" if beside else ""
-    alone = lora is not None and not beside
-    job.report.say(f"exported {folder}{how}" + (" (PEFT has no place for single experts' adapters)" if alone else ""))
-    return ""
-
-
-def _keep(job: Job, problem: str) -> str:
-    """Save the model that could not be exported; what to tell of it."""
-    job.report.say(problem)
-    with during(f"{problem}; saving a checkpoint instead", job.step):
-        folder = _save(job) if job.saved is None or not job.saved.name.endswith(f"{job.step:08d}") else job.saved
-    return (
-        f"{problem}; step {job.step} is kept in {folder}: python tools/megatron_to_hf.py {folder} OUT_HF_DIR "
-        "exports it, or this command again"
-    )
-
-
 def _finish(job: Job, code: int, reason: str) -> int:
     if job.world.is_main:
         write_status(job.run_dir, code, reason, job.step)
-    job.report.say(f"{reason} after step {job.step}")
+    more = f" of {job.num_steps}; the same command goes on from there" if code == STOPPED else ""
+    job.report.say(f"{reason} after step {job.step}{more}")
     dist.barrier()  # a launcher ends all ranks once one has ended with a code; rank 0 has told by then
     return code

@@ -1,4 +1,4 @@
-"""What a run tells people and files: progress, log, `metrics.jsonl`, trackers. Only rank 0 tells anything."""
+"""Report a run on the console and in files: progress, `log.txt`, `metrics.jsonl`, trackers. Only rank 0 reports."""
 
 from __future__ import annotations
 
@@ -7,92 +7,144 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+
+from megalign.runtime.status import explain
+from megalign.train.console import ConsoleHandler, StepBar, clock, duration, evaluation_numbers, step_numbers
+from megalign.train.trackers import open_tracker
 
 LOG = logging.getLogger("megalign")
 SECONDS_BETWEEN_LINES = 5.0
 
 
 class Reporter:
-    """Progress of `total` steps with a bar on a terminal and plain lines elsewhere; silent where `main` is False."""
+    """Show progress of `total` steps, by a bar on a terminal and plain lines elsewhere; silent where not `main`."""
 
     def __init__(self, run_dir: Path, total: int, *, main: bool, trackers: Sequence[str] = ()) -> None:
         self.main, self.total, self.run_dir = main, total, run_dir
+        self.rounds = 0  # how many the run has, if any
         self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        self._task: Any = None
+        self._to_console = ConsoleHandler(self._console)
+        # Both: a dumb terminal cannot redraw a bar, and variables such as FORCE_COLOR make a file look like a terminal.
+        self._redraws = sys.stderr.isatty() and self._console.is_interactive
+        self._bar = StepBar(self._console) if main and self._redraws else None
         self._last_line = 0.0
+        self._phase = ""
         self._started = time.perf_counter()
         self._done_at_start = 0
-        self._trackers = [_tracker(name, run_dir) for name in trackers] if main else []
+        self._trackers = [open_tracker(name, run_dir) for name in trackers] if main else []
 
     def __enter__(self) -> Reporter:
-        if self.main and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
+        if self.main:
+            LOG.addHandler(self._to_console)
+        if self._bar is not None:
             self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.end()
+        if error is not None and self.main:
+            LOG.debug(f"failed: {explain(error)[0]}")  # the console gets it from whoever ends the process
+        LOG.removeHandler(self._to_console)
         for tracker in self._trackers:
             tracker.close()
 
     def phase(self, name: str, done: int, total: int) -> None:
-        """Progress of what comes before the first step, such as scoring the reference."""
+        """Show progress of what comes before the first step, such as scoring the reference."""
         if not self.main:
             return
+        now = time.perf_counter()
+        if name != self._phase:
+            self._phase, self._started = name, now
+            if self._bar is not None:
+                self._bar.begin(name, 0, total)
         if self._bar is not None:
-            if self._task is None:
-                self._task = self._bar.add_task(name)
-            self._bar.update(self._task, description=name, completed=done, total=total)
-        elif done in (1, total):
-            self._line(f"{name}: {done}/{total}", force=True)
+            self._bar.show(done=done)
+        if done == total:
+            LOG.debug(f"{name}: {done}/{total} in {duration(now - self._started)}")
+        self._line(f"{name}: {done}/{total}", force=done in (1, total))
 
     def begin(self, done: int) -> None:
-        """The first step is next; `done` steps are behind it."""
+        """Start to count steps; `done` of them are behind."""
         self._done_at_start, self._started = done, time.perf_counter()
         if self._bar is not None:
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._task = self._bar.add_task("training", completed=done, total=self.total)
+            self._bar.begin("training", done, self.total)
+
+    def end(self) -> None:
+        """Take the bar out of the way of what is said at the end."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def doing(self, name: str) -> None:
+        """Name on the bar what goes on inside a step."""
+        if self._bar is not None:
+            self._bar.show(name)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One finished step's metrics, to `metrics.jsonl`, trackers and the eye."""
+        """Write one finished step's metrics to `metrics.jsonl` and trackers, and show them."""
         if not self.main:
             return
+        self._write(record)
+        step = record["step"]
+        elapsed = time.perf_counter() - self._started
+        left = clock(elapsed / max(1, step - self._done_at_start) * (self.total - step))
+        numbers = step_numbers(record, rounds=self.rounds)
+        if self._bar is not None:
+            self._bar.show("training", step, f"left {left}", numbers)
+        self.progress(f"step {step}/{self.total} {numbers} left {left}", force=step in (1, self.total))
+        if any(name.startswith("eval_") for name in record):
+            self._say_evaluation(record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Write the held-out evaluation before the first step as the metrics of step 0, and show it."""
+        if self.main:
+            self._write(record)
+            self._say_evaluation(record)
+            self.doing("training")
+
+    def _write(self, record: Mapping[str, Any]) -> None:
         with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record)) + "\n")
         for tracker in self._trackers:
             tracker.add(record)
-        step = record["step"]
-        shown = f"loss {record['loss']:.4g}"
-        if "reward_mean" in record:
-            shown += f" reward {record['reward_mean']:.3f}"
-        shown += f" {record['tokens_per_second']:.0f} tok/s"
-        if self._bar is not None:
-            self._bar.update(self._task, description=shown, completed=step)
-        elapsed = time.perf_counter() - self._started
-        left = elapsed / max(1, step - self._done_at_start) * (self.total - step)
-        self._line(f"step {step}/{self.total} {shown} left {left:.0f}s", force=step in (1, self.total))
+
+    def _say_evaluation(self, record: Mapping[str, Any]) -> None:
+        when = f"after step {record['step']}" if record["step"] else "before the first step"
+        self.say(f"evaluation {when}: {evaluation_numbers(record)} ({duration(record['eval_seconds'])})")
 
     def say(self, message: str) -> None:
-        """A line to the log and the terminal."""
+        """Write a line to the log and the console."""
         if self.main:
             LOG.info(message)
+
+    def warn(self, message: str) -> None:
+        """Write a line on what the user should know before it costs more; `message` has the numbers."""
+        if self.main:
+            LOG.warning(f"warning: {message}")
+
+    def progress(self, message: str, *, force: bool = False) -> None:
+        """Write a line to the log, and to a console without a bar where none was written for some seconds."""
+        if self.main:
+            LOG.debug(message)
+            self._line(message, force=force)
+
+    def table(self, table: RenderableType, text: str) -> None:
+        """Show a table on a terminal; `text` is what the log and other consoles get."""
+        if not self.main:
+            return
+        if not self._redraws:
+            LOG.info(text)
+            return
+        LOG.debug(text)
+        self._console.print(table)
 
     def _line(self, text: str, *, force: bool) -> None:
         now = time.perf_counter()
@@ -102,8 +154,8 @@ class Reporter:
 
 
 def start_log(run_dir: Path, *, main: bool) -> None:
-    """Log to `log.txt` and stderr on rank 0, nowhere on the others."""
-    LOG.setLevel(logging.INFO)
+    """Log to `log.txt` on rank 0 and nowhere on the others; a Reporter adds the console."""
+    LOG.setLevel(logging.DEBUG)
     LOG.propagate = False
     for handler in list(LOG.handlers):
         LOG.removeHandler(handler)
@@ -114,11 +166,10 @@ def start_log(run_dir: Path, *, main: bool) -> None:
     to_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     LOG.addHandler(to_file)
-    LOG.addHandler(logging.StreamHandler(sys.stderr))
 
 
 def keep_metrics_up_to(run_dir: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run will take again; all of them for a fresh run.
+    """Drop the lines of steps that a resumed run will take again; a fresh run (`step` 0) keeps none.
 
     So is a line that a killed run left half written.
     """
@@ -126,42 +177,20 @@ def keep_metrics_up_to(run_dir: Path, step: int) -> None:
     if not path.is_file():
         return
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if step and json.loads(line)["step"] <= step]
     partial = path.with_name(".metrics.partial")
-    partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
+    partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
 
 
+def utc_now() -> str:
+    """The time in UTC as ISO 8601 writes it, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN or infinity: null stands for them."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     return {
         name: None if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))) else value
         for name, value in record.items()
     }
-
-
-class _Tracker:
-    """One destination of metrics besides the file."""
-
-    def __init__(self, writer: Any, kind: str) -> None:
-        self._writer, self._kind = writer, kind
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
-        if self._kind == "wandb":
-            self._writer.log(numbers, step=record["step"])
-            return
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        self._writer.finish() if self._kind == "wandb" else self._writer.close()
-
-
-def _tracker(name: str, run_dir: Path) -> _Tracker:
-    if name == "wandb":
-        import wandb
-
-        return _Tracker(wandb.init(dir=str(run_dir), name=run_dir.name), name)
-    from torch.utils.tensorboard import SummaryWriter
-
-    return _Tracker(SummaryWriter(str(run_dir / "tensorboard")), name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from tiny_jobs import (
     records,
     round_sections,
     train,
+    training_numbers,
     write_config,
     write_lines,
     write_model,
@@ -72,7 +72,10 @@ def folder(tmp_path_factory):
         assert train(config, one, f"export.hf_dir={job}/hf") == 0
         for layout in layouts:
             command = ["train", str(config), *LAYOUTS[layout]]
-            launched.append(([*command, f"run.dir={job}/{layout}", f"export.hf_dir={job}/{layout}_hf"], 0))
+            # The one rank evaluates nothing: what is evaluated beside the steps must not change them.
+            held_out = job / "prompts.jsonl" if name == "rounds" else folder / "data.jsonl"
+            outputs = [f"run.dir={job}/{layout}", f"export.hf_dir={job}/{layout}_hf"]
+            launched.append(([*command, *outputs, f"eval.path={held_out}", "eval.every=3"], 0))
             launched.append(([*command, f"run.dir={job}/{layout}_on", f"checkpoint.resume={at_step_2(job, 'one')}"], 0))
     (folder / "told").write_text(on_two_ranks(folder, launched))
     return folder
@@ -120,7 +123,14 @@ def assert_same_numbers(found, wanted):
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_two_ranks_give_the_numbers_of_one(name, layout, folder):
-    assert_same_numbers(*(numbers(metrics(folder / name / run)) for run in (layout, "one")))
+    assert_same_numbers(*(training_numbers(metrics(folder / name / run)) for run in (layout, "one")))
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_two_ranks_evaluate_what_one_trains_on(name, layout, folder):
+    lines = metrics(folder / name / layout)
+    key = "eval_reward" if name == "rounds" else "eval_loss"
+    assert [line["step"] for line in lines if key in line] == [0, 3, 4]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
@@ -181,14 +191,12 @@ def test_a_checkpoint_with_adapters_becomes_the_export(folder, tmp_path):
 
 def test_an_export_with_adapters_is_replaced(folder, tmp_path):
     job, target = folder / "lora", tmp_path / "hf"
-    shutil.copytree(job / "hf", target)
-    command = ["run.steps=1", f"run.dir={tmp_path}/run", f"export.hf_dir={target}"]
-    assert train(job / "job.yaml", *command) == 0
-    one = load_file(target / "adapter" / "adapter_model.safetensors")
-    assert any(
-        not torch.equal(one[key], tensor)
-        for key, tensor in load_file(job / "hf/adapter/adapter_model.safetensors").items()
-    )
+    command = [f"run.dir={tmp_path}/run", f"export.hf_dir={target}", "checkpoint.every=1"]
+    one, two = {}, {}
+    for steps, found in ((1, one), (2, two)):
+        assert train(job / "job.yaml", *command, f"run.steps={steps}") == 0
+        found.update(load_file(target / "adapter" / "adapter_model.safetensors"))
+    assert any(not torch.equal(one[key], tensor) for key, tensor in two.items())
     (target / "adapter" / "notes.txt").write_text("mine")
     assert train(job / "job.yaml", *command, "checkpoint.resume=never") == 2
 

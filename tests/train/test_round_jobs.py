@@ -234,7 +234,7 @@ def test_held_out_prompts_are_answered_greedily(folder, tmp_path):
     held_out = write_lines(tmp_path / "held_out.jsonl", [{"prompt": f"{n}=", "bonus": n} for n in range(3)])
     assert train(config, f"eval.path={held_out}", "eval.every=2", "optimizer.lr=0") == 0
     lines = metrics(tmp_path / "run")
-    assert ["eval_reward" in line for line in lines] == [False, True, False, True]
+    assert ["eval_reward" in line for line in lines] == [True, False, True, False, True]
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = (cls.from_pretrained(folder / "model") for cls in (AutoModelForCausalLM, AutoTokenizer))
@@ -243,7 +243,7 @@ def test_held_out_prompts_are_answered_greedily(folder, tmp_path):
         ids = tokenizer(record["prompt"], return_tensors="pt")["input_ids"]
         out = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=0, pad_token_id=0)[0, ids.shape[1] :]
         rewards.append(digits(record["prompt"], tokenizer.decode(out, skip_special_tokens=True), record))
-    assert lines[1]["eval_reward"] == pytest.approx(sum(rewards) / 3) == lines[3]["eval_reward"]
+    assert [lines[step]["eval_reward"] for step in (0, 2, 4)] == pytest.approx([sum(rewards) / 3] * 3)
 
 
 def refuse(prompt, response, record):

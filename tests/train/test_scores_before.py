@@ -128,7 +128,7 @@ def test_filter_keeps_what_teachers_prefer_and_leaves_held_out_records_alone(fol
         for record, mean in zip(read_lines(data), means, strict=True)
     ]
     held_out = sum(math.log1p(math.exp(-gap)) for gap in gaps) / 10
-    assert [line["eval_loss"] for line in metrics(tmp_path / "run")] == pytest.approx([held_out] * 4, rel=1e-5)
+    assert [line["eval_loss"] for line in metrics(tmp_path / "run")] == pytest.approx([held_out] * 5, rel=1e-5)
 
 
 def test_held_out_loss_is_that_of_the_exported_weights(folder, tmp_path):
@@ -137,7 +137,7 @@ def test_held_out_loss_is_that_of_the_exported_weights(folder, tmp_path):
     config = config_of(folder, tmp_path, "samples.jsonl", eval={"path": str(held_out), "every": 2})
     assert train(config, "run.steps=4", f"export.hf_dir={tmp_path}/out", "trackers=[tensorboard]") == 0
     lines = metrics(tmp_path / "run")
-    assert ["eval_loss" in line for line in lines] == [False, True, False, True]
+    assert ["eval_loss" in line for line in lines] == [True, False, True, False, True]
     total = 0.0
     for record in read_lines(held_out):
         gaps = []
@@ -149,7 +149,7 @@ def test_held_out_loss_is_that_of_the_exported_weights(folder, tmp_path):
             gaps.append(0.1 * (after - before) - response["reward"])
         mean = sum(gaps) / len(gaps)
         total += sum((gap - mean) ** 2 for gap in gaps) / 2 / (len(gaps) - 1)
-    assert lines[3]["eval_loss"] == pytest.approx(total / 5, rel=1e-5)
+    assert lines[4]["eval_loss"] == pytest.approx(total / 5, rel=1e-5)
     _check_tensorboard(tmp_path / "run" / "tensorboard", lines)
 
 
@@ -158,5 +158,7 @@ def _check_tensorboard(folder, lines):
 
     events = EventAccumulator(str(folder)).Reload()
     told = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert told == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines]
-    assert {"grad_norm", "lr", "eval_loss", "reward_mean"} <= set(events.Tags()["scalars"])
+    assert told == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines[1:]]
+    evaluated = [(event.step, event.value) for event in events.Scalars("eval_loss")]
+    assert evaluated == [(step, pytest.approx(lines[step]["eval_loss"], rel=1e-6)) for step in (0, 2, 4)]
+    assert {"epoch", "grad_norm", "lr", "eval_loss", "reward_mean"} <= set(events.Tags()["scalars"])

@@ -13,7 +13,7 @@ from megalign.config import load_config
 
 STEP_KEYS = {
     "step", "loss", "grad_norm", "lr", "tokens", "sequences", "groups", "seconds", "tokens_per_second",
-    "padding_fraction", "pass_mode", "pass_gap", "peak_memory_gb",
+    "padding_fraction", "pass_mode", "pass_gap", "peak_memory_gb", "epoch", "time",
 }  # fmt: skip
 # loss: records, its section, keys it adds, and the roles of a step's sequences.
 LOSSES = {
@@ -66,10 +66,10 @@ def test_metrics_say_everything_and_are_finite(run):
     for line in lines:
         assert STEP_KEYS | LOSSES[name][2] <= line.keys()
         for key, value in line.items():
-            assert key in ("pass_mode", "pass_gap") or math.isfinite(value), (key, value)
+            assert key in ("pass_mode", "pass_gap", "time") or math.isfinite(value), (key, value)
         assert line["lr"] == 1e-3 and line["groups"] == 3 and 0 <= line["padding_fraction"] < 1
         assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["seconds"])
-        assert line["grad_norm"] > 0
+        assert line["grad_norm"] > 0 and line["epoch"] == pytest.approx(line["step"] * 3 / 8)
         assert (line["pass_gap"] is None) == (line["pass_mode"] == "single_pass")
         assert not line["pass_gap"]  # on a CPU in fp32 both passes compute the same bits
     first = "known_scores" if name in HAS_REFERENCE | {"dapo", "dr_grpo"} else "single_pass"
@@ -78,7 +78,9 @@ def test_metrics_say_everything_and_are_finite(run):
 
 def test_run_directory_tells_the_run(run):
     name, job = run
-    assert load_config(str(job / "run" / "config.yaml")) == load_config(str(job / "job.yaml"))
+    resolved = load_config(str(job / "run" / "config.yaml"))
+    assert resolved == load_config(str(job / "job.yaml"), [f"data.date={resolved.data.date}"])
+    assert resolved.data.date is not None  # the day the job began, for whoever runs it again
     log = (job / "run" / "log.txt").read_text()
     assert "torch layers" in log and "tensor 1 x pipeline 1 x data 1" in log and "exported" in log
     assert f"step 1: {metrics(job / 'run')[0]['pass_mode'].replace('_', ' ')}" in log

@@ -29,11 +29,7 @@ from tiny_jobs import (
 NOW = "run.max_minutes=1e-9"
 LAYOUTS = {"tp2": "parallel.tensor=2", "dp2": "parallel.tensor=1"}
 STEPWISE = [("gvpo", "tp2"), ("gvpo", "dp2"), ("rounds", "tp2")]
-MISBEHAVIOUR = {"exit": "raised SystemExit: 0", "raise": "raised ValueError: no such", "hang": "did not return in"}
-    "exit": "raised SystemExit: 0",
-    "raise": "raised ValueError: no such",
-    "hang": "did not return within 3",
-}
+MISBEHAVIOUR = {"exit": "raised SystemExit: 0", "raise": "raised ValueError: no such", "hang": "did not return in 3"}
 JOBS = {
     "gvpo": {"run": {"steps": 3}, "data": {"path": "data.jsonl"}},
     "rounds": {"run": {"steps": None}},

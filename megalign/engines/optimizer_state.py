@@ -1,0 +1,56 @@
+"""What torch's AdamW has and lacks for Megatron's way of saving the distributed optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NO_PARAMETERS: Any = "no parameters on this rank"  # a key that stands for one; torch keeps state under any key
+
+
+def load_optimizer(part: Any, state: dict[str, Any]) -> None:
+    """Load the distributed optimizer; torch's AdamW counts steps by parameter, which Megatron's own load misses."""
+    parameter_state = state.pop("param_state", {})  # without parameters it is left out
+    groups = part.optimizer.param_groups
+    kept = [{key: group[key] for key in ("weight_decay", "betas", "eps") if key in group} for group in groups]
+    part.load_state_dict(state)
+    entries = list(part.optimizer.state.values())
+    steps = [entry.pop("step", None) for entry in entries]
+    part.load_parameter_state_from_fully_reshardable(parameter_state)
+    for entry, step in zip(entries, steps, strict=True):
+        if step is not None:
+            # One tensor each: torch counts them up in place, and a shared one would be counted up for every parameter.
+            entry["step"] = torch.tensor(float(step))
+    for group, settings in zip(part.optimizer.param_groups, kept, strict=True):
+        group.update(settings)  # this run's configuration, not the saved one's
+
+
+def fill_optimizers(optimizer: Any, *, most: Callable[[float], float]) -> None:
+    """Give optimizers without state one that Megatron can read a step count from.
+
+    They have none before their first step, and none on a stage that has no such parameters: the count there is the
+    other stages', because the first rank's is what a checkpoint keeps. most: the maximum over all ranks.
+    """
+    inner = [part.optimizer for part in optimizer.chained_optimizers]
+    groups = [group for one in inner for group in one.param_groups]
+    entries = [entry for one in inner for key, entry in one.state.items() if isinstance(key, torch.Tensor)]
+    count = most(max((float(counted["step"]) for counted in (*groups, *entries) if "step" in counted), default=0.0))
+    for one in inner:
+        if isinstance(one, torch.optim.AdamW):
+            _fill_adamw(one, count)
+            continue
+        for group in one.param_groups:  # TransformerEngine's and Apex's count by group
+            if count and not group["params"]:
+                group["step"] = int(count)
+
+
+def _fill_adamw(adamw: torch.optim.AdamW, count: float) -> None:
+    parameters = [parameter for group in adamw.param_groups for parameter in group["params"]]
+    if not parameters:
+        adamw.state[NO_PARAMETERS] = {"step": torch.tensor(count)}
+    for parameter in parameters:
+        if not adamw.state[parameter]:
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adamw.state[parameter] = {"step": torch.tensor(0.0), **zeros}

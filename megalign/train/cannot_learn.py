@@ -1,0 +1,199 @@
+"""Find what keeps a run from learning, and say it once, with numbers: before the first step, and as steps are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megalign.config import JobConfig
+from megalign.data.dataset import GroupDataset
+from megalign.data.group import Group
+from megalign.data.pairing import own_sequences
+from megalign.engines.step import StepBatch
+from megalign.rollout.prompts import Prompt
+from megalign.train.console import shown
+from megalign.train.schedule import learning_rate
+
+MOST = 0.5  # above this share it is most of them
+EQUAL_REWARDS, NO_GRADIENT = "equal rewards", "no gradient"  # kinds that a step raises too
+
+
+def doubts_about_rate(cfg: JobConfig, num_steps: int) -> Iterator[str]:
+    """Doubts about the learning rate over the whole run."""
+    optimizer, warmup = cfg.optimizer, cfg.optimizer.schedule.warmup_steps
+    if optimizer.lr == 0:
+        yield "optimizer.lr is 0: no step will change the weights"
+        return
+    highest = learning_rate(optimizer, min(num_steps, max(1, warmup)), num_steps)
+    if highest == 0:
+        yield (
+            f"the learning rate is 0 at each of the {num_steps} steps: optimizer.schedule.name "
+            f"{optimizer.schedule.name} with {warmup} warm-up steps begins at its end, min_lr "
+            f"{optimizer.schedule.min_lr:g}"
+        )
+    elif warmup >= num_steps:
+        yield (
+            f"optimizer.schedule.warmup_steps is {warmup} and the run has {num_steps} steps: the learning rate rises "
+            f"to the last step, where it is {highest:.3g} of optimizer.lr {optimizer.lr:g}"
+        )
+
+
+def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
+    """Doubts about how many records there are, and how long they are."""
+    report, groups_per_step = dataset.report, cfg.data.groups_per_step or 1
+    if report.num_kept < (1 - MOST) * report.num_records:
+        worst = max(report.bad, key=lambda reason: report.bad[reason])
+        yield (
+            f"{report.num_records - report.num_kept} of {report.num_records} records are skipped, most of them for: "
+            f"{worst} ({report.bad[worst]}), the first {report.first_bad[worst]}"
+        )
+    if groups_per_step > dataset.epoch_size:
+        yield (
+            f"data.groups_per_step is {groups_per_step} and an epoch has {dataset.epoch_size} groups: every step takes "
+            "some of them more than once"
+        )
+    lengths = [len(group.prompt_ids) + len(one.ids) for group in dataset.groups for one in group.responses]
+    yield from _doubts_about_budget(cfg, lengths, "sequences")
+
+
+def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
+    """(kind, text) of doubts about records without a difference that the loss could learn."""
+    same = [index for index, group in enumerate(dataset.groups) if _same_contrast(dataset, group)]
+    if same:
+        what = "responses" if dataset.pairing.kind == "samples" else "preferred and other response"
+        text = (
+            f"{len(same)} of {len(dataset)} records have the same tokens as {what}, the first "
+            f"{dataset.origins[same[0]]}: there is nothing to tell apart"
+        )
+        if dataset.pairing.weak:  # negatives of other prompts are left to learn from
+            yield "", text
+        else:
+            yield (NO_GRADIENT if len(same) == len(dataset) else ""), f"{text}, and their gradient is 0"
+    if dataset.pairing.kind == "samples":
+        equal = [_rewards(group) for group in dataset.groups if _all_equal(_rewards(group))]
+        if len(equal) > MOST * len(dataset):
+            where = f"{len(equal)} of {len(dataset)} records"
+            yield EQUAL_REWARDS, _equal_rewards(where, [one for group in equal for one in group])
+
+
+def doubts_about_rounds(cfg: JobConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
+    """Doubts about the sizes of a job's rounds."""
+    rollout, groups_per_step = cfg.rollout, cfg.data.groups_per_step
+    assert rollout is not None and groups_per_step is not None
+    if groups_per_step > rollout.prompts_per_round:
+        yield (
+            f"data.groups_per_step is {groups_per_step} and a round has {rollout.prompts_per_round} groups: every step "
+            "takes some of them more than once"
+        )
+    if rollout.prompts_per_round > len(prompts):
+        yield (
+            f"rollout.prompts_per_round is {rollout.prompts_per_round} and rollout.path has {len(prompts)} prompts: "
+            "every round samples some of them more than once"
+        )
+    lengths = [len(prompt.ids) + rollout.max_new_tokens for prompt in prompts]
+    yield from _doubts_about_budget(cfg, lengths, "prompts with rollout.max_new_tokens to come")
+
+
+def _doubts_about_budget(cfg: JobConfig, lengths: Sequence[int], what: str) -> Iterator[str]:
+    budget = cfg.data.tokens_per_micro_batch
+    longer = sum(length > budget for length in lengths)
+    if longer:
+        yield (
+            f"data.tokens_per_micro_batch is {budget}: {longer} of {len(lengths)} {what} are longer, up to "
+            f"{max(lengths)} tokens; each is a micro-batch of its own, and may need more memory than was planned"
+        )
+
+
+def _same_contrast(dataset: GroupDataset, group: Group) -> bool:
+    """Whether all that the loss compares inside a group is the same tokens."""
+    if dataset.pairing.kind == "single":
+        return False
+    picked = [one for _, one in own_sequences(group, dataset.pairing, seed=dataset.seed, epoch=0)]
+    first = picked[0]
+    return len(picked) > 1 and all(one.ids == first.ids and one.scored == first.scored for one in picked[1:])
+
+
+def _rewards(group: Group) -> list[float]:
+    return [one.reward for one in group.responses if one.reward is not None]
+
+
+def _all_equal(values: Sequence[float]) -> bool:
+    return len(values) > 0 and max(values) == min(values)
+
+
+def _equal_rewards(where: str, rewards: Sequence[float]) -> str:
+    between = f"all {shown(rewards[0])}" if _all_equal(rewards) else f"{shown(min(rewards))} to {shown(max(rewards))}"
+    return (
+        f"the rewards inside each group are equal in {where} ({between} over {len(rewards)} responses): such groups "
+        "teach nothing; the reward or the sampling must make a difference"
+    )
+
+
+@dataclass
+class Doubts:
+    """What a run's settings, data and steps give reason to doubt, each kind once."""
+
+    cfg: JobConfig
+    told: set[str] = field(default_factory=set)
+
+    def before(self, num_steps: int, dataset: GroupDataset | None, prompts: Sequence[Prompt]) -> list[str]:
+        """Doubts that can be known before the first step; `dataset` is None in rounds, which have `prompts`."""
+        found = list(doubts_about_rate(self.cfg, num_steps))
+        if dataset is None:
+            return found + list(doubts_about_rounds(self.cfg, prompts))
+        found += doubts_about_number(self.cfg, dataset)
+        for kind, text in doubts_about_contrast(dataset):
+            self.told.add(kind)
+            found.append(text)
+        return found
+
+    def of_round(self, number: int, records: Sequence[Mapping[str, Any]], stats: Mapping[str, float]) -> list[str]:
+        """Doubts about a sampled round, `number` from 1, told of by its records and statistics."""
+        rollout = self.cfg.rollout
+        assert rollout is not None
+        found = []
+        rewards = [[response["reward"] for response in record["responses"]] for record in records]
+        if all(map(_all_equal, rewards)) and self._first(EQUAL_REWARDS):
+            same = sum(len({tuple(one["response_ids"]) for one in record["responses"]}) == 1 for record in records)
+            text = _equal_rewards(
+                f"all {len(records)} groups of round {number}", [one for group in rewards for one in group]
+            )
+            found.append(text + (f"; in {same} groups all {rollout.k} responses are the same" if same else ""))
+        cut = stats.get("rollout_unfinished_fraction", 0.0)
+        if cut > MOST and self._first("cut"):
+            count = sum(map(len, rewards))
+            found.append(
+                f"{round(cut * count)} of {count} responses of round {number} are cut at rollout.max_new_tokens "
+                f"{rollout.max_new_tokens}, before the model ended them"
+            )
+        skipped = int(stats.get("rollout_skipped_groups", 0.0))
+        if skipped > MOST * len(records) and self._first("skipped"):
+            found.append(
+                f"loss {self.cfg.loss.name} has no use for {skipped} of {len(records)} groups of round {number}, and "
+                f"its steps take the other {len(records) - skipped} more than once"
+            )
+        return found
+
+    def of_step(self, step: int, batch: StepBatch, norm: float) -> list[str]:
+        """Doubts about a finished step, `step` from 1."""
+        rewards: dict[int, list[float]] = {}
+        for one in batch.sequences if self.cfg.loss.traits().pairing.kind == "samples" else ():
+            if one.response.reward is not None:
+                rewards.setdefault(one.group, []).append(one.response.reward)
+        if rewards and all(map(_all_equal, rewards.values())):  # which explains a gradient of zero, too
+            every = [one for group in rewards.values() for one in group]
+            where = f"all {len(rewards)} groups of step {step}"
+            return [_equal_rewards(where, every)] if self._first(EQUAL_REWARDS) else []
+        if norm == 0 and self._first(NO_GRADIENT):
+            return [
+                f"step {step}: the gradient norm is exactly 0 over {len(batch.sequences)} sequences, so the loss moves "
+                "no weight"
+            ]
+        return []
+
+    def _first(self, kind: str) -> bool:
+        """Whether this kind is new."""
+        new = kind not in self.told
+        self.told.add(kind)
+        return new

@@ -1,0 +1,77 @@
+"""Describe a finished step: its line of metrics, and the sequences it trained on."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalign.config import JobConfig
+from megalign.engines.engine import Engine
+from megalign.engines.step import StepBatch, StepResult
+from megalign.train.feeds import DatasetFeed, Feed
+from megalign.train.rounds import RoundFeed
+
+
+def position(cfg: JobConfig, feed: Feed, step: int) -> dict[str, float]:
+    """How far the data are used after `step` steps: `epoch`, and in rounds `round` (from 1; 0 before the first).
+
+    An epoch of rounds is every prompt sampled from once.
+    """
+    if isinstance(feed, RoundFeed):
+        assert cfg.rollout is not None
+        number = -(-step // cfg.rollout.updates_per_round)
+        return {"epoch": number * cfg.rollout.prompts_per_round / len(feed.inputs.prompts), "round": number}
+    assert isinstance(feed, DatasetFeed) and cfg.data.groups_per_step is not None
+    return {"epoch": step * cfg.data.groups_per_step / feed.dataset.epoch_size}
+
+
+def step_metrics(
+    engine: Engine, batch: StepBatch, result: StepResult, *, rate: float, norm: float, seconds: float
+) -> dict[str, Any]:
+    """Metrics of a step's global batch, the same on every rank but for the clock."""
+    tokens = sum(len(sequence) for sequence in batch.sequences)
+    return {
+        "loss": result.loss,
+        "grad_norm": norm,
+        "lr": rate,
+        "tokens": tokens,
+        "sequences": len(batch.sequences),
+        "groups": batch.num_groups,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "padding_fraction": result.padding_fraction,
+        "pass_mode": result.pass_mode,
+        "pass_gap": result.pass_gap,
+        "peak_memory_gb": engine.max_over_job(_peak_memory_gb(engine.device)),
+        **result.metrics,
+    }
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in 1e9 bytes: the device's on CUDA, else this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def dump_step(run_dir: Path, step: int, batch: StepBatch, result: StepResult) -> None:
+    """Write `steps/step_<n>.jsonl`: one line a sequence that the step trained on."""
+    folder = run_dir / "steps"
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"step_{step}.jsonl", "w", encoding="utf-8") as file:
+        for index, sequence in enumerate(batch.sequences):
+            line = {
+                "record": sequence.record,
+                "group": sequence.group,
+                "role": sequence.role,
+                "prompt_ids": list(sequence.prompt_ids),
+                "response_ids": list(sequence.response.ids),
+                "logp": float(result.policy_S[index]),
+                "reference_logp": None if batch.reference is None else batch.reference[index].total,
+                "coefficient": float(result.coefficient_S[index]),
+            }
+            file.write(json.dumps(line) + "\n")
