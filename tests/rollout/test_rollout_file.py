@@ -2,6 +2,7 @@
 
 import pytest
 from tiny_jobs import (
+    CHARACTERS,
     main,
     metrics,
     numbers,
@@ -52,7 +53,8 @@ def test_the_file_holds_texts_and_the_records_own_fields(folder):
             assert line["prompt_text"] == line["record"]["prompt"]
         for response in line["responses"]:
             assert response["finished"] == (response["response_ids"][-1] == 0)
-            assert len(response["response_text"]) == len(response["response_ids"]) - response["finished"]
+            characters = [token for token in response["response_ids"] if 4 <= token < 4 + len(CHARACTERS)]
+            assert response["response_text"] == "".join(CHARACTERS[token - 4] for token in characters)
 
 
 @pytest.mark.parametrize("loss", ["gvpo", "epa", "dpo", "grpo", "rloo"])
