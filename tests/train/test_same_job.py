@@ -239,6 +239,9 @@ def test_every_key_of_every_section_is_compared(folder):
     assert differences(job, job) == [] and differences(tree, json.loads(json.dumps(tree))) == []
 
 
-def test_status_says_what_was_refused(job, tmp_path):
+def test_refusal_leaves_the_status_of_the_run_that_is_there(job, tmp_path, capfd):
+    before = status(tmp_path / "run")
+    capfd.readouterr()
     assert train(job, "run.seed=3") == 2
-    assert "run.seed was 0, is 3" in status(tmp_path / "run")["reason"]
+    assert "run.seed was 0, is 3" in capfd.readouterr().err
+    assert status(tmp_path / "run") == before
