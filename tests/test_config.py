@@ -315,7 +315,12 @@ def test_bad_rounds(load, override: str, parts: tuple[str, ...]):
         ("run: [", "line 1: not valid YAML"),
         ("1: 2", "line 1: key is 1"),
         ("run: !!python/object/apply:os.getpid []", "line 1: not valid YAML"),
-        ("run: {dir: a}", "model is missing; it is required"),
+        ("run: {dir: a}", "model is missing; it is required; so are data, loss, optimizer"),
+        ("run: !!int x", "not valid YAML: "),
+        ("run: !!bool x", "not valid YAML: "),
+        ("run: !!timestamp x", "not valid YAML: "),
+        ("run: " + "9" * 5000, "not valid YAML: "),
+        ("run: " + "[" * 3000, "not valid YAML: "),
     ],
 )
 def test_bad_files(load, text: str, expected: str):
@@ -502,6 +507,8 @@ SOURCES = [
     ("seed: 1", ["reference.source=Qwen/Qwen3-4B"], "command line: reference.source", ["hf://Qwen/Qwen3-4B"]),
     ("seed: 1", ["loss={name: gvpo, bta: 1, beta: x}"], "command line: loss.bta is not", ["loss.beta is 'x'"]),
     ("seed: 1", ["data.sources=[{path: a}]"], "command line: data.sources is", ["data.path=null"]),
+    ("seed: 1", ["run.dir=" + "x" * 256], "command line: run.dir is 'xxx", ["255 bytes"]),
+    ("seed: 1", ["trackers=wandb"], "command line: trackers is 'wandb'", ["must be a valid list, as in [wandb]"]),
     ("a: 1, b: 1, c: 1, d: 1, e: 1, f: 1, g: 1", [], "job.yaml: run.a is not a known key", ["; and 2 more"]),
 ]  # fmt: skip
 
