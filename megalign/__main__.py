@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import NoReturn
 
@@ -130,6 +131,7 @@ def _end(code: int) -> NoReturn:
 def _rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
     from megalign.rollout.command import load_sampler, write_rollouts
     from megalign.train.check import Inputs, check
+    from megalign.train.outputs import with_date
     from megalign.train.session import gather, on_every_rank
 
     def read() -> Inputs:
@@ -137,6 +139,7 @@ def _rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
             raise UserError("rollout is missing; the command rollout needs the section")
         return check(cfg, world.size)
 
+    cfg = with_date(cfg, gather(cfg.data.date or date.today().isoformat())[0])  # rank 0's day is every rank's
     inputs = on_every_rank(read)
     on_every_rank(lambda: Path(cfg.run.dir, "status.json").unlink(missing_ok=True) if world.is_main else None)
     ending.take_over()

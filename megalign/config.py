@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal
@@ -41,6 +42,8 @@ from megalign.sections import (
     TeacherConfig,
     WatchdogConfig,
 )
+
+RUN_DIR = "{run.dir}"  # in other keys' texts: what run.dir says
 
 
 class JobConfig(Strict):
@@ -160,12 +163,28 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
     """Read a YAML file with `key.sub=value` on top; whatever is wrong is one line that begins with its source."""
     tree, origins = read_tree(path, overrides, is_text_key)
     try:
-        return JobConfig.model_validate(tree)
+        return JobConfig.model_validate(_with_run_dir(tree, tree.get("run")))
     except ValidationError as error:
         problems = find_problems(error, model=JobConfig)
         raise UserError(all_problems(problems, lambda problem: origins.of(problem.keys))) from None
     except UserError as error:
         raise UserError(f"{origins.of_message(str(error), tree)}: {error}") from None
+
+
+def _with_run_dir(value: Any, run: Any, keys: tuple[str, ...] = ()) -> Any:
+    """A tree with `{run.dir}` in its texts replaced by what run.dir says."""
+    if isinstance(value, dict):
+        return {key: _with_run_dir(inner, run, (*keys, str(key))) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_run_dir(inner, run, (*keys, str(place))) for place, inner in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    for name in re.findall(r"\{run\b[^{}]*\}", value):
+        if name != RUN_DIR or keys == ("run", "dir"):
+            allowed = "be a path without braces" if keys == ("run", "dir") else f"have {RUN_DIR} or no braces"
+            raise UserError(f"{'.'.join(keys)} is {shorten(value)}: {name} stands for nothing; must {allowed}")
+    folder = run.get("dir") if isinstance(run, dict) else None
+    return value.replace(RUN_DIR, folder) if isinstance(folder, str) else value
 
 
 def is_text_key(keys: Sequence[str]) -> bool:

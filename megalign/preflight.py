@@ -29,9 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         cfg = load_config(args.config, args.overrides)
         # Imported here: it takes seconds, and a configuration that is wrong should not wait for them.
         from megalign.train.check import check
-        from megalign.train.outputs import check_outputs
+        from megalign.train.outputs import check_outputs, job_date, with_date
 
         try:
+            cfg = with_date(cfg, job_date(cfg))
             check_outputs(cfg, check(cfg, args.ranks))
         except SystemExit as error:  # of a module that the checks import
             raise UserError(

@@ -158,9 +158,9 @@ def allowed_keys(key: str, known: Iterable[str], model: type[BaseModel] | None =
     model: whose other sections may hold a key of that very name.
     """
     names = sorted(known)
-    elsewhere = () if model is None else _dotted(model)
-    nearest = _nearest(key, names) or [dotted for dotted in elsewhere if dotted.rpartition(".")[2] == key]
-    guess = f"; did you mean {' or '.join(nearest)}?" if 0 < len(nearest) < 3 else ""
+    elsewhere = [] if model is None else [dotted for dotted in _dotted(model) if dotted.rpartition(".")[2] == key]
+    nearest = elsewhere if 0 < len(elsewhere) < 3 else _nearest(key, names)
+    guess = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
     return f"{guess}; known: {', '.join(names)}" if names else guess
 
 

@@ -10,7 +10,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_jobs import VOCAB_SIZE, on_two_ranks, records, status, train, write_config, write_lines, write_model
+from tiny_jobs import (
+    TEMPLATE,
+    VOCAB_SIZE,
+    on_two_ranks,
+    records,
+    status,
+    train,
+    write_config,
+    write_lines,
+    write_model,
+    write_tokenizer,
+)
 
 PROMPT = {"prompt_ids": [5, 6]}
 SIDES = ("chosen", "rejected")
@@ -39,6 +50,12 @@ def shared(tmp_path_factory):
     (folder / "no_config" / "config.json").unlink()
     shutil.copytree(folder / "speaks", folder / "bad_tokenizer")
     (folder / "bad_tokenizer" / "tokenizer.json").write_text("{")
+    write_model(folder / "narrow", vocab_size=40, tokenizer=True)
+    write_model(folder / "few", vocab_size=3, tokenizer=True)
+    asks = TEMPLATE.replace("'<'", "'?<'").replace("%}<assistant>", "%}?<assistant>")  # each turn begins with a "?"
+    write_tokenizer(write_model(folder / "asks", vocab_size=44), template=asks)
+    shutil.copytree(folder / "speaks", folder / "endless")
+    (folder / "endless" / "generation_config.json").write_text('{"eos_token_id": [0, 200]}')
     (folder / "empty").mkdir()
     write_lines(folder / "data.jsonl", records("samples"))
     write_lines(folder / "singles.jsonl", records("singles"))
@@ -184,6 +201,49 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     "rounds without tokenizer": (ROUNDS, ["model.path={shared}/model"], None, ["tokenizer", "rounds need one"]),
     "steps beside rounds": (ROUNDS, ["run.steps=3"], None, ["run.steps is 3", "rollout"]),
     "updates do not divide": (ROUNDS, ["rollout.updates_per_round=3"], None, ["rollout.updates_per_round is 3"]),
+    # tokens that the tokenizer or a setting has and the model lacks
+    "text beyond the vocabulary": (
+        SFT, ["model.path={shared}/narrow"], [{"prompt": "1+1=", "completion": "2?"}],
+        ["data.jsonl:1", "completion becomes token id 44, the tokenizer's '?'", "below the model's 40"],
+    ),
+    "template beyond the vocabulary": (
+        SFT, ["model.path={shared}/asks"],
+        [{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}],
+        ["data.jsonl:1", "becomes token id 44, the tokenizer's '?'", "below the model's 44"],
+    ),
+    "prompt beyond the vocabulary": (
+        ROUNDS, ["model.path={shared}/few"], None, ["prompts.jsonl:1", "field prompt becomes token id", "below"],
+    ),
+    "end beyond the vocabulary": (
+        ROUNDS, ["model.path={shared}/endless", "rollout.reward=tiny_jobs:digits"], None,
+        ["generation_config.json: eos_token_id is [0, 200]", "below 53"],
+    ),
+    # what overrides say, what keys are called, where things are looked for
+    "keys of another program": ({}, ["lora={{r: 8}}"], None, ["line: lora.r is not", "mean rank?", "rank is missing"]),
+    "keys of another program in the file": (
+        {"lora": {"r": 8, "lora_alpha": 16}}, [], None, ["lora.r is not", "mean rank?", "mean alpha?"],
+    ),
+    "key in another section": ({}, ["optimizer.steps=3"], None, ["optimizer.steps is not", "did you mean run.steps?"]),
+    "two mistakes": (
+        {"run": {"sed": 1}}, ["optimizer.lr=fast"], None, ["job.yaml: run.sed is not", "command line: optimizer.lr is"],
+    ),
+    "epochs beside steps": ({}, ["run.epochs=2"], None, ["command line: run.epochs is 2.0", "run.steps=null"]),
+    "data beside rounds": (ROUNDS, ["data.path={shared}/file"], None, ["command line: data.path is", "data.path=null"]),
+    "word for a list": ({}, ["trackers=tensorboard"], None, ["command line: trackers is", "as in [tensorboard]"]),
+    "number for a text": ({"model": {"path": 123}}, [], None, ["job.yaml: model.path is 123", "'123', in quotes"]),
+    "number that begins with 0": ({}, ["run.seed=010"], None, ["command line: run.seed is '010'", "integer"]),
+    "clock for a number": ({}, ["run.max_minutes=1:30"], None, ["command line: run.max_minutes is '1:30'", "number"]),
+    "sign of a comment": ({}, ["data.path={shared}/data.jsonl #2"], None, ["data.jsonl #2", "no such file"]),
+    "quotes of YAML": ({}, ['model.path="{shared}/model"'], None, ['model"', "is not a directory"]),
+    "colon and blank": ({}, ["data.path={shared}/a: b"], None, ["data.path", "a: b'", "no such file"]),
+    "nobody's home": ({}, ["data.path=~nobody-has-this-name/a"], None, ["line: data.path is", "no user's home"]),
+    "name that no disk takes": ({}, [f"export.hf_dir={'x' * 256}"], None, ["line: export.hf_dir is", "255 bytes"]),
+    "end of a line in a path": ({}, ["model.path=m\r"], None, ["line: model.path is", "control characters"]),
+    "model by its name": ({}, ["model.path=Org/Name-7B"], None, ["model.path: Org/Name-7B", "hf://Org/Name-7B"]),
+    "model by its address": ({}, ["model.path=https://huggingface.co/Org/Name"], None, ["Hub: hf://Org/Name"]),
+    "reference by its name": ({}, ["reference.source=Org/Name"], None, ["line: reference.source", "hf://Org/Name"]),
+    "reward module, where": (ROUNDS, ["rollout.reward=nowhere:f"], None, ["'nowhere'", "looked for in", "PYTHONPATH"]),
+    "reward module inside another": (ROUNDS, ["rollout.reward=json.nowhere:f"], None, ["json.nowhere", "imported"]),
 }  # fmt: skip
 
 

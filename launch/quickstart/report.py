@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from megalign.rollout.prompts import plain_text
 from megalign.rollout.rewards import choose_reward
-from megalign.rollout.rounds import end_ids, pad_id
+from megalign.rollout.rounds import end_ids
 from megalign.rollout.sample import sample
 
 MODELS = {  # key in summary.json: (folder, what was done)
@@ -45,6 +45,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def answer(hf_dir: Path, problems: Sequence[dict[str, Any]]) -> list[str]:
     """The model's greedy answers."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(hf_dir), AutoTokenizer.from_pretrained(hf_dir)
+    ends = end_ids(model, tokenizer)
     groups = sample(
         model,
         [tuple(tokenizer(problem["prompt"], add_special_tokens=False)["input_ids"]) for problem in problems],
@@ -52,8 +53,8 @@ def answer(hf_dir: Path, problems: Sequence[dict[str, Any]]) -> list[str]:
         k=1,
         temperature=0,
         max_new_tokens=LONGEST_ANSWER,
-        eos_ids=end_ids(model, tokenizer),
-        pad_id=pad_id(tokenizer),
+        eos_ids=ends,
+        pad_id=ends[0],
     )
     return [plain_text(tokenizer, group[0].ids) for group in groups]
 

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from megalign.data.chat import template_words
 from megalign.data.config import DataConfig, Source
 from megalign.data.formats import Reading, recognise
 from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
+from megalign.data.messages import check_context
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
 from megalign.data.reading import RawRecord, read_raw
@@ -162,9 +164,10 @@ def load_prompts(
         try:
             record = raw.fields()
             check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
+            check_context(record)
             name = "prompt_ids" if "prompt_ids" in record else "prompt"
             group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
-            _check_tokens(group, [name], max_length=max_length, vocab_size=vocab_size)
+            _check_tokens(group, [name], tokenizer, max_length=max_length, vocab_size=vocab_size)
         except (BadRecord, UserError) as error:
             raise UserError(f"{raw.origin}: {error}") from None
         groups.append(group)
@@ -187,6 +190,7 @@ class _Loader:
     ) -> None:
         self.cfg, self.tokenizer, self.pairing = cfg, tokenizer, pairing
         self.options = cfg.text_options
+        self.template_words = template_words(getattr(tokenizer, "chat_template", None))
         self.seed, self.vocab_size = seed, vocab_size
         self.report = Report()
         self.groups: list[Group] = []
@@ -222,7 +226,7 @@ class _Loader:
             kept = [index for index in kept if self._has_negatives(index, pool)]
         if not kept:
             reason = next(iter(self.report.first_bad.values()))
-            raise UserError(f"no record is usable; the first problem: {reason}")
+            raise UserError(f"no record is usable; the first problem: {reason}; {self.report.line()}")
         groups = [self.groups[index] for index in kept]
         spans = [
             Span(sum(first <= group.record < first + count for group in groups), weight)
@@ -262,7 +266,12 @@ class _Loader:
         """The record with our own fields, and its format, or `BadRecord` with everything that is wrong with it."""
         reading = recognise(raw.fields(), format=self.cfg.format)
         try:
-            name = check_record(reading.record, format=self.cfg.format, extra_fields=self.cfg.extra_fields)
+            name = check_record(
+                reading.record,
+                format=self.cfg.format,
+                extra_fields=self.cfg.extra_fields,
+                template_words=self.template_words,
+            )
         except BadRecord as bad:
             raise reading.named(bad) from None
         return reading, name
@@ -291,7 +300,8 @@ class _Loader:
             weak=tuple((first + pinned, place) for pinned, place in record.get("weak", [])),
             raw=record,
         )
-        _check_tokens(group, token_fields(record, name), max_length=cfg.max_length, vocab_size=self.vocab_size)
+        fields = token_fields(record, name)
+        _check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
         check_pairing(group, self.pairing, format=name)
         return group
 
@@ -310,15 +320,28 @@ class _Loader:
         return True
 
 
-def _check_tokens(group: Group, fields: Sequence[str], *, max_length: int, vocab_size: int) -> None:
+def _check_tokens(
+    group: Group,
+    fields: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    vocab_size: int,
+) -> None:
     """Refuse an empty prompt, ids outside the vocabulary, and what is too long. `fields`: prompt, responses."""
     if not group.prompt_ids:
         message = f"field {fields[0]} has no tokens; allowed: at least one, or the first response token has no score"
         raise BadRecord("empty prompt", message)
     texts = [group.prompt_ids, *(response.ids for response in group.responses)]
     for name, ids in zip(fields, texts, strict=True):
-        if max(ids) >= vocab_size:
-            raise refuse(name, max(ids), f"token ids below the model's {vocab_size}", reason="token ids")
+        highest, allowed = max(ids), f"token ids below the model's {vocab_size}"
+        if highest < vocab_size:
+            continue
+        if tokenizer is None or name.endswith("_ids"):
+            raise refuse(name, highest, allowed, reason="token ids")
+        token = tokenizer.convert_ids_to_tokens(highest)
+        message = f"field {name} becomes token id {highest}, the tokenizer's {token!r}; allowed: {allowed}"
+        raise BadRecord("token ids", message, field=name)
     for name, ids in zip(fields[1:] or fields, texts[1:] or [()], strict=True):
         length = len(group.prompt_ids) + len(ids)
         if length > max_length:

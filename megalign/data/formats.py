@@ -87,9 +87,14 @@ def _is_chat(value: Any) -> bool:
 
 
 def _says(value: Any) -> bool:
-    """Whether it is ShareGPT's turns, or one of them."""
+    """Whether these are ShareGPT's turns, or one of them: from and value, or its names of roles."""
     turns = [value] if isinstance(value, Mapping) else value
-    return _is_chat(turns) and any("from" in turn and "value" in turn for turn in turns)
+    return _is_chat(turns) and any(("from" in turn and "value" in turn) or _speaker(turn) for turn in turns)
+
+
+def _speaker(turn: Mapping[str, Any]) -> str | None:
+    role = turn.get("role")
+    return SPEAKERS.get(role) if isinstance(role, str) else None
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Reading | None:
@@ -116,7 +121,7 @@ def _turns(field: str, value: Any) -> list[dict[str, Any]]:
     turns = []
     for place, turn in enumerate([value] if isinstance(value, Mapping) else value):
         if "from" not in turn:
-            turns.append(dict(turn))
+            turns.append({**turn, "role": _speaker(turn)} if _speaker(turn) else dict(turn))
             continue
         speaker = turn["from"]
         role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
@@ -220,6 +225,22 @@ def _openai_pair(record: Mapping[str, Any]) -> Reading | None:
     return Reading({**inner, **pair, **rest}, "OpenAI pairs", tuple(f"input.{name}" for name in left_out))
 
 
+def _text_parts(record: Mapping[str, Any]) -> Reading | None:
+    """Messages whose content is a list of one text part, {"type": "text", "text": ...}."""
+    rewritten = {name: [_one_part(turn) for turn in record[name]] for name in TEXTS if _is_chat(record.get(name))}
+    if all(record[name] == turns for name, turns in rewritten.items()):
+        return None
+    return Reading({**record, **rewritten}, "messages with text parts")
+
+
+def _one_part(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    parts = turn.get("content")
+    if not isinstance(parts, list) or len(parts) != 1 or not isinstance(parts[0], Mapping):
+        return turn
+    plain = parts[0].get("type") == "text" and parts[0].keys() == {"type", "text"}
+    return {**turn, "content": parts[0]["text"]} if plain else turn
+
+
 def _refuse_dialogue_strings(record: Mapping[str, Any]) -> None:
     """HH-RLHF: two dialogues as strings can be trained on as they are or as messages; the record has to say which."""
     sides = [record.get(side) for side in SIDES]
@@ -243,4 +264,5 @@ READERS: tuple[tuple[Callable[[Mapping[str, Any]], Reading | None], tuple[str, .
     (_alpaca, ("prompt_completion", "preference")),
     (_sharegpt, ("messages", "prompt_completion", "preference")),
     (_chat_with_prompt, ("messages",)),
+    (_text_parts, ("messages", "prompt_completion", "preference")),
 )

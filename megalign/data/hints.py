@@ -20,6 +20,7 @@ SENTENCES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("response_j", "response_k"), f"the better and the worse answer are written {PAIR}"),
     (("input_ids",), 'tokens are written {"prompt_ids": [...], "response_ids": [...]}'),
     (("text",), f"a text is divided into what is given and what is trained on: {SINGLE}"),
+    (("messages",), 'the messages before the answer are the prompt: {"prompt": [...]}'),
     (("data",), "the records under data are written one a line, or as a list"),
 )
 ALIASES: dict[str, tuple[str, ...]] = {

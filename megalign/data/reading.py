@@ -26,6 +26,7 @@ ALLOWED = (
     "must be a file of JSON lines, a list of objects in JSON, CSV or Parquet (each may be gz, bz2 or xz), "
     "or a directory written by datasets' save_to_disk"
 )
+SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".bz2", ".xz"}  # names that data files have
 HEAD = 512  # bytes read to see what a file is
 BOM = b"\xef\xbb\xbf"
 OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
@@ -76,7 +77,7 @@ def read_raw(path: str, *, field: str = "data.path") -> Iterator[RawRecord]:
     place = Path(path)
     if not place.exists():
         hub = ""
-        if re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+", path) and not place.suffix.startswith(".json"):
+        if path.startswith("hf://") or (re.fullmatch(r"[\w.-]+/[\w.-]+", path) and place.suffix not in SUFFIXES):
             hub = "; a data set of the Hub is saved first with datasets.load_dataset(...).save_to_disk(DIR)"
         raise UserError(f"{field} is {path!r}: no such file or directory; {ALLOWED}{hub}")
     try:

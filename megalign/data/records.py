@@ -12,16 +12,24 @@ A sampler says its `temperature` and which responses are `finished`; what it wri
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from megalign.data.hints import advice
-from megalign.schema import shorten
+from megalign.data.messages import (
+    MESSAGE_FIELDS,
+    check_answers,
+    check_context,
+    check_conversation,
+    check_messages,
+    check_unicode,
+)
+from megalign.data.refusals import MISSING, BadRecord, joined, refuse
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-ANY_FORMAT = ("teacher_scores", "weak", "temperature")
+__all__ = ["BadRecord", "check_record", "check_slot", "detect_format", "refuse"]
+
+ANY_FORMAT = ("teacher_scores", "weak", "temperature", "tools", "chat_template_kwargs")
 FOR_PEOPLE = ("prompt_text", "record")
 # Of each format: what must be there, as text and as ids (None: there is no such form).
 SLOTS: dict[str, tuple[tuple[str, str | None], ...]] = {
@@ -30,38 +38,6 @@ SLOTS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "preference": (("prompt", "prompt_ids"), ("chosen", "chosen_ids"), ("rejected", "rejected_ids")),
     "responses": (("prompt", "prompt_ids"), ("responses", None)),
 }
-
-
-class BadRecord(Exception):
-    """One record is refused; `reason` is what a report counts it under, `field` where the fault lies.
-
-    kinds: a name for each fault, the same in every record with that fault; empty for what tokenising finds.
-    """
-
-    def __init__(self, reason: str, message: str, *, field: str = "", kinds: Collection[str] = ()) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.field = field
-        self.kinds = frozenset(kinds)
-
-
-def refuse(field: str, value: Any, allowed: str, *, reason: str) -> BadRecord:
-    """The one shape of such messages: field, the value that came, what is allowed."""
-    shown = "missing" if value is MISSING else shorten(value)
-    return BadRecord(reason, f"field {field} is {shown}; allowed: {allowed}", field=field)
-
-
-def joined(faults: Sequence[BadRecord]) -> BadRecord:
-    """One refusal for all the faults of a record; faults of one kind, such as of each response, are told once."""
-    by_kind: dict[str, list[BadRecord]] = {}
-    for fault in faults:
-        by_kind.setdefault(f"{fault.reason}: {re.sub('[0-9]+', '', fault.field)}", []).append(fault)
-    more = {kind: f" (and {len(alike) - 1} more like it)" if alike[1:] else "" for kind, alike in by_kind.items()}
-    message = "; also: ".join(f"{alike[0]}{more[kind]}" for kind, alike in by_kind.items())
-    return BadRecord(faults[0].reason, message, field=faults[0].field, kinds=by_kind)
-
-
-MISSING = object()
 
 
 def detect_format(record: Mapping[str, Any]) -> str:
@@ -85,11 +61,21 @@ def detect_format(record: Mapping[str, Any]) -> str:
     return found[0][0]
 
 
-def check_record(record: Mapping[str, Any], *, format: str = "auto", extra_fields: str = "error") -> str:
-    """Return the record's format, or raise one `BadRecord` that tells everything wrong with it."""
+def check_record(
+    record: Mapping[str, Any],
+    *,
+    format: str = "auto",
+    extra_fields: str = "error",
+    template_words: frozenset[str] = frozenset(),
+) -> str:
+    """Return the record's format, or raise one `BadRecord` that tells everything wrong with it.
+
+    template_words: names that the chat template reads; a message may have fields of these names.
+    """
     name = detect_format(record) if format == "auto" else format
     faults = []
-    for check in _checks(record, name, strict=extra_fields == "error"):
+    message_fields = MESSAGE_FIELDS | template_words if extra_fields == "error" else None
+    for check in _checks(record, name, message_fields=message_fields):
         try:
             check()
         except BadRecord as fault:
@@ -99,8 +85,14 @@ def check_record(record: Mapping[str, Any], *, format: str = "auto", extra_field
     return name
 
 
-def _checks(record: Mapping[str, Any], name: str, *, strict: bool) -> Iterator[Callable[[], None]]:
-    """What has to hold of a record of format `name`; each raises for the first thing wrong with its own part."""
+def _checks(
+    record: Mapping[str, Any], name: str, *, message_fields: frozenset[str] | None
+) -> Iterator[Callable[[], None]]:
+    """Yield the checks of a record of format `name`; each raises for the first thing wrong with its own part.
+
+    message_fields: what a message may have; None: there may be unknown fields anywhere.
+    """
+    strict = message_fields is not None
     known = {form for slot in SLOTS[name] for form in slot if form} | set(ANY_FORMAT)
     known |= set(FOR_PEOPLE) if name == "responses" else set()
     if strict:
@@ -111,19 +103,37 @@ def _checks(record: Mapping[str, Any], name: str, *, strict: bool) -> Iterator[C
         if not implicit:
             yield partial(check_slot, record, text, ids, strict=strict, is_prompt=text == "prompt")
         elif text != "prompt":
-            yield partial(_check_implicit, text, record[text], strict=strict)
+            yield partial(_check_implicit, text, record[text])
     responses = record.get("responses") if name == "responses" else None
     for place, response in enumerate(responses if isinstance(responses, list) else []):
         yield partial(_check_response, f"responses[{place}]", response, strict=strict)
+    if message_fields is not None:
+        yield partial(_check_message_fields, record, name, message_fields)
+    yield partial(check_context, record)
     yield partial(_check_temperature, record)
     yield partial(_check_teacher_scores, record.get("teacher_scores", {}))
     yield partial(_check_pins, record.get("weak", []))
 
 
-def _check_implicit(side: str, messages: Any, *, strict: bool) -> None:
+def _check_message_fields(record: Mapping[str, Any], name: str, known: frozenset[str]) -> None:
+    """Refuse fields of messages that nobody reads."""
+    texts = {text: record.get(text) for text, _ in SLOTS[name] if text != "responses"}
+    if name == "responses" and isinstance(record.get("responses"), list):
+        entries = [entry for entry in record["responses"] if isinstance(entry, dict)]
+        texts |= {f"responses[{place}].text": entry.get("text") for place, entry in enumerate(entries)}
+    for field, turns in texts.items():
+        for place, turn in enumerate(turns if isinstance(turns, list) else []):
+            if isinstance(turn, dict) and not turn.keys() <= known:
+                strangers = [f"{field}[{place}].{stranger}" for stranger in turn if stranger not in known]
+                message = f"{_not_known(strangers)}; allowed: {', '.join(sorted(MESSAGE_FIELDS))}, "
+                message += "and what the chat template reads (or data.extra_fields: ignore)"
+                raise BadRecord("unknown field", message, field=strangers[0])
+
+
+def _check_implicit(side: str, messages: Any) -> None:
     """chosen or rejected as a whole conversation, without a prompt field."""
-    _check_messages(side, messages, strict=strict)
-    _check_answers(side, messages, first=len(messages) - 1)
+    check_messages(side, messages)
+    check_answers(side, messages, first=len(messages) - 1)
 
 
 def _check_known(
@@ -157,10 +167,10 @@ def check_slot(record: Mapping[str, Any], text: str, ids: str | None, *, strict:
         if not isinstance(record[text], list) or not record[text]:
             raise refuse(text, record[text], "a list of one or more objects", reason="responses")
     elif text == "messages":
-        _check_messages(text, record[text], strict=strict)
-        _check_conversation(record[text])
+        check_messages(text, record[text])
+        check_conversation(record[text])
     else:
-        check_text(text, record[text], strict=strict, is_prompt=is_prompt)
+        check_text(text, record[text], is_prompt=is_prompt)
 
 
 def check_ids(field: str, ids: Any) -> None:
@@ -176,56 +186,22 @@ def check_ids(field: str, ids: Any) -> None:
             raise refuse(f"{field}[{place}]", token, "an integer >= 0", reason="token ids")
 
 
-def check_text(field: str, value: Any, *, strict: bool, is_prompt: bool) -> None:
+def check_text(field: str, value: Any, *, is_prompt: bool) -> None:
     """A string or a list of messages, with something in it; a response begins and ends with the assistant."""
     if not isinstance(value, (str, list)):
         raise refuse(field, value, "a string or a list of messages", reason="wrong type")
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        several = "" if is_prompt else '; several answers are written "responses": [{"text": ..., "reward": ...}, ...]'
+        raise refuse(field, value, f"a string or a list of messages{several}", reason="wrong type")
     if not value:
         reason = "empty prompt" if is_prompt else "empty response"
         raise refuse(field, value, "a string or list that is not empty", reason=reason)
     if isinstance(value, str):
-        _check_unicode(field, value)
+        check_unicode(field, value)
         return
-    _check_messages(field, value, strict=strict)
+    check_messages(field, value)
     if not is_prompt:
-        _check_answers(field, value)
-
-
-def _check_unicode(field: str, value: str) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer takes."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise refuse(field, value, "valid Unicode", reason="text") from None
-
-
-def _check_messages(field: str, value: Any, *, strict: bool) -> None:
-    if not isinstance(value, list) or not value:
-        raise refuse(field, value, "a list of messages", reason="messages")
-    for place, message in enumerate(value):
-        where = f"{field}[{place}]"
-        if not isinstance(message, dict):
-            raise refuse(where, message, '{"role": ..., "content": ...}', reason="messages")
-        if message.get("role") not in ROLES:
-            raise refuse(f"{where}.role", message.get("role", MISSING), ", ".join(ROLES), reason="messages")
-        if not isinstance(message.get("content"), str):
-            raise refuse(f"{where}.content", message.get("content", MISSING), "a string", reason="messages")
-        _check_unicode(f"{where}.content", message["content"])
-        if strict:
-            _check_known(f"{where}.", message, {"role", "content"})
-
-
-def _check_answers(field: str, messages: list[dict[str, str]], *, first: int = 0) -> None:
-    """What is trained on (from message `first`) is the assistant's at both ends."""
-    for place in (first, len(messages) - 1):
-        if messages[place]["role"] != "assistant":
-            raise refuse(f"{field}[{place}].role", messages[place]["role"], "assistant", reason="messages")
-
-
-def _check_conversation(messages: list[dict[str, str]]) -> None:
-    if messages[0]["role"] == "assistant":
-        raise refuse("messages[0].role", "assistant", "system or user before the first answer", reason="messages")
-    _check_answers("messages", messages, first=len(messages) - 1)
+        check_answers(field, value)
 
 
 def _check_response(where: str, response: Any, *, strict: bool) -> None:
@@ -240,7 +216,7 @@ def _check_response(where: str, response: Any, *, strict: bool) -> None:
             )
         check_ids(f"{where}.response_ids", response["response_ids"])
     elif "text" in response:
-        check_text(f"{where}.text", response["text"], strict=strict, is_prompt=False)
+        check_text(f"{where}.text", response["text"], is_prompt=False)
     else:
         raise refuse(f"{where}.text", MISSING, "text or response_ids", reason="missing field")
     if "reward" in response and not is_number(response["reward"]):

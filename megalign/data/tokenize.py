@@ -1,28 +1,29 @@
 """Text to token ids, one way for every loss.
 
-Plain strings never pass through a chat template: prompt and response are tokenised apart, no start token is added,
-the end-of-sequence token closes the response. Messages get the template's own tokens and nothing more: the prompt is
-template(turns before the answer, with the generation prompt), the response is what template(all turns) adds to it.
-Ids are taken as they are.
+Plain strings never pass through a chat template: the prompt has the special tokens that the tokenizer itself puts in
+front, the response is what tokenising prompt and response together adds behind the prompt, and the end-of-sequence
+token closes it. Messages get the template's own tokens and nothing more: the prompt is what a response would be
+sampled from, the response what follows it. Ids are taken as they are.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2 import TemplateError
-
+from megalign.data.answers import Span, answer_text, prompt_text
+from megalign.data.chat import Chat, Turn, adapted, open_chat, without_nulls
 from megalign.data.group import Group, Response
+from megalign.data.messages import REASONING
 from megalign.data.records import BadRecord, detect_format, refuse
 from megalign.schema import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turn = Mapping[str, str]
 Ids = tuple[int, ...]
 
 
@@ -35,6 +36,7 @@ class TextOptions:
 
 
 DEFAULT = TextOptions()
+ANCHORS = "\n\t:a0"  # text stands behind the first of these that no token joins to its beginning
 
 
 def encode_record(
@@ -50,16 +52,21 @@ def encode_record(
 
     notes: counts what was decided about the text and a log should tell.
     """
+    text = _Text(record, tokenizer, options, Counter() if notes is None else notes)
     if format == "messages":
         turns = record["messages"]
         first = len(turns) - 1
         if train_on == "all_assistant":
             first = next(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
-        prompt_ids, response = _encode_turns("messages", turns[:first], turns[first:], tokenizer, num_before=first)
-        return prompt_ids, (response,)
+        before = text.prompt("messages", turns[:first], continued=False)
+        return before.ids, (text.turns("messages", before, turns[first:], num_before=first),)
     prompt, answers = _split(record, format)
-    prompt_ids = _encode_prompt(prompt, tokenizer)
-    return prompt_ids, tuple(_encode_answer(answer, prompt, prompt_ids, tokenizer) for answer in answers)
+    if isinstance(prompt, list):
+        before = text.prompt("prompt" if "prompt" in record else answers[0][0], prompt, continued=True)
+        return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
+    prompt_ids = encode_prompt({"prompt": prompt} if isinstance(prompt, str) else record, tokenizer, options=options)
+    before = _Prompt(prompt_ids, prompt if isinstance(prompt, str) else None, ())
+    return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
 
 
 def token_fields(record: Mapping[str, Any], format: str) -> list[str]:
@@ -74,17 +81,14 @@ def encode_prompt(
     record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, *, options: TextOptions = DEFAULT
 ) -> Ids:
     """Return the ids that a response to the record's `prompt` (text, messages) or `prompt_ids` is sampled from."""
-    prompt = {"ids": record["prompt_ids"]} if "prompt_ids" in record else record["prompt"]
-    return _encode_prompt(prompt, tokenizer)
-
-
-def _encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> Ids:
-    """Ids of a string, of messages (with the generation prompt), or `{"ids": [...]}` as they are."""
-    if isinstance(prompt, Mapping):
-        return tuple(prompt["ids"])
-    if isinstance(prompt, str):
-        return _encode_string("prompt", prompt, tokenizer)
-    return _apply_template("prompt", prompt, tokenizer, add_generation_prompt=True)
+    if "prompt_ids" in record:
+        return tuple(record["prompt_ids"])
+    prompt = record["prompt"]
+    if isinstance(prompt, list):
+        return _Text(record, tokenizer, options, Counter()).prompt("prompt", prompt, continued=True).ids
+    tokenizer = _required("prompt", tokenizer)
+    front = _front(tokenizer, prompt) if options.special_tokens == "auto" else ()
+    return front + _encode(tokenizer, prompt)
 
 
 def retokenize(
@@ -154,22 +158,97 @@ def _implicit_prompt(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Tur
     return chosen[:shared], texts
 
 
-def _encode_answer(
-    answer: tuple[str, Any, Mapping[str, Any]],
-    prompt: Any,
-    prompt_ids: Ids,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Response:
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt's ids and the text that its responses continue (None: it came as ids); turns of messages."""
+
+    ids: Ids
+    text: str | None
+    turns: Sequence[Turn]
+    continued: bool = False  # the last turn is the assistant's and stays open
+    chat: Chat | None = None
+
+
+class _Text:
+    """Encodes the texts of one record."""
+
+    def __init__(
+        self,
+        record: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None,
+        options: TextOptions,
+        notes: Counter[str],
+    ) -> None:
+        self.record, self.tokenizer, self.options, self.notes = record, tokenizer, options, notes
+        self.objects = False  # whether the arguments of tool calls were read from JSON strings
+
+    def prompt(self, field: str, turns: Sequence[Turn], *, continued: bool) -> _Prompt:
+        """Encode messages as what a response to them is sampled from."""
+        tokenizer = _required(field, self.tokenizer)
+        chat = open_chat(field, self.record, tokenizer, date=self.options.date)
+        turns = self._given(chat, field, (), turns)
+        continued = continued and turns[-1]["role"] == "assistant"
+        text = prompt_text(chat, field, turns, continued=continued, notes=self.notes)
+        return _Prompt(_encode(tokenizer, text), text, turns, continued, chat)
+
+    def turns(self, field: str, before: _Prompt, answer: Sequence[Turn], *, num_before: int = 0) -> Response:
+        """Encode the turns behind a prompt; of several only the assistant's are scored."""
+        for place, turn in enumerate(answer, start=num_before):
+            said = any(turn.get(name) for name in ("content", "tool_calls", *REASONING))
+            if turn["role"] == "assistant" and not said:
+                raise refuse(f"{field}[{place}].content", "", "a string that is not empty", reason="empty response")
+        assert before.chat is not None and before.text is not None
+        rest, spans = answer_text(
+            before.chat,
+            field,
+            before.turns,
+            self._given(before.chat, field, before.turns, answer),
+            prompt=before.text,
+            continued=before.continued,
+            notes=self.notes,
+        )
+        ids, encode_start = self._behind(field, before.text, before.ids, rest)
+        return Response(ids, scored=None if spans is None else _scored(ids, spans, rest, encode_start))
+
+    def _given(self, chat: Chat, field: str, before: Sequence[Turn], turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """Return turns, which follow `before`, in the form that the template takes."""
+        given, objects = adapted(chat, field, [*before, *map(without_nulls, turns)])
+        if objects and not self.objects:
+            self.notes["records whose tool-call arguments were read from JSON strings, which the template quotes"] += 1
+        self.objects = self.objects or objects
+        return given[len(before) :]
+
+    def string(self, field: str, before: _Prompt, text: str) -> Response:
+        """Encode a response to a plain string, or to ids, and close it."""
+        tokenizer = _required(field, self.tokenizer)
+        end = _end_of_sequence(field, tokenizer)
+        if before.text is None:
+            ids = _encode_apart(tokenizer, text)
+        else:
+            ids = self._behind(field, before.text, _encode(tokenizer, before.text), text)[0]
+        return Response(ids if ids[-1:] == (end,) else (*ids, end))
+
+    def _behind(self, field: str, prompt: str, prompt_ids: Ids, rest: str) -> tuple[Ids, Callable[[str], Ids]]:
+        """Encode what follows a prompt, and return with it how to encode a beginning of it alike."""
+        tokenizer = _required(field, self.tokenizer)
+        whole = _encode(tokenizer, prompt + rest)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            return whole[len(prompt_ids) :], lambda start: _encode(tokenizer, prompt + start)[len(prompt_ids) :]
+        self.notes["responses tokenised apart from their prompt, because tokens would merge across the border"] += 1
+        return _encode_apart(tokenizer, rest), lambda start: _encode_apart(tokenizer, start)
+
+
+def _encode_answer(answer: tuple[str, Any, Mapping[str, Any]], text: _Text, before: _Prompt) -> Response:
     field, content, extra = answer
     if isinstance(content, Mapping):
         response = Response(tuple(content["ids"]))
-    elif isinstance(prompt, list):
+    elif before.chat is not None:
         turns = content if isinstance(content, list) else [{"role": "assistant", "content": content}]
-        response = _encode_turns(field, prompt, turns, tokenizer, prompt_ids=prompt_ids)[1]
+        response = text.turns(field, before, turns)
     elif isinstance(content, list):
         raise refuse(field, content, "a string, because the prompt is not a list of messages", reason="wrong type")
     else:
-        response = Response(_encode_string(field, content, tokenizer) + (_end_of_sequence(field, tokenizer),))
+        response = text.string(field, before, content)
     logp = extra.get("logp")
     if logp is not None and len(logp) != len(response.ids):
         place = field.rpartition(".")[0]
@@ -186,76 +265,40 @@ def _encode_answer(
     )
 
 
-def _encode_turns(
-    field: str,
-    before: Sequence[Turn],
-    answer: Sequence[Turn],
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    prompt_ids: Ids | None = None,
-    num_before: int = 0,
-) -> tuple[Ids, Response]:
-    """Prompt ids, and what the template adds for the answer; of several turns only the assistant's are scored."""
-    for place, turn in enumerate(answer, start=num_before):
-        if turn["role"] == "assistant" and not turn["content"]:
-            raise refuse(f"{field}[{place}].content", "", "a string that is not empty", reason="empty response")
-    turns = [*before, *answer]
-    if prompt_ids is None:
-        prompt_ids = _apply_template(field, before, tokenizer, add_generation_prompt=True)
-    all_ids = _apply_template(field, turns, tokenizer)
-    _check_prefix(field, prompt_ids, all_ids)
-    ids = all_ids[len(prompt_ids) :]
-    if len(answer) == 1:
-        return prompt_ids, Response(ids)
+def _scored(ids: Ids, spans: Sequence[Span], rest: str, encode_start: Callable[[str], Ids]) -> tuple[bool, ...]:
+    """Which tokens lie in the spans of characters; one that crosses a span's end is out, one its beginning is in."""
+
+    def tokens_before(position: int) -> int:
+        return len(os.path.commonprefix([encode_start(rest[:position]), ids])) if position < len(rest) else len(ids)
+
     scored = [False] * len(ids)
-    for place in range(len(before), len(turns)):
-        if turns[place]["role"] != "assistant":
-            continue
-        opened = _apply_template(field, turns[:place], tokenizer, add_generation_prompt=True)
-        closed = _apply_template(field, turns[: place + 1], tokenizer)
-        _check_prefix(field, opened, closed)
-        _check_prefix(field, closed, all_ids)
-        for position in range(len(opened), len(closed)):
-            scored[position - len(prompt_ids)] = True
-    return prompt_ids, Response(ids, scored=tuple(scored))
+    for start, end in spans:
+        begin, stop = tokens_before(start), tokens_before(end)
+        scored[begin:stop] = [True] * max(0, stop - begin)
+    return tuple(scored)
 
 
-def _check_prefix(field: str, prefix: Ids, whole: Ids) -> None:
-    if whole[: len(prefix)] != prefix:
-        message = (
-            f"field {field}: the chat template writes earlier turns otherwise once an answer follows; "
-            "allowed: conversations whose beginning it leaves as it is"
-        )
-        raise BadRecord("chat template", message)
-
-
-def _apply_template(
-    field: str,
-    turns: Sequence[Turn],
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    add_generation_prompt: bool = False,
-) -> Ids:
-    tokenizer = _required(field, tokenizer)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"field {field} holds messages, and the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
-            "allowed: plain strings, token ids, or a tokenizer with a chat template"
-        )
-    plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-    try:
-        ids = tokenizer.apply_chat_template(
-            plain, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        message = f"field {field}: the chat template refuses the conversation ({error}); allowed: what it takes"
-        raise BadRecord("chat template", message) from None
-    return tuple(ids)
-
-
-def _encode_string(field: str, text: str, tokenizer: PreTrainedTokenizerBase | None) -> Ids:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> Ids:
     # verbose=False: without it the tokenizer warns of lengths that max_length already rules.
-    return tuple(_required(field, tokenizer)(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
+    """Encode text as it would stand behind other text: SentencePiece puts a blank before what begins a text."""
+    for anchor in ANCHORS:
+        before, ids = _encode(tokenizer, anchor), _encode(tokenizer, anchor + text)
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+    return _encode(tokenizer, text)
+
+
+def _front(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
+    """Return the special tokens that the tokenizer puts in front of a text, without those it puts at the end."""
+    bare, framed = _encode(tokenizer, text), _encode(tokenizer, text, special=True)
+    for num in range(len(framed) - len(bare) + 1):
+        if framed[num : num + len(bare)] == bare:
+            return framed[:num]
+    return ()
 
 
 def _end_of_sequence(field: str, tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -23,11 +23,21 @@ def load_sampler(hf_dir: Path, *, dtype: str, device: torch.device) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(
         str(hf_dir),
+        config=sampler_config(hf_dir),
         dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
         local_files_only=True,
         trust_remote_code=False,
     )
     return model.to(device)
+
+
+def sampler_config(hf_dir: Path) -> Any:
+    """The checkpoint's `transformers` configuration, without its padding token: an added one may have no embedding."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(hf_dir), local_files_only=True, trust_remote_code=False)
+    config.pad_token_id = None
+    return config
 
 
 def write_rollouts(

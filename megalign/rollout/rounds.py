@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalign.rollout.ends import NO_END
 from megalign.rollout.prompts import Prompt, plain_text
 from megalign.rollout.rewards import LIMIT_S, Reward
 from megalign.rollout.sample import Sampled, sample
@@ -55,6 +56,7 @@ def rollout_round(
     start = time.perf_counter()
     mine = range(rank, len(prompts), num_ranks)
     try:
+        ends = end_ids(model, tokenizer)
         samples = sample(
             model,
             [prompts[place].ids for place in mine],
@@ -62,8 +64,8 @@ def rollout_round(
             k=k,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
-            eos_ids=end_ids(model, tokenizer),
-            pad_id=pad_id(tokenizer),
+            eos_ids=ends,
+            pad_id=ends[0],  # masked out, so any token that the model has; the tokenizer's may be one that it lacks
             token_budget=token_budget,
         )
         share: Any = [
@@ -103,13 +105,8 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     more = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
     if not ends:
-        raise UserError("the tokenizer has no end-of-sequence token; sampling needs one to know where a response ends")
+        raise UserError(NO_END)
     return tuple(sorted(ends))
-
-
-def pad_id(tokenizer: Any) -> int:
-    """Any token does: padding is masked out."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
 def _reward_group(

@@ -64,9 +64,12 @@ def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
         what = "responses" if dataset.pairing.kind == "samples" else "preferred and other response"
         text = (
             f"{len(same)} of {len(dataset)} records have the same tokens as {what}, the first "
-            f"{dataset.origins[same[0]]}: there is nothing to tell apart, and their gradient is 0"
+            f"{dataset.origins[same[0]]}: there is nothing to tell apart"
         )
-        yield (NO_GRADIENT if len(same) == len(dataset) else ""), text
+        if dataset.pairing.weak:  # negatives of other prompts are left to learn from
+            yield "", text
+        else:
+            yield (NO_GRADIENT if len(same) == len(dataset) else ""), f"{text}, and their gradient is 0"
     if dataset.pairing.kind == "samples":
         equal = [_rewards(group) for group in dataset.groups if _all_equal(_rewards(group))]
         if len(equal) > MOST * len(dataset):
@@ -106,8 +109,9 @@ def _same_contrast(dataset: GroupDataset, group: Group) -> bool:
     """Whether all that the loss compares inside a group is the same tokens."""
     if dataset.pairing.kind == "single":
         return False
-    picked = own_sequences(group, dataset.pairing, seed=dataset.seed, epoch=0)
-    return len(picked) > 1 and len({(one.ids, one.scored) for _, one in picked}) == 1
+    picked = [one for _, one in own_sequences(group, dataset.pairing, seed=dataset.seed, epoch=0)]
+    first = picked[0]
+    return len(picked) > 1 and all(one.ids == first.ids and one.scored == first.scored for one in picked[1:])
 
 
 def _rewards(group: Group) -> list[float]:

@@ -19,6 +19,7 @@ from megalign.data.dataset import GroupDataset, load_dataset
 from megalign.data.group import Sequence as FlatSequence
 from megalign.data.tokenize import retokenize
 from megalign.engines.megatron_state import holds_optimizer, saved_lora
+from megalign.rollout.ends import check_ends
 from megalign.rollout.prompts import Prompt, load_prompts
 from megalign.rollout.rewards import choose_reward
 from megalign.schema import UserError, shorten
@@ -91,6 +92,7 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
     tokenizer = load_tokenizer(hf_dir)
     if cfg.rollout is not None:
         prompts = read_prompts(cfg, cfg.rollout.path, tokenizer, model)
+        check_ends(hf_dir, tokenizer, vocab_size=model.vocab_size)
         held_out = () if eval_path is None else read_prompts(cfg, eval_path, tokenizer, model)
         return Inputs(hf_dir, model, tokenizer, None, prompts, reference, held_out_prompts=held_out)
     records = read_records(cfg, tokenizer, model)

@@ -49,7 +49,10 @@ def step_numbers(record: Mapping[str, Any], *, rounds: int) -> str:
     place = f"round {record['round']}/{rounds}" if "round" in record else f"epoch {record['epoch']:.2f}"
     parts = [f"loss {shown(record['loss'])}", f"grad_norm {shown(record['grad_norm'])}", f"lr {record['lr']:.3g}"]
     parts += [f"{name} {value:.3f}" for name, value in outcomes(record)]
-    return " ".join([place, *parts, f"{record['tokens_per_second']:.0f} tok/s"])
+    speed = f"{record['tokens_per_second']:.0f} tok/s"
+    if "round_tokens_per_second" in record:
+        speed += f" ({record['round_tokens_per_second']:.0f} with sampling)"
+    return " ".join([place, *parts, speed])
 
 
 def evaluation_numbers(record: Mapping[str, Any]) -> str:

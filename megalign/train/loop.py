@@ -28,7 +28,7 @@ from megalign.train.check import Inputs, Records, check
 from megalign.train.evaluation import evaluation_due, held_out_metrics
 from megalign.train.feeds import DatasetFeed, Feed, with_teachers
 from megalign.train.job import Job, export_model, keep_instead, resume, save
-from megalign.train.outputs import Start, check_outputs
+from megalign.train.outputs import Start, check_outputs, job_date, with_date
 from megalign.train.plan import evaluation_plan, run_plan
 from megalign.train.report import Reporter, start_log, utc_now
 from megalign.train.round_report import report_round
@@ -40,7 +40,7 @@ from megalign.train.session import (
     cutting_of,
     gather,
     groups_of,
-    layers_of,
+    layers_text,
     layout_text,
     on_every_rank,
 )
@@ -56,6 +56,8 @@ def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     if cfg.run.deterministic:
         make_deterministic()
     run_dir, started = Path(cfg.run.dir), time.perf_counter()
+    # Rank 0's day is every rank's, and a resumed run's is the one that it began on.
+    cfg = with_date(cfg, gather(on_every_rank(lambda: job_date(cfg) if world.is_main else None))[0])
     inputs = on_every_rank(lambda: check(cfg, world.size))
     # One rank's findings are every rank's: the directory changes while others would still look at it.
     start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs) if world.is_main else None))[0]
@@ -104,10 +106,8 @@ def _prepare(
 ) -> Job:
     """Everything up to the first step."""
     weights = start.weights
-    report.say(
-        f"ranks {world.size}: {layout_text(groups)}; "
-        f"{layers_of(cfg, inputs.model, world)} layers on {world.device.type}; {cfg.run.dtype}; loss {cfg.loss.name}"
-    )
+    layers = layers_text(cfg, inputs.model, world)
+    report.say(f"ranks {world.size}: {layout_text(groups)}; {layers}; {cfg.run.dtype}; loss {cfg.loss.name}")
     if left_out := noise_left_out(inputs.hf_dir):
         report.say(left_out)
 
@@ -151,7 +151,9 @@ def _prepare(
         run_plan(cfg, num_steps, len(inputs.prompts) if dataset_feed is None else dataset_feed.dataset.epoch_size)
     )
     if cfg.eval.path is not None:
-        report.say(evaluation_plan(cfg, len(inputs.held_out_prompts if held_out is None else held_out.dataset)))
+        report.say(
+            evaluation_plan(cfg, num_steps, len(inputs.held_out_prompts if held_out is None else held_out.dataset))
+        )
     report.rounds = 0 if cfg.rollout is None else cfg.rollout.rounds
     doubts = Doubts(cfg)
     for doubt in doubts.before(num_steps, None if dataset_feed is None else dataset_feed.dataset, inputs.prompts):
@@ -293,6 +295,7 @@ def _why_stop(job: Job) -> str:
 def _finish(job: Job, code: int, reason: str) -> int:
     if job.world.is_main:
         write_status(job.run_dir, code, reason, job.step)
-    job.report.say(f"{reason} after step {job.step}")
+    more = f" of {job.num_steps}; the same command goes on from there" if code == STOPPED else ""
+    job.report.say(f"{reason} after step {job.step}{more}")
     dist.barrier()  # a launcher ends all ranks once one has ended with a code; rank 0 has told by then
     return code

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from megalign.config import JobConfig
+from megalign.config import JobConfig, load_config
 from megalign.convert.writer import Owner, check_target, is_export, model_specs
 from megalign.engines.megatron_state import holds_optimizer
 from megalign.schema import UserError
 from megalign.train.check import Inputs, check_adapters
 from megalign.train.checkpoint import Found, check_whole, find_checkpoint, newer_than, read_job
-from megalign.train.fingerprint import Difference, describe, differences, is_allowed, job_digest
+from megalign.train.fingerprint import Difference, describe, differences, is_allowed, job_digest, settings
 from megalign.train.run_dir import FILES, FOLDERS, check_run_dir, is_inside, nearest, probe
 from megalign.train.schedule import keeps_last
 from megalign.train.session import dtype_of
@@ -39,6 +40,32 @@ class Start:
     started_from: str | None = None
     num_steps_before: int | None = None
     notes: tuple[str, ...] = ()  # for the log
+
+
+def job_date(cfg: JobConfig) -> str:
+    """The day that chat templates get as today: data.date, else that of the run to go on with, else today."""
+    if cfg.data.date is not None:
+        return cfg.data.date
+    found = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume)
+    about = None if found is None else read_job(found.folder)
+    saved = None if about is None else about["job"]["data"].get("date")
+    if saved is None and found is None and cfg.checkpoint.resume == "auto":
+        saved = _date_of_same(cfg)
+    return str(saved) if saved is not None else date.today().isoformat()
+
+
+def _date_of_same(cfg: JobConfig) -> str | None:
+    """The day of a run of the same settings in the directory, which was ended before it saved."""
+    try:
+        before = load_config(str(Path(cfg.run.dir) / "config.yaml"))
+    except UserError:
+        return None
+    return before.data.date if settings(with_date(before, None)) == settings(cfg) else None
+
+
+def with_date(cfg: JobConfig, day: str | None) -> JobConfig:
+    """The configuration with `data.date` set."""
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"date": day})})
 
 
 def check_outputs(cfg: JobConfig, inputs: Inputs) -> Start:

@@ -19,8 +19,11 @@ def run_plan(cfg: JobConfig, num_steps: int, size: int) -> str:
     )
 
 
-def evaluation_plan(cfg: JobConfig, num_held_out: int) -> str:
-    """Say what is evaluated and when."""
+def evaluation_plan(cfg: JobConfig, num_steps: int, num_held_out: int) -> str:
+    """Say what is evaluated, when, and how often in a whole run."""
+    every = cfg.eval.every
+    count = 2 + ((num_steps - 1) // every if every else 0)
     what = "records" if cfg.rollout is None else "prompts"
-    when = f"every {cfg.eval.every} steps" if cfg.eval.every else "at no step between, since eval.every is 0"
-    return f"evaluation on {num_held_out} {what} of {cfg.eval.path}: before the first step, after the last, {when}"
+    when = f"every {every} steps" if every else "at no step between, since eval.every is 0"
+    always = "before the first step, after the last"
+    return f"evaluation on {num_held_out} {what} of {cfg.eval.path}: {always}, {when}; {count} in all"

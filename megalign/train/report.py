@@ -30,7 +30,9 @@ class Reporter:
         self.rounds = 0  # how many the run has, if any
         self._console = Console(stderr=True)
         self._to_console = ConsoleHandler(self._console)
-        self._bar = StepBar(self._console) if main and self._console.is_terminal else None
+        # Both: a dumb terminal cannot redraw a bar, and variables such as FORCE_COLOR make a file look like a terminal.
+        self._redraws = sys.stderr.isatty() and self._console.is_interactive
+        self._bar = StepBar(self._console) if main and self._redraws else None
         self._last_line = 0.0
         self._phase = ""
         self._started = time.perf_counter()
@@ -138,7 +140,7 @@ class Reporter:
         """Show a table on a terminal; `text` is what the log and other consoles get."""
         if not self.main:
             return
-        if not self._console.is_terminal:
+        if not self._redraws:
             LOG.info(text)
             return
         LOG.debug(text)

@@ -17,6 +17,7 @@ from megalign.data.dataset import GroupDataset, from_records
 from megalign.engines.engine import Engine, Scorer
 from megalign.engines.megatron import BaseModel, MegatronEngine
 from megalign.engines.step import StepBatch
+from megalign.rollout.command import sampler_config
 from megalign.rollout.prompts import Prompt, round_prompts
 from megalign.rollout.rewards import call_limit_s, choose_reward
 from megalign.rollout.rounds import Round, rollout_round, without_texts
@@ -30,9 +31,9 @@ ATTEMPTS = 8  # samplings of one round before it counts as hopeless
 
 def live_sampler(cfg: JobConfig, inputs: Inputs, device: torch.device) -> Any:
     """A `transformers` model of the policy's shape, whose weights `refresh` fills; one on every rank."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    config = AutoConfig.from_pretrained(str(inputs.hf_dir), local_files_only=True, trust_remote_code=False)
+    config = sampler_config(inputs.hf_dir)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(cfg), trust_remote_code=False)
     if (inputs.hf_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(inputs.hf_dir), local_files_only=True)

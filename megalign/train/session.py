@@ -21,6 +21,7 @@ from megalign.engines.scoring import Cutting
 from megalign.models.gpt import choose_layers
 from megalign.models.lora import Lora
 from megalign.runtime.distributed import World
+from megalign.runtime.quiet import missing_packages
 from megalign.schema import UserError, reason_of
 
 Result = TypeVar("Result")
@@ -89,6 +90,13 @@ def layers_of(cfg: JobConfig, model: ModelConfig, world: World) -> str:
     return choose_layers(cfg.engine.layers, model, on_cuda=world.device.type == "cuda")
 
 
+def layers_text(cfg: JobConfig, model: ModelConfig, world: World) -> str:
+    """Which layers compute the model and where, and what Megatron would use and lacks."""
+    absent = " and ".join(missing_packages())
+    text = f"{layers_of(cfg, model, world)} layers on {world.device.type}"
+    return f"{text} ({absent} not installed)" if absent else text
+
+
 def build_engine(
     cfg: JobConfig, model: ModelConfig, groups: Groups, world: World, *, trainable: bool
 ) -> MegatronEngine:
@@ -114,17 +122,24 @@ def build_engine(
     return MegatronEngine(model, groups, options, adamw=adamw, seed=cfg.run.seed)
 
 
-class ExportFailed(Exception):
+class ExportFailed(SharedError):
     """An export came to nothing, on every rank alike; the text is the reason."""
 
 
 def export(
-    engine: Engine, model: ModelConfig, source: Path, folder: Path, *, owner: Owner, lora: Lora | None = None
+    engine: Engine,
+    model: ModelConfig,
+    source: Path,
+    folder: Path,
+    *,
+    owner: Owner | None = None,
+    lora: Lora | None = None,
 ) -> bool:
     """Write the live weights as a Hugging Face directory, every rank its part; called on every rank.
 
     `folder` must be on a file system that all ranks see. Adapters are merged; whether they also lie beside in PEFT's
-    format, known to rank 0. Raises ExportFailed on every rank, whichever failed.
+    format, known to rank 0. An earlier export of `owner`, or of anybody where that is None, is replaced. Raises
+    ExportFailed on every rank, whichever failed.
     """
     main = dist.get_rank() == 0
     specs = model_specs(model, engine.dtype)
@@ -147,7 +162,7 @@ def _or_fail(read: Callable[[], Result]) -> Result:
     try:
         result = read()
     except Exception as error:  # of a disk, a file system, a library that writes files
-        problem = reason_of(error)
+        problem = str(error) if isinstance(error, UserError) else reason_of(error)
     for found in gather(problem):
         if found is not None:
             raise ExportFailed(found)

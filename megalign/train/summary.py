@@ -109,15 +109,13 @@ def time_line(lines: Sequence[Line], *, step: int, begun_at: int, seconds: float
     """Say how many steps were taken in which time, and which parts of it had clocks of their own."""
     mine = [line for line in lines if line["step"] > begun_at or begun_at == 0]
 
-    def total(name: str, of: Sequence[Line] = mine) -> float:
-        return sum(line.get(name) or 0.0 for line in of)
+    def total(name: str) -> float:
+        return sum(line.get(name) or 0.0 for line in mine)
 
-    # Every step of a round repeats what the round took.
-    rounds = list({line["round"]: line for line in mine if line.get("round")}.values())
     trained = total("seconds")
     clocks = {
-        "sampling": total("sampling_seconds", rounds),
-        "scoring": total("scoring_seconds", rounds),
+        "sampling": total("sampling_seconds"),
+        "scoring": total("scoring_seconds"),
         "training steps": trained,
         "evaluation": total("eval_seconds"),
     }

@@ -67,7 +67,7 @@ BAD = [
     (SINGLE, talk(user("u"), {"role": "robot", "content": "x"}), "field messages[1].role is 'robot'"),
     (SINGLE, talk({"content": "x"}, assistant("a")), "field messages[0].role is missing"),
     (SINGLE, talk(user("u"), {"role": "assistant", "content": None}), "field messages[1].content is None"),
-    (SINGLE, talk(user("u"), {**assistant("a"), "tool_calls": []}), "field messages[1].tool_calls is not known"),
+    (SINGLE, talk(user("u"), {**assistant("a"), "calls": []}), "field messages[1].calls is not known"),
     (SINGLE, talk(user("u"), assistant("a"), user("v")), "field messages[2].role is 'user'"),
     (SINGLE, talk(assistant("a")), "field messages[0].role is 'assistant'"),
     (SINGLE, talk(user("u"), assistant("")), "field messages[1].content is ''"),

@@ -40,6 +40,7 @@ READ = [
     ({"system": "", "conversations": [HUMAN, GPT]}, {"messages": TALK}, "ShareGPT"),
     ({"conversations": [{"from": "system", "value": "s"}, HUMAN, GPT]}, {"messages": [SYSTEM_TURN, *TALK]}, "ShareGPT"),
     ({"conversations": TALK}, {"messages": TALK}, "ShareGPT"),
+    ({"messages": [{"role": "human", "content": "q"}, assistant("a")]}, {"messages": TALK}, "ShareGPT"),
     ({"conversation": TALK}, {"messages": TALK}, "ShareGPT"),
     ({"messages": [HUMAN, GPT]}, {"messages": TALK}, "ShareGPT"),
     ({"prompt": [HUMAN], "completion": [GPT]}, {"prompt": TALK[:1], "completion": TALK[1:]}, "ShareGPT"),
@@ -100,6 +101,10 @@ READ = [
         "OpenAI pairs, without input.parallel_tool_calls",
     ),
 ]
+PART = [{"type": "text", "text": "q"}]
+READ.append(
+    ({"messages": [{"role": "user", "content": PART}, TALK[1]]}, {"messages": TALK}, "messages with text parts")
+)
 
 
 @pytest.mark.parametrize(("record", "ours", "told"), READ)
@@ -175,6 +180,11 @@ REFUSED = [
         ["field conversations[1].from is 'function_call'", "tool_calls"],
     ),
     (SINGLE, {"conversations": [HUMAN, GPT, HUMAN]}, ["messages[2].role is 'user'", "read as ShareGPT"]),
+    (
+        SINGLE,
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, assistant("a")]},
+        ["field messages[0].content is [{'type': 'image'}]", "a string"],
+    ),
     (SINGLE, {"conversations": []}, ["field conversations is not known", "rename conversations to messages"]),
     (SINGLE, {"conversations": ["q", "a"]}, ["field conversations is not known", "rename conversations to messages"]),
     (SINGLE, {"conversations": [HUMAN, GPT], "lang": "en"}, ["field lang is not known", "read as ShareGPT"]),
@@ -187,6 +197,8 @@ REFUSED = [
         ["fields answer, question are not known", "rename question to prompt and answer to completion"],
     ),
     (SINGLE, {"prompt": "q", "response": "a"}, ["field response is not known", "rename response to completion"]),
+    (SINGLE, {"prompt": "q", "completion": ["a", "b"]}, ["field completion is ['a', 'b']", "several answers"]),
+    (SINGLE, {"prompt": ["q"], "completion": "a"}, ["field prompt is ['q']", "a string or a list of messages"]),
     (SINGLE, {"text": "q a"}, ["field text is not known", '{"prompt": ..., "completion": ...}']),
     (SINGLE, {"input_ids": [1], "labels": [1]}, ["input_ids, labels are not known", '"prompt_ids": [...]']),
     (SINGLE, {"prompt": "q", "completion": "a", "label": True}, ["field label is not known", "labels become rewards"]),
@@ -253,4 +265,7 @@ def test_prompts_of_rounds_say_what_to_rename(tmp_path):
     with pytest.raises(
         UserError, match="field prompt is missing; allowed: prompt or prompt_ids; rename question to prompt"
     ):
+        load_prompts(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)
+    path.write_text(json.dumps({"messages": TALK}))
+    with pytest.raises(UserError, match="field prompt is missing; .* the messages before the answer are the prompt"):
         load_prompts(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)

@@ -115,6 +115,8 @@ def test_a_directory_of_other_files_names_them(tmp_path):
         read(tmp_path)
 
 
-def test_a_name_of_the_hub_says_how_to_save_it():
-    with pytest.raises(UserError, match="data.path is 'org/name': no such file.*save_to_disk.DIR"):
-        read("org/name")
+@pytest.mark.parametrize(("name", "told"), [("org/name-1.5", True), ("hf://org/name", True), ("data/a.jsonl", False)])
+def test_a_name_of_the_hub_says_how_to_save_it(name, told):
+    with pytest.raises(UserError, match=f"data.path is '{name}': no such file") as error:
+        read(name)
+    assert ("save_to_disk(DIR)" in str(error.value)) == told

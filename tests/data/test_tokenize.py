@@ -1,11 +1,16 @@
 """Token ids and masks, spelled out from the toy tokenizer's table."""
 
+from collections import Counter
+
 import pytest
+from chat_templates import chat_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toy_tokenizer import ASSISTANT, EOS, SYSTEM, TEMPLATE, USER, assistant, ids_of, toy_tokenizer, user
+from transformers import PreTrainedTokenizerFast
 
 from megalign.data.group import Group
 from megalign.data.records import check_record
-from megalign.data.tokenize import encode_record, retokenize
+from megalign.data.tokenize import TextOptions, encode_prompt, encode_record, retokenize
 from megalign.schema import UserError
 
 
@@ -27,6 +32,61 @@ def encode(record, tokenizer, **options):
 def test_plain_strings_have_no_template_and_end_with_eos(tokenizer):
     record = {"prompt": "1+1=", "completion": " 2"}
     assert encode(record, tokenizer) == (ids_of("1+1="), [([*ids_of(" 2"), EOS], None)])
+
+
+def framed(front, back, *, blank=False):
+    """A tokenizer of characters that puts special tokens around texts; blank: as SentencePiece, one before a text."""
+    names = ["<s>", "</s>", "[SEP]", "\u2581", *"0123456789+=ab\n"]
+    core = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="a"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first" if blank else "never"), pre_tokenizers.Split("", "isolated")]
+    )
+    single = " ".join([*front, "$A", *back])
+    frame = [(name, names.index(name)) for name in {*front, *back}]
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=frame) if frame else None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", bos_token="<s>", sep_token="[SEP]")
+    return tokenizer, lambda text: [names.index(name) for name in text.replace(" ", "\u2581")]
+
+
+@pytest.mark.parametrize("blank", [False, True])
+@pytest.mark.parametrize(
+    ("front", "back"),
+    [
+        ((), ()),  # GPT-2
+        (("<s>",), ()),  # Llama, Gemma
+        (("<s>",), ("</s>",)),  # add_eos_token
+        ((), ("</s>",)),  # T5
+        (("<s>",), ("[SEP]",)),  # BERT
+    ],
+)
+def test_strings_get_the_special_tokens_in_front_once_and_none_at_the_border(front, back, blank):
+    tokenizer, ids = framed(front, back, blank=blank)
+    begin = [0] if front else []
+    record = {"prompt": "2+3=", "completion": "5"}
+    prompt = ids(" 2+3=" if blank else "2+3=")
+    # The 5 stands behind the =, so it has no blank of its own; one end, whatever the tokenizer appends.
+    assert encode(record, tokenizer) == (begin + prompt, [([*ids("5"), 1], None)])
+    assert encode(record, tokenizer, options=TextOptions(special_tokens="none")) == (prompt, [([*ids("5"), 1], None)])
+    assert list(encode_prompt({"prompt": "2+3="}, tokenizer)) == begin + prompt
+    assert encode({**record, "completion": "5</s>"}, tokenizer)[1] == [([*ids("5"), 1], None)]
+    assert encode({**record, "completion": " 5"}, tokenizer)[1] == [([*ids(" 5"), 1], None)]
+    pair = {"prompt": "2+3=", "chosen": "5", "rejected": "6"}
+    assert encode(pair, tokenizer) == (begin + prompt, [([*ids("5"), 1], None), ([*ids("6"), 1], None)])
+    assert encode({"prompt_ids": [7], "completion": "5"}, tokenizer) == ([7], [([*ids("5"), 1], None)])
+
+
+def test_a_response_that_would_merge_with_its_prompt_is_tokenised_apart_and_counted():
+    tokenizer = chat_tokenizer(None)
+    newline, both = tokenizer("\n")["input_ids"], tokenizer("\n\n")["input_ids"]
+    assert len(newline) == len(both) == 1 and newline != both
+    a, end, notes = tokenizer("a")["input_ids"], tokenizer.eos_token_id, Counter()
+    assert encode({"prompt": "a\n", "completion": "\na"}, tokenizer, notes=notes) == (
+        a + newline,
+        [([*newline, *a, end], None)],
+    )
+    assert notes == {"responses tokenised apart from their prompt, because tokens would merge across the border": 1}
+    assert encode({"prompt": "a", "completion": "\n\n"}, tokenizer, notes=notes)[1] == [([*both, end], None)]
+    assert notes.total() == 1
 
 
 def test_last_assistant_turn(tokenizer):

@@ -79,6 +79,12 @@ FILES = {
         [same(one) for one in PAIRS], "dpo", ["data.groups_per_step=8"],
         [["8 of 8 records", "same tokens as preferred and other", "data.jsonl:1", "gradient is 0"]],
     ),
+    "positive equal to its negatives": (
+        [same(one) for one in PAIRS], "epa", ["loss.weak=0"], [["8 of 8 records", "gradient is 0"]],
+    ),
+    "positive equal to its own negatives": (
+        [same(one) for one in PAIRS], "epa", ["loss.weak=1"], [["8 of 8 records", "nothing to tell apart"]],
+    ),
     "one chosen equal to rejected": (
         [*PAIRS[:4], same(PAIRS[4]), *PAIRS[5:]], "dpo", [], [["1 of 8 records", "data.jsonl:5"]],
     ),
@@ -244,3 +250,11 @@ def test_rates_that_are_in_order_raise_no_doubt():
     assert rate_doubts(1, name="linear", min_lr=1e-4) == []
     assert "is 3 and the run has 3 steps" in rate_doubts(3, warmup_steps=3)[0]
     assert len(rate_doubts(1, name="linear")) == 1
+
+
+def test_every_record_skipped_is_one_line_with_numbers(folder, tmp_path, capfd):
+    write_lines(tmp_path / "data.jsonl", [{**one, "chosen_ids": [1] * 40} for one in PAIRS])
+    config = write_config(tmp_path, model={"path": str(folder / "model")}, loss={"name": "dpo"})
+    assert train(config, "data.on_bad_record=skip") == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("megalign: error:")]
+    assert len(told) == 1 and "data.jsonl:1" in told[0] and "0 of 8 records kept; skipped: too long 8" in told[0]

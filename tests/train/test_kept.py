@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import yaml
 from safetensors.torch import load_file
 from tiny_jobs import (
     metrics,
@@ -342,3 +343,18 @@ def test_every_rank_hears_of_a_failed_export(folder, tmp_path):
     lines = on_two_ranks(tmp_path, [(["train", str(config)], 1)])
     check_spoiled(tmp_path)
     assert "Traceback" not in lines
+
+
+def test_paths_may_name_the_run_directory(folder, tmp_path):
+    """The export moves with `run.dir`, so two jobs of one file do not meet."""
+    config = job_in(tmp_path, folder, export={"hf_dir": "{run.dir}/hf"})
+    for name in ("first", "second"):
+        assert train(config, f"run.dir={tmp_path}/{name}", "run.steps=1") == 0
+        assert (tmp_path / name / "hf" / "model.safetensors").is_file()
+        resolved = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        assert resolved["export"]["hf_dir"] == f"{tmp_path}/{name}/hf"
+    other = f"run.dir={tmp_path}/third"
+    assert train(config, other, "run.steps=2", "data.path={run.dir}/../first/data.jsonl") == 2
+    shutil.copyfile(folder / "data.jsonl", tmp_path / "first" / "data.jsonl")
+    assert train(config, other, "run.steps=2", "data.path={run.dir}/../first/data.jsonl") == 0
+    assert train(config, other, "checkpoint.resume={run.dir}/../second") == 2  # which has no checkpoint

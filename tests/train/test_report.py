@@ -24,7 +24,10 @@ from tiny_jobs import (
     write_model,
 )
 
+from megalign.config import load_config
 from megalign.train.console import clock, duration, evaluation_numbers, step_numbers
+from megalign.train.evaluation import evaluation_due
+from megalign.train.plan import evaluation_plan
 from megalign.train.report import Reporter, keep_metrics_up_to, start_log
 from megalign.train.round_report import quoted, round_sample, shows_sample
 from megalign.train.summary import as_text, summary_rows, summary_table, time_line
@@ -85,7 +88,8 @@ def test_evaluated_before_and_after_without_every(folder, tmp_path, capfd):
     assert lines[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-6)  # log 2: policy and reference are the same
     told = log_of(tmp_path / "run")
     plan = [line for line in told if line.startswith("evaluation on 8 records")]
-    assert len(plan) == 1 and "before the first step, after the last" in plan[0] and "eval.every is 0" in plan[0]
+    assert len(plan) == 1 and "before the first step, after the last" in plan[0]
+    assert plan[0].endswith("since eval.every is 0; 2 in all")
     first, last = (line for line in told if re.match("evaluation (before|after)", line))
     assert first.startswith("evaluation before the first step: loss 0.6931, accuracy 0")
     assert last.startswith(f"evaluation after step 3: loss {lines[3]['eval_loss']:.4g}, accuracy ")
@@ -142,6 +146,7 @@ def test_resume_neither_repeats_nor_loses_the_first_evaluation(folder, tmp_path)
     config = config_of(folder, tmp_path, "samples", "gvpo", eval={"path": str(folder / "samples.jsonl")})
     assert train(config, f"run.dir={tmp_path}/whole") == 0
     assert [train(config, NOW) for _ in range(3)] == [75, 75, 0]
+    assert "run.max_minutes is over after step 2 of 3; the same command goes on from there" in log_of(tmp_path / "run")
     lines, whole = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3]
@@ -154,6 +159,14 @@ def test_resume_neither_repeats_nor_loses_the_first_evaluation(folder, tmp_path)
     assert first.split()[2] == "0"  # from the metrics of the first start
     assert train(config, "checkpoint.resume=never") == 0
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("steps", "every"), [(3, 0), (1, 0), (1, 1), (4, 2), (5, 2), (6, 7), (7, 7), (9, 1)])
+def test_plan_counts_evaluations(steps, every, folder, tmp_path):
+    held_out = str(folder / "singles.jsonl")
+    cfg = load_config(str(config_of(folder, tmp_path, "singles", "sft", eval={"path": held_out, "every": every})))
+    due = sum(evaluation_due(cfg, step, steps) for step in range(steps + 1))
+    assert evaluation_plan(cfg, steps, 8).endswith(f"; {due} in all")
 
 
 def test_metrics_of_a_fresh_run_are_its_own(tmp_path):
@@ -224,6 +237,8 @@ def test_numbers_as_they_are_written():
     assert step_numbers({**STEP, "round": 3, "loss": nan, "grad_norm": nan, "reward_mean": 0.25}, rounds=7) == (
         "round 3/7 loss nan grad_norm nan lr 0.0001 reward 0.250 1234 tok/s"
     )
+    times = {**STEP, "round": 3, "reward_mean": 0.25, "round_tokens_per_second": 56.7}
+    assert step_numbers(times, rounds=7).endswith(" reward 0.250 1234 tok/s (57 with sampling)")
     assert evaluation_numbers({"eval_reward": 0.5, "eval_seconds": 3}) == "reward 0.5"
 
 
@@ -247,6 +262,10 @@ def test_summary_takes_the_best_and_leaves_out_what_is_not_there():
     )
     assert time_line(lines, step=3, begun_at=2, seconds=7).startswith(
         "3 steps, 1 of them in this start, in 7.0 s (training steps 5.0 s, evaluation 0.5 s); 6 tokens/s"
+    )
+    times = [{"step": 1, "seconds": 4.0, "tokens": 8, "sampling_seconds": 3.0, "scoring_seconds": 1.0}]
+    assert time_line([*times, {"step": 2, "sampling_seconds": 0.0}], step=2, begun_at=0, seconds=9) == (
+        "2 steps in 9.0 s (sampling 3.0 s, scoring 1.0 s, training steps 4.0 s); 2 tokens/s in training steps"
     )
     assert summary_rows([]) == [] and time_line([], step=0, begun_at=0, seconds=1) == "0 steps in 1.0 s"
 

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
-from tiny_jobs import metrics, records, round_sections, status, train, write_config, write_lines, write_model
+from tiny_jobs import (
+    CHARACTERS,
+    SPECIAL,
+    TEMPLATE,
+    metrics,
+    read_lines,
+    records,
+    round_sections,
+    train,
+    write_config,
+    write_lines,
+    write_model,
+    write_tokenizer,
+)
 
 from megalign.config import load_config
+from megalign.preflight import main as preflight
 from megalign.train.check import check
 from megalign.train.fingerprint import describe, differences, settings
 
@@ -237,6 +252,44 @@ def test_every_key_of_every_section_is_compared(folder):
     assert tree["optimizer"] == cfg.optimizer.model_dump(mode="json") and tree["loss"] == cfg.loss.model_dump()
     job = describe(cfg, check(cfg, 1), None)
     assert differences(job, job) == [] and differences(tree, json.loads(json.dumps(tree))) == []
+
+
+DATED = "{{ strftime_now('%Y-%m-%d') }}" + TEMPLATE
+
+
+def trained_on(run_dir: Path, step: int) -> str:
+    """The day in the prompts that a step trained on."""
+    lines = read_lines(run_dir / "steps" / f"step_{step}.jsonl")
+    characters = SPECIAL + list(CHARACTERS)
+    (day,) = {"".join(characters[number] for number in line["prompt_ids"][:10]) for line in lines}
+    return day
+
+
+def test_the_day_of_a_job_is_that_of_its_start(tmp_path, capfd):
+    write_model(tmp_path / "model")
+    write_tokenizer(tmp_path / "model", template=DATED)
+    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    write_lines(tmp_path / "data.jsonl", [{"messages": turns}] * 3)
+    config = write_config(tmp_path, loss={"name": "sft"}, run={"steps": 3, "dump_steps": [1, 2, 3]})
+    run, stopped = tmp_path / "run", "run.max_minutes=1e-9"
+    days = {str(date.today())}
+    assert train(config, stopped, "run.dir=" + str(tmp_path / "now")) == 75
+    days.add(str(date.today()))
+    day = load_config(str(tmp_path / "now" / "config.yaml")).data.date
+    assert day in days and trained_on(tmp_path / "now", 1) == day
+    # A run that began on another day keeps that day.
+    assert train(config, stopped, "data.date=2020-02-29") == 75
+    assert train(config, stopped) == 75
+    assert trained_on(run, 1) == trained_on(run, 2) == "2020-02-29"
+    assert load_config(str(run / "config.yaml")).data.date == "2020-02-29"
+    assert preflight(["--ranks", "1", str(config)]) == 0
+    assert train(config, "data.date=2021-01-01") == 2
+    assert "data.date was '2020-02-29', is '2021-01-01'" in capfd.readouterr().err
+    # So does one that was killed before it saved; another job there has its own day.
+    shutil.rmtree(run / "checkpoints")
+    assert train(config, stopped) == 75 and trained_on(run, 1) == "2020-02-29"
+    shutil.rmtree(run / "checkpoints")
+    assert train(config, stopped, "run.seed=1") == 75 and trained_on(run, 1) in days
 
 
 def test_refusal_leaves_the_status_of_the_run_that_is_there(job, tmp_path, capfd):

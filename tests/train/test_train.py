@@ -78,7 +78,9 @@ def test_metrics_say_everything_and_are_finite(run):
 
 def test_run_directory_tells_the_run(run):
     name, job = run
-    assert load_config(str(job / "run" / "config.yaml")) == load_config(str(job / "job.yaml"))
+    resolved = load_config(str(job / "run" / "config.yaml"))
+    assert resolved == load_config(str(job / "job.yaml"), [f"data.date={resolved.data.date}"])
+    assert resolved.data.date is not None  # the day the job began, for whoever runs it again
     log = (job / "run" / "log.txt").read_text()
     assert "torch layers" in log and "tensor 1 x pipeline 1 x data 1" in log and "exported" in log
     assert f"step 1: {metrics(job / 'run')[0]['pass_mode'].replace('_', ' ')}" in log

@@ -1,0 +1,225 @@
+"""A conversation as text: a tokenizer's chat template with the tools, variables and day that a record gives it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from megalign.data.refusals import BadRecord, refuse
+from megalign.schema import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Turn = Mapping[str, Any]
+OPENED = re.compile(r"(<[A-Za-z][\w:-]*>|\[[A-Z_]+\])(\s*)$")  # <think>, [THINK]; not <|im_start|>
+NOT_VARIABLES = (
+    *("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    "sanitize_control_tokens",
+)
+DAY_CODES = "aAbBcCdDeFgGhHIjkmMpPrRSTuUVwWxXyYzZ"
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """What renders one record's conversations."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    tools: list[dict[str, Any]] | None
+    variables: Mapping[str, Any]
+
+    def text(
+        self, field: str, turns: Sequence[Turn], *, generation_prompt: bool = False, continued: bool = False
+    ) -> str:
+        """Render `turns`; an error inside the template is a bad record that names `field`.
+
+        continued: the last turn stays open, so that what follows continues it.
+        """
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns],
+                tools=self.tools,
+                chat_template=self.template,
+                add_generation_prompt=generation_prompt,
+                continue_final_message=continued,
+                tokenize=False,
+                **self.variables,
+            )
+        except TemplateSyntaxError as error:
+            where = f"{_named(self.tokenizer)} is not valid (line {error.lineno}: {_line(error)})"
+            raise UserError(f"{where}; allowed: a Jinja template") from None
+        except TemplateError as error:
+            message = f"field {field}: the chat template refuses the conversation ({_line(error)})"
+            raise BadRecord("chat template", f"{message}; allowed: what it takes") from None
+        except Exception as error:  # the template is the model's own program and may fail in any way
+            message = f"field {field}: the chat template fails on the conversation ({type(error).__name__}: "
+            raise BadRecord("chat template", f"{message}{_line(error)}); allowed: what it takes") from None
+        return str(rendered)
+
+    def generation_spans(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
+        """Return the characters that `{% generation %}` blocks of the template wrote; none where it has no blocks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not re.search(r"\{%[-+]?\s*generation\b", self.template):
+            return []
+        _, spans = render_jinja_template(
+            conversations=[[dict(turn) for turn in turns]],
+            tools=self.tools,
+            chat_template=self.template,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **self.variables},
+        )
+        return [(start, end) for start, end in spans[0]]
+
+
+def open_chat(
+    field: str, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, date: str | None = None
+) -> Chat:
+    """Choose the template and check what the record gives it. `date` is the day that `strftime_now` tells."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    variables = {name: value for name, value in (record.get("chat_template_kwargs") or {}).items() if value is not None}
+    template = _choose_template(field, tokenizer, variables.pop("chat_template", None), with_tools=bool(tools))
+    words = template_words(template)
+    for name, value in variables.items():
+        where = f"chat_template_kwargs.{name}"
+        if name in NOT_VARIABLES:
+            raise refuse(where, value, "variables of the chat template", reason="chat template")
+        if name not in words:
+            message = f"field {where}: the chat template does not read it; allowed: variables that it reads"
+            raise BadRecord("chat template", message)
+    if tools and "tools" not in words:
+        message = "field tools: the chat template does not read them; allowed: a model whose template takes tools"
+        raise BadRecord("chat template", message)
+    return Chat(tokenizer, _with_day(template, date), tools or None, variables)
+
+
+def template_words(template: Any) -> frozenset[str]:
+    """Return every name and word that a template, or any of a list of templates, holds outside comments."""
+    texts = template.values() if isinstance(template, Mapping) else [template or ""]
+    return frozenset(
+        word for text in texts for word in re.findall(r"\w+", re.sub(r"\{#.*?#\}", "", str(text), flags=re.S))
+    )
+
+
+def _choose_template(field: str, tokenizer: PreTrainedTokenizerBase, name: Any, *, with_tools: bool) -> str:
+    templates = tokenizer.chat_template
+    if not templates:
+        raise UserError(
+            f"field {field} holds messages, and the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
+            "allowed: plain strings, token ids, or a tokenizer with a chat template"
+        )
+    if isinstance(templates, str):
+        if name is not None:
+            allowed = "nothing, because the tokenizer has one chat template"
+            raise refuse("chat_template_kwargs.chat_template", name, allowed, reason="chat template")
+        return templates
+    if not isinstance(templates, dict) or not all(isinstance(text, str) for text in templates.values()):
+        raise UserError(f"{_named(tokenizer)} is a {type(templates).__name__}; allowed: text, or texts by name")
+    names = ", ".join(sorted(templates))
+    if name is not None:
+        if name not in templates:
+            raise refuse("chat_template_kwargs.chat_template", name, names, reason="chat template")
+        return str(templates[name])
+    if with_tools and "tool_use" in templates:
+        return str(templates["tool_use"])
+    if "default" not in templates:
+        raise UserError(
+            f"field {field} holds messages: {_named(tokenizer)} is a list ({names}) without a default; "
+            "allowed: a template named default, or its name as chat_template_kwargs.chat_template in each record"
+        )
+    return str(templates["default"])
+
+
+def _with_day(template: str, date: str | None) -> str:
+    """Define `strftime_now` in front of the template: transformers' own reads the clock at each call."""
+    if "strftime_now" not in template:
+        return template
+    day = datetime.fromisoformat(date) if date else datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
+    pairs = [("%%", "\0")]
+    pairs += [(f"%{flag}{code}", day.strftime(f"%{flag}{code}")) for flag in ("", "-") for code in DAY_CODES]
+    pairs.append(("\0", "%"))
+    filters = "".join(f" | replace({json.dumps(code)}, {json.dumps(value)})" for code, value in pairs)
+    # The newline belongs to the macro: jinja drops the first one behind a block.
+    return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n" + template
+
+
+def without_nulls(turn: Turn) -> dict[str, Any]:
+    """Return the turn's fields that say something; transformers leaves null ones out, too."""
+    return {name: value for name, value in turn.items() if value is not None and (name != "tool_calls" or value)}
+
+
+def adapted(chat: Chat, field: str, turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], bool]:
+    """Return the turns in the first form that the template takes, and whether tool arguments were read from strings.
+
+    A template that writes `arguments | tojson` quotes a string of JSON, and some take no call without `content`.
+    """
+    plain = [dict(turn) for turn in turns]
+    forms = [(plain, False)]
+    if _argument_strings(plain):
+        forms.append(([_with_objects(turn) for turn in plain], True))
+    if any("content" not in turn for turn in plain):
+        forms += [([{"content": "", **turn} for turn in form], objects) for form, objects in forms]
+    for form, objects in forms if len(forms) > 1 else []:
+        with contextlib.suppress(BadRecord):
+            rendered = chat.text(field, form)
+            if not any(json.dumps(text, ensure_ascii=False) in rendered for text in _argument_strings(form)):
+                return form, objects
+    return plain, False
+
+
+def _argument_strings(turns: Sequence[Turn]) -> list[str]:
+    calls = [call for turn in turns for call in tool_calls(turn)]
+    return [call["arguments"] for call in calls if isinstance(call.get("arguments"), str)]
+
+
+def tool_calls(turn: Turn) -> list[Mapping[str, Any]]:
+    """Return name and arguments of each call, wherever the record's style keeps them."""
+    return [call.get("function", call) for call in turn.get("tool_calls") or []]
+
+
+def _with_objects(turn: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in turn:
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        inner = dict(call.get("function", call))
+        try:
+            value = json.loads(inner["arguments"])
+        except (KeyError, TypeError, ValueError):
+            value = None
+        if isinstance(value, dict):
+            inner["arguments"] = value
+        calls.append({**call, "function": inner} if "function" in call else inner)
+    return {**turn, "tool_calls": calls}
+
+
+def without_tools(chat: Chat) -> Chat:
+    """Return the same chat for a record that had no tools."""
+    return replace(chat, tools=None)
+
+
+def behind(prompt: str, text: str) -> str:
+    """Put text behind a generation prompt; a tag that the prompt has just opened is not opened again."""
+    opened = OPENED.search(prompt)
+    if opened and text.lstrip().startswith(opened[1]):
+        return prompt + text.lstrip().removeprefix(opened[1]).removeprefix(opened[2])
+    return prompt + text
+
+
+def _named(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"the chat template of {tokenizer.name_or_path!r}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,99 @@
+"""Check the shape of messages and of what a record gives its chat template; their text is the template's to judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megalign.data.refusals import MISSING, refuse
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # a turn's reasoning: transformers takes any of these
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", *REASONING})
+CALL = '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
+TOOLS = "a list of JSON schemas of functions, or the same as JSON text"
+
+
+def check_messages(field: str, value: Any) -> None:
+    """A list of messages, each with a role and text, or for the assistant tool calls."""
+    if not isinstance(value, list) or not value:
+        raise refuse(field, value, "a list of messages", reason="messages")
+    for place, message in enumerate(value):
+        where = f"{field}[{place}]"
+        if not isinstance(message, dict):
+            raise refuse(where, message, '{"role": ..., "content": ...}', reason="messages")
+        if message.get("role") not in ROLES:
+            raise refuse(f"{where}.role", message.get("role", MISSING), ", ".join(ROLES), reason="messages")
+        _check_calls(where, message)
+        content = message.get("content", MISSING)
+        if not isinstance(content, str) and not (content in (None, MISSING) and message.get("tool_calls")):
+            raise refuse(f"{where}.content", content, "a string", reason="messages")
+        for name in ("content", "name", "tool_call_id", *REASONING):
+            text = message.get(name)
+            if text is not None and not isinstance(text, str):
+                raise refuse(f"{where}.{name}", text, "a string", reason="messages")
+            check_unicode(f"{where}.{name}", text or "")
+
+
+def _check_calls(where: str, message: Mapping[str, Any]) -> None:
+    calls = message.get("tool_calls")
+    if calls is None or calls == []:
+        return
+    if message["role"] != "assistant":
+        allowed = "messages of the assistant alone have tool calls"
+        raise refuse(f"{where}.tool_calls", calls, allowed, reason="messages")
+    if not isinstance(calls, list):
+        raise refuse(f"{where}.tool_calls", calls, f"a list of {CALL}", reason="messages")
+    for place, call in enumerate(calls):
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        name = inner.get("name") if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or not isinstance(name, str) or not name:
+            raise refuse(f"{where}.tool_calls[{place}]", call, CALL, reason="messages")
+        if not isinstance(inner.get("arguments", {}), (dict, str)):
+            at = f"{where}.tool_calls[{place}].function.arguments"
+            raise refuse(at, inner["arguments"], "an object, or one as JSON text", reason="messages")
+        check_unicode(f"{where}.tool_calls[{place}]", json.dumps(call, ensure_ascii=False))
+
+
+def check_context(record: Mapping[str, Any]) -> None:
+    """`tools` and `chat_template_kwargs`, and that there are messages for a chat template to write them with."""
+    tools, variables = record.get("tools"), record.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise refuse("tools", tools, TOOLS, reason="tools") from None
+    good = isinstance(tools, list) and all(isinstance(tool, dict) and tool for tool in tools)
+    if tools is not None and not good:
+        raise refuse("tools", tools, TOOLS, reason="tools")
+    if variables is not None and not isinstance(variables, dict):
+        raise refuse("chat_template_kwargs", variables, "{name: value}", reason="chat template")
+    prompt = record.get("prompt")
+    for name, value in (("tools", tools), ("chat_template_kwargs", variables)):
+        if value and isinstance(prompt, str):
+            allowed = "a prompt of messages: a plain string passes through no chat template"
+            raise refuse(name, record[name], allowed, reason="chat template")
+        check_unicode(name, json.dumps(value, ensure_ascii=False, default=str))
+
+
+def check_unicode(field: str, value: str) -> None:
+    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise refuse(field, value, "valid Unicode", reason="text") from None
+
+
+def check_answers(field: str, messages: Sequence[Mapping[str, Any]], *, first: int = 0) -> None:
+    """What is trained on (from message `first`) is the assistant's at both ends."""
+    for place in (first, len(messages) - 1):
+        if messages[place]["role"] != "assistant":
+            raise refuse(f"{field}[{place}].role", messages[place]["role"], "assistant", reason="messages")
+
+
+def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
+    """A whole conversation begins before the first answer and ends with one."""
+    if messages[0]["role"] == "assistant":
+        raise refuse("messages[0].role", "assistant", "system or user before the first answer", reason="messages")
+    check_answers("messages", messages, first=len(messages) - 1)

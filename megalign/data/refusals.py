@@ -1,0 +1,40 @@
+"""The refusal of one record: its reason, the field, the value that came and what is allowed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from megalign.schema import shorten
+
+MISSING = object()
+
+
+class BadRecord(Exception):
+    """One record is refused; `reason` is what a report counts it under, `field` where the fault lies.
+
+    kinds: a name for each fault, the same in every record with that fault; empty for what tokenising finds.
+    """
+
+    def __init__(self, reason: str, message: str, *, field: str = "", kinds: Collection[str] = ()) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.field = field
+        self.kinds = frozenset(kinds)
+
+
+def refuse(field: str, value: Any, allowed: str, *, reason: str) -> BadRecord:
+    """The one shape of such messages: field, the value that came, what is allowed."""
+    shown = "missing" if value is MISSING else shorten(value)
+    return BadRecord(reason, f"field {field} is {shown}; allowed: {allowed}", field=field)
+
+
+def joined(faults: Sequence[BadRecord]) -> BadRecord:
+    """One refusal for all the faults of a record; faults of one kind, such as of each response, are told once."""
+    by_kind: dict[str, list[BadRecord]] = {}
+    for fault in faults:
+        by_kind.setdefault(f"{fault.reason}: {re.sub('[0-9]+', '', fault.field)}", []).append(fault)
+    more = {kind: f" (and {len(alike) - 1} more like it)" if alike[1:] else "" for kind, alike in by_kind.items()}
+    message = "; also: ".join(f"{alike[0]}{more[kind]}" for kind, alike in by_kind.items())
+    return BadRecord(faults[0].reason, message, field=faults[0].field, kinds=by_kind)
