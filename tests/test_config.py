@@ -321,6 +321,7 @@ def test_bad_rounds(load, override: str, parts: tuple[str, ...]):
         ("run: !!timestamp x", "not valid YAML: "),
         ("run: " + "9" * 5000, "not valid YAML: "),
         ("run: " + "[" * 3000, "not valid YAML: "),
+        ("run: &a {dir: b, sub: *a}", "a section holds itself"),
     ],
 )
 def test_bad_files(load, text: str, expected: str):
@@ -404,7 +405,7 @@ def test_run_dir_is_known_even_where_the_rest_is_wrong(tmp_path: Path):
     [
         "/x/trial #2", "a: b", "'tis", '"', '"both"', "[x", "{x}", "*star", "&a", "!x", "%d", "@x", "`x`", "- x", "? x",
         "123", "1.5", "1e3", "true", "yes", "none", "2026-01-01", "12:30", "0x10", "x,y", "x\\n", "|", ">", "a=b",
-        " a ", "run=1", "#1", "a #", "{run}: [",
+        " a ", "run=1", "#1", "a #", "{a}: [",
     ],
 )  # fmt: skip
 def test_text_is_taken_as_it_stands(load, path: str):

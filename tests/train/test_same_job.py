@@ -16,6 +16,7 @@ from tiny_jobs import (
     read_lines,
     records,
     round_sections,
+    status,
     train,
     write_config,
     write_lines,
