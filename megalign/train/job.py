@@ -106,4 +106,6 @@ def resume(job: Job) -> None:
         for line in resume_lines(job.cfg, job.step, job.num_steps, start.num_steps_before):
             job.report.say(line)
     if job.world.is_main:
-        keep_metrics_up_to(job.run_dir, job.step)
+        again = keep_metrics_up_to(job.run_dir, job.step)
+        if again:
+            job.report.say(f"metrics.jsonl: the lines of steps {again[0]} to {again[-1]} are dropped; they come again")
