@@ -25,7 +25,14 @@ class Prompt:
 
 
 def load_prompts(
-    path: str, tokenizer: Any, *, reward: Reward, vocab_size: int, max_length: int, options: TextOptions = DEFAULT
+    path: str,
+    tokenizer: Any,
+    *,
+    reward: Reward,
+    vocab_size: int,
+    max_length: int,
+    options: TextOptions = DEFAULT,
+    extra_fields: str = "error",
 ) -> list[Prompt]:
     """Every prompt in file order; the first one that is wrong stops the job with its line and field.
 
@@ -33,7 +40,14 @@ def load_prompts(
     """
     if tokenizer is None:
         raise UserError("model.path has no tokenizer: rounds need one, because rewards read text")
-    groups = dataset.load_prompts(path, tokenizer, max_length=max_length, vocab_size=vocab_size, options=options)
+    groups = dataset.load_prompts(
+        path,
+        tokenizer,
+        max_length=max_length,
+        vocab_size=vocab_size,
+        options=options,
+        extra_fields=extra_fields,
+    )
     prompts = []
     for group, raw in zip(groups, read_raw(path, field="rollout.path"), strict=True):
         reward.check_record(group.raw, raw.origin)
