@@ -146,6 +146,8 @@ def _rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
     inputs = on_every_rank(read)
     on_every_rank(lambda: Path(cfg.run.dir, "status.json").unlink(missing_ok=True) if world.is_main else None)
     ending.take_over()
+    for note in inputs.notes if world.is_main else ():
+        print(note, flush=True)
     sampler = load_sampler(inputs.hf_dir, dtype=cfg.run.dtype, device=world.device)
     on_every_rank(
         lambda: write_rollouts(

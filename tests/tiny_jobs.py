@@ -157,6 +157,18 @@ def digits(prompt: str, response: str, record: dict[str, Any]) -> float:
     return sum(character.isdigit() for character in response) - len(response) / 8 + record["bonus"]
 
 
+def misbehave(prompt: str, response: str, record: dict[str, Any]) -> float:
+    """A reward that does what the record says instead of returning a number."""
+    does = record.get("does")
+    if does == "exit":
+        sys.exit(0)
+    if does == "raise":
+        raise ValueError("no such answer")
+    while does == "hang":
+        pass
+    return float(len(response))
+
+
 def train(config: Path, *overrides: str) -> int:
     """The exit code of `python -m megalign train`, in this process."""
     _keep_imports()

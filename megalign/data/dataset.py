@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from megalign.data.config import DataConfig, Source
 from megalign.data.formats import Reading, recognise
 from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
-from megalign.data.load_report import Report
 from megalign.data.messages import MESSAGE_FIELDS, check_context
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
@@ -100,13 +99,20 @@ class GroupDataset:
 
 
 def load_dataset(
-    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, *, pairing: Pairing, seed: int, vocab_size: int
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    pairing: Pairing,
+    seed: int,
+    vocab_size: int,
+    old_temperature: float | None = None,
 ) -> GroupDataset:
     """Read, check and tokenise all of `data.path` or `data.sources`.
 
     Record numbers run over all sources, bad records included; pinned weak negatives count from 0 in their own source.
+    old_temperature: where the loss takes behaviour log-probs as the old policy's, the only one they may have.
     """
-    loader = _Loader(cfg, tokenizer, pairing=pairing, seed=seed, vocab_size=vocab_size)
+    loader = _Loader(cfg, tokenizer, pairing=pairing, seed=seed, vocab_size=vocab_size, old_temperature=old_temperature)
     sources = [Source(path=cfg.path)] if cfg.path is not None else cfg.sources or []
     if not sources:
         raise UserError("data.path is missing; allowed: a JSONL file, a datasets directory, or data.sources")
@@ -142,11 +148,20 @@ def load_prompts(
     field: str = "rollout.path",
     options: TextOptions = DEFAULT,
     extra_fields: str = "error",
+    on_bad_record: str = "stop",
+    check: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    report: Report | None = None,
 ) -> list[Group]:
-    """Prompts to sample from: groups without responses. Other fields stay in `raw`, for the reward."""
+    """Read prompts to sample from: groups without responses. Other fields stay in `raw`, for the reward.
+
+    check: raises `BadRecord` for what the reward cannot use. report: filled where it is given.
+    """
     known = MESSAGE_FIELDS | template_words(getattr(tokenizer, "chat_template", None))
     groups = []
-    for number, raw in enumerate(read_raw(path, field=field)):
+    report = Report() if report is None else report
+    for raw in read_raw(path, field=field):
+        number = report.num_records
+        report.num_records += 1
         try:
             record = raw.fields()
             check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
@@ -156,11 +171,19 @@ def load_prompts(
             name = "prompt_ids" if "prompt_ids" in record else "prompt"
             group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
             _check_tokens(group, [name], tokenizer, max_length=max_length, vocab_size=vocab_size)
-        except (BadRecord, UserError) as error:
+            check(record)
+        except BadRecord as bad:
+            report.reject(raw.origin, bad, on_bad_record=on_bad_record)
+            continue
+        except UserError as error:
             raise UserError(f"{raw.origin}: {error}") from None
         groups.append(group)
-    if not groups:
+        report.origins.append(raw.origin)
+    report.num_kept = len(groups)
+    if not report.num_records:
         raise UserError(f"{field} ({path}) holds no records; allowed: one or more")
+    if not groups:
+        raise UserError(f"no record of {field} is usable; the first problem: {report.first_problem()}")
     return groups
 
 
@@ -175,8 +198,10 @@ class _Loader:
         pairing: Pairing,
         seed: int,
         vocab_size: int,
+        old_temperature: float | None = None,
     ) -> None:
         self.cfg, self.tokenizer, self.pairing = cfg, tokenizer, pairing
+        self.old_temperature = old_temperature
         self.options = cfg.text_options
         self.template_words = template_words(getattr(tokenizer, "chat_template", None))
         self.seed, self.vocab_size = seed, vocab_size
@@ -213,8 +238,8 @@ class _Loader:
             pool = WeakPool(self.groups, self.pairing, seed=self.seed, max_length=self.cfg.max_length)
             kept = [index for index in kept if self._has_negatives(index, pool)]
         if not kept:
-            reason = next(iter(self.report.first_bad.values()))
-            raise UserError(f"no record is usable; the first problem: {reason}; {self.report.line()}")
+            problem = f"{self.report.first_problem()}; {self.report.line()}"
+            raise UserError(f"no record is usable; the first problem: {problem}")
         groups = [self.groups[index] for index in kept]
         spans = [
             Span(sum(first <= group.record < first + count for group in groups), weight)
@@ -254,11 +279,7 @@ class _Loader:
         return f" (the same in {len(sizes)} of the {num_others} other records{longest})" if sizes else ""
 
     def _reject(self, origin: str, bad: BadRecord, *, shared: str = "") -> None:
-        message = f"{origin}: {bad}{shared}"
-        if self.cfg.on_bad_record == "stop":
-            raise UserError(message) from None
-        self.report.bad[bad.reason] = self.report.bad.get(bad.reason, 0) + 1
-        self.report.first_bad.setdefault(bad.reason, message)
+        self.report.reject(origin, bad, on_bad_record=self.cfg.on_bad_record, shared=shared)
 
     def _checked(self, raw: RawRecord) -> tuple[Reading, str]:
         """The record with our own fields, and its format, or `BadRecord` with everything that is wrong with it."""
@@ -302,8 +323,25 @@ class _Loader:
         fields = token_fields(record, name)
         _check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
         check_pairing(group, self.pairing, format=name)
+        self._check_temperature(group)
         self.report.notes.update(notes)
         return group
+
+    def _check_temperature(self, group: Group) -> None:
+        """Refuse log-probs that are to be the old policy's and are of another distribution than the one trained."""
+        place = next((at for at, one in enumerate(group.responses) if one.behaviour_logp is not None), None)
+        if self.old_temperature is None or place is None:
+            return
+        if "temperature" not in group.raw:
+            self.report.notes[f"bring logp without temperature, which is taken to be {self.old_temperature:g}"] += 1
+        elif group.raw["temperature"] != self.old_temperature:
+            raise refuse(
+                "temperature",
+                group.raw["temperature"],
+                f"{self.old_temperature:g}, which is trained at, because this loss takes responses[{place}].logp as "
+                "the old policy's; or responses without logp",
+                reason="temperature",
+            )
 
     def _has_negatives(self, index: int, pool: WeakPool) -> bool:
         group = self.groups[index]

@@ -1,9 +1,12 @@
-"""The account of reading records, for the log."""
+"""Counts what becomes of records while they are read."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+
+from megalign.data.records import BadRecord
+from megalign.schema import UserError
 
 
 @dataclass
@@ -13,8 +16,21 @@ class Report:
     num_records: int = 0
     num_kept: int = 0
     bad: dict[str, int] = field(default_factory=dict)
+    origins: list[str] = field(default_factory=list)  # of prompts: where each kept one was read
     first_bad: dict[str, str] = field(default_factory=dict)  # one full message for each reason
     notes: Counter[str] = field(default_factory=Counter)  # what was decided about texts, and of how many
+
+    def reject(self, origin: str, bad: BadRecord, *, on_bad_record: str, shared: str = "") -> None:
+        """Count a bad record, or refuse the job where bad records stop it."""
+        message = f"{origin}: {bad}{shared}"
+        if on_bad_record == "stop":
+            raise UserError(message) from None
+        self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
+        self.first_bad.setdefault(bad.reason, message)
+
+    def first_problem(self) -> str:
+        """The message of the first bad record."""
+        return next(iter(self.first_bad.values()))
 
     def line(self) -> str:
         """One line for a log."""

@@ -98,7 +98,7 @@ def final_answer(text: str) -> Answer | None:
     tail = text if len(text) <= TAIL else text[-TAIL:].partition(" ")[2]
     formula = _last_formula(tail)
     plain = plainer(tail if formula is None else formula)
-    if formula is not None or not any(len(one[0]) > 1 for one in TOKEN.finditer(plain) if one["word"]):
+    if formula is not None or not _has_words(plain):
         whole = read(plain)
         if whole is not None:
             return whole
@@ -128,9 +128,14 @@ def read(text: str) -> Answer | None:
         found = _number(one) or _list(one)
         if found is not None:
             return found
-    if any(len(one[0]) > 1 for one in TOKEN.finditer(text) if one["word"]):
+    if _has_words(text):
         return None
     return Answer("".join(text.split()))
+
+
+def _has_words(text: str) -> bool:
+    """Whether two letters or more stand together, which variables do not."""
+    return any(sum(map(str.isalpha, one[0])) > 1 for one in TOKEN.finditer(text) if one["word"])
 
 
 def _without_unit(text: str) -> str:

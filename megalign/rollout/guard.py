@@ -75,7 +75,7 @@ def _told(interrupted: Callable[[], bool], limit_s: float) -> Iterator[None]:
     except CallFailed:
         raise
     except TimeIsUp:
-        raise CallFailed(f"did not return within {limit_s:g} s") from None
+        raise CallFailed(f"did not return in {limit_s:g} s") from None
     except KeyboardInterrupt as error:
         if interrupted():
             raise

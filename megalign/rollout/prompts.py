@@ -8,7 +8,8 @@ from typing import Any
 
 from megalign.data import dataset
 from megalign.data.order import Span, step_items
-from megalign.data.reading import read_raw
+from megalign.data.records import BadRecord
+from megalign.data.report import Report
 from megalign.data.tokenize import DEFAULT, TextOptions
 from megalign.rollout.rewards import Reward
 from megalign.schema import UserError
@@ -31,30 +32,44 @@ def load_prompts(
     reward: Reward,
     vocab_size: int,
     max_length: int,
+    field: str = "rollout.path",
     options: TextOptions = DEFAULT,
     extra_fields: str = "error",
+    on_bad_record: str = "stop",
+    report: Report | None = None,
 ) -> list[Prompt]:
-    """Every prompt in file order; the first one that is wrong stops the job with its line and field.
+    """Read every prompt in file order; one that is wrong stops the job with its line and field, or is left out.
 
-    max_length: of the prompt, in tokens; what `data.max_length` leaves when the response has its room.
+    max_length: of the prompt, in tokens; what `data.max_length` leaves when the response has its room. report: is
+    filled with what became of the records.
     """
     if tokenizer is None:
         raise UserError("model.path has no tokenizer: rounds need one, because rewards read text")
+
+    def check(record: Mapping[str, Any]) -> None:
+        problem = reward.problem(record)
+        if problem is not None:
+            raise BadRecord("field of the reward", problem)
+
+    report = Report() if report is None else report
     groups = dataset.load_prompts(
         path,
         tokenizer,
         max_length=max_length,
         vocab_size=vocab_size,
+        field=field,
         options=options,
         extra_fields=extra_fields,
+        on_bad_record=on_bad_record,
+        check=check,
+        report=report,
     )
     prompts = []
-    for group, raw in zip(groups, read_raw(path, field="rollout.path"), strict=True):
-        reward.check_record(group.raw, raw.origin)
+    for origin, group in zip(report.origins, groups, strict=True):
         text = group.raw.get("prompt")
         if not isinstance(text, str):
             text = plain_text(tokenizer, group.prompt_ids)
-        prompts.append(Prompt(raw.origin, group.prompt_ids, text, group.raw))
+        prompts.append(Prompt(origin, group.prompt_ids, text, group.raw))
     return prompts
 
 

@@ -40,12 +40,19 @@ class Reward:
 
     def check_record(self, record: Mapping[str, Any], where: str) -> None:
         """Refuse a record that lacks a field this reward reads; before anything was sampled."""
+        problem = self.problem(record)
+        if problem is not None:
+            raise UserError(f"{where}: {problem}")
+
+    def problem(self, record: Mapping[str, Any]) -> str | None:
+        """Which field that this reward reads the record lacks, if any."""
         for dotted in self.needs:
             value: Any = record
             for key in dotted.split("."):
                 value = value.get(key) if isinstance(value, Mapping) else None
             if not isinstance(value, str):
-                raise UserError(f"{where}: {dotted} is {value!r}; reward {self.name!r} needs a string there")
+                return f"{dotted} is {shorten(value)}; reward {self.name!r} needs a string there"
+        return None
 
     def __call__(
         self, prompt: str, response: str, record: Mapping[str, Any], where: str, *, limit_s: float = LIMIT_S

@@ -17,6 +17,7 @@ from megalign.convert.reader import TOKENIZER_FILES, audit, resolve_model
 from megalign.convert.rules import lora_targets
 from megalign.data.dataset import GroupDataset, load_dataset
 from megalign.data.group import Sequence as FlatSequence
+from megalign.data.report import Report
 from megalign.data.tokenize import retokenize
 from megalign.engines.megatron_state import holds_optimizer, saved_lora
 from megalign.rollout.ends import check_ends
@@ -25,7 +26,7 @@ from megalign.rollout.rewards import choose_reward
 from megalign.schema import UserError, shorten
 from megalign.sections import MEGATRON_SETTINGS
 from megalign.train.fingerprint import check_allow
-from megalign.train.session import lora_of
+from megalign.train.session import lora_of, temperature_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Inputs:
     reference: tuple[Path, ModelConfig] | None = None  # where it is a checkpoint of its own
     held_out_records: Records | None = None
     held_out_prompts: Sequence[Prompt] = ()
+    notes: Sequence[str] = ()  # what became of the prompts' records, for the log
 
 
 def check(cfg: JobConfig, world_size: int) -> Inputs:
@@ -91,10 +93,14 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
         raise UserError(f"eval.path is {eval_path!r}: no such file or directory; must be one that data.path would take")
     tokenizer = load_tokenizer(hf_dir)
     if cfg.rollout is not None:
-        prompts = read_prompts(cfg, cfg.rollout.path, tokenizer, model)
+        prompts, told = read_prompts(cfg, "rollout.path", cfg.rollout.path, tokenizer, model)
         check_ends(hf_dir, tokenizer, vocab_size=model.vocab_size)
-        held_out = () if eval_path is None else read_prompts(cfg, eval_path, tokenizer, model)
-        return Inputs(hf_dir, model, tokenizer, None, prompts, reference, held_out_prompts=held_out)
+        held_out: Sequence[Prompt] = ()
+        notes = [told]
+        if eval_path is not None:
+            held_out, told = read_prompts(cfg, "eval.path", eval_path, tokenizer, model)
+            notes.append(f"held out: {told}")
+        return Inputs(hf_dir, model, tokenizer, None, prompts, reference, held_out_prompts=held_out, notes=notes)
     records = read_records(cfg, tokenizer, model)
     held_out_records = None if eval_path is None else read_records(cfg, tokenizer, model, path=eval_path)
     return Inputs(hf_dir, model, tokenizer, records, (), reference, held_out_records)
@@ -186,7 +192,14 @@ def read_records(cfg: JobConfig, tokenizer: Any | None, model: ModelConfig, *, p
     update: dict[str, Any] = {} if path is None else {"path": path, "sources": None, "filter": None}
     data = cfg.data.model_copy(update=update)
     traits = cfg.loss.traits()
-    dataset = load_dataset(data, tokenizer, pairing=traits.pairing, seed=cfg.run.seed, vocab_size=model.vocab_size)
+    dataset = load_dataset(
+        data,
+        tokenizer,
+        pairing=traits.pairing,
+        seed=cfg.run.seed,
+        vocab_size=model.vocab_size,
+        old_temperature=temperature_of(cfg) if traits.old else None,
+    )
     if (traits.teachers or data.filter is not None) and not cfg.teachers:
         for group, origin in zip(dataset.groups, dataset.origins, strict=True):
             if not group.teacher_scores:
@@ -240,15 +253,23 @@ def _as_read(
     return FlatSequence(group.record, number, "response", prompt_ids, response)
 
 
-def read_prompts(cfg: JobConfig, path: str, tokenizer: Any | None, model: ModelConfig) -> list[Prompt]:
-    """Prompts that leave a response its room within `data.max_length`, with what the reward reads of them."""
+def read_prompts(
+    cfg: JobConfig, field: str, path: str, tokenizer: Any | None, model: ModelConfig
+) -> tuple[list[Prompt], str]:
+    """Prompts that leave a response its room within `data.max_length`, and what became of the file's records."""
     assert cfg.rollout is not None
-    return load_prompts(
+    report = Report()
+    prompts = load_prompts(
         path,
         tokenizer,
         reward=choose_reward(cfg.rollout.reward),
         vocab_size=model.vocab_size,
         max_length=cfg.data.max_length - cfg.rollout.max_new_tokens,
+        field=field,
         options=cfg.data.text_options,
         extra_fields=cfg.data.extra_fields,
+        on_bad_record=cfg.data.on_bad_record,
+        report=report,
     )
+    first = f"; the first problem: {report.first_problem()}" if report.bad else ""
+    return prompts, f"prompts: {report.line()}{first}"

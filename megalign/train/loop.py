@@ -110,6 +110,8 @@ def _prepare(
     report.say(f"ranks {world.size}: {layout_text(groups)}; {layers}; {cfg.run.dtype}; loss {cfg.loss.name}")
     if left_out := noise_left_out(inputs.hf_dir):
         report.say(left_out)
+    for note in inputs.notes:
+        report.say(note)
 
     def feed_of(records: Records, *, held_out: bool) -> DatasetFeed:
         report.say(f"{'held-out data' if held_out else 'training data'}: {records.dataset.report.line()}")

@@ -59,6 +59,11 @@ def dtype_of(cfg: JobConfig) -> torch.dtype:
     return torch.bfloat16 if cfg.run.dtype == "bf16" else torch.float32
 
 
+def temperature_of(cfg: JobConfig) -> float:
+    """What divides the logits of every log-prob that is trained on."""
+    return cfg.rollout.temperature if cfg.rollout is not None else 1.0
+
+
 def lora_of(cfg: JobConfig) -> Lora | None:
     return None if cfg.lora is None else Lora(cfg.lora.rank, cfg.lora.alpha, tuple(cfg.lora.targets))
 
@@ -110,7 +115,7 @@ def build_engine(
         layers=layers_of(cfg, model, world),
         sequence_parallel=cfg.parallel.sequence,
         recompute=cfg.engine.recompute if trainable else "none",
-        temperature=cfg.rollout.temperature if cfg.rollout is not None else 1.0,
+        temperature=temperature_of(cfg),
         chunk_tokens=None if cfg.engine.chunk_tokens == "auto" else cfg.engine.chunk_tokens,
         tp_invariant=cfg.engine.tp_invariant,
         aux_loss_coefficient=cfg.model.aux_loss_coefficient if trainable else 0.0,

@@ -189,6 +189,7 @@ LOSSES: dict[str, tuple[dict[str, Any], str]] = {
     "rloo": ({"name": "rloo"}, "samples"),
     "gvpo": ({"name": "gvpo", "beta": 0.2}, "samples"),
 }
+OLD = ("grpo", "dr_grpo", "dapo", "rloo")
 COUPLED = ("dpo", "ipo", "epa", "gvpo")
 KINDS = {
     "single": [["response"]] * 7,  # an odd number of sequences: two data ranks need a dummy where each is alone
@@ -285,7 +286,12 @@ def _cases_of_new_axes(name: str) -> list[Case]:
 
 
 # Every loss in each pass mode where two kinds of ranks hold the scores, some losses elsewhere.
-MODES = {"one": tuple(LOSSES), "tp2+sp": tuple(LOSSES), "pp2": ("sft", "dapo", "gvpo"), "dp2": ("sft", "dapo", "gvpo")}
+MODES = {
+    "one": tuple(LOSSES),
+    "tp2+sp": tuple(LOSSES),
+    "pp2": ("sft", "dapo", "rloo", "gvpo"),
+    "dp2": ("sft", "dapo", "rloo", "gvpo"),
+}
 # Ways to compute a head: (model, options of the engine; `fields` change the model's description).
 HEADS = ("tp2", "tp2+sp", "pp2", "dp2")
 CAPPED = {"logit_scale": 0.7, "logit_softcap": 3.0}

@@ -203,9 +203,15 @@ class Job:
                     entropy=True,
                     accuracy=True,
                 )
-                runs = {"two_pass": {"mode": "two_pass"}, "known_scores": {"current": current}}
+                runs: dict[str, Any] = {"two_pass": {"mode": "two_pass"}, "known_scores": {"current": current}}
                 if not coupled or budget == LARGE:
                     runs["single_pass"] = {"mode": "single_pass"}
+                if choose_loss(LOSSES[loss][0]).traits().old:
+                    fresh = {"old": None, "on_policy": True}
+                    runs["old_given"] = {"old": current, "mode": "two_pass"}
+                    runs["on_policy two_pass"] = {**fresh, "mode": "two_pass"}
+                    runs["on_policy known_scores"] = {**fresh, "current": current}
+                    runs["on_policy cheapest"] = fresh
                 for mode, changes in runs.items():
                     result = self.agreed(self.step(engine, case, **changes))
                     results[f"{case.key} {mode}"] = {**result, "gradients": self.tensors(engine, "grad")}

@@ -1,10 +1,14 @@
 """Rewards: the built-in ones by hand, and what is refused."""
 
+import os
 import re
+import signal
+import time
 
 import pytest
 
-from megalign.rollout.rewards import choose_reward
+from megalign.rollout.guard import TimeIsUp, time_limit
+from megalign.rollout.rewards import Reward, choose_reward
 from megalign.schema import UserError
 
 SUM = {"answer": "42", "metadata": {"source_dataset": "chain_sum"}}
@@ -77,3 +81,149 @@ def test_unknown_environment_names_the_record():
     record = {"answer": "42", "metadata": {"source_dataset": "no_such"}}
     with pytest.raises(UserError, match="^p.jsonl:3: metadata.source_dataset is 'no_such': .* no such environment"):
         choose_reward("reasoning_gym")("", "42", record, "p.jsonl:3")
+
+
+MISBEHAVING = """
+import re, sys, time
+import numpy, torch
+
+def raises(prompt, response, record):
+    return record["nothing"]
+
+def leaves(prompt, response, record):
+    sys.exit("bye")
+
+def interrupts(prompt, response, record):
+    raise KeyboardInterrupt
+
+class Odd(BaseException):
+    def __str__(self):
+        raise ValueError("not even this")
+
+def odd(prompt, response, record):
+    raise Odd
+
+def deep(prompt, response, record):
+    return deep(prompt, response, record)
+
+def sleeps(prompt, response, record):
+    time.sleep(60)
+
+def spins(prompt, response, record):
+    while True:
+        pass
+
+def matches(prompt, response, record):
+    return float(bool(re.fullmatch("(a+)+b", "a" * 40)))
+
+def multiplies(prompt, response, record):
+    return float(len(str(7 ** (10 ** 9))) > 0)
+
+def swallows(prompt, response, record):
+    try:
+        time.sleep(60)
+    except BaseException:
+        return 1.0
+
+def words(prompt, response, record):
+    return "1.0"
+
+def several(prompt, response, record):
+    return numpy.ones(2)
+
+def huge(prompt, response, record):
+    return 10 ** 400
+
+def array(prompt, response, record):
+    return numpy.float32(0.5) if response else numpy.array([0.5])
+
+def tensor(prompt, response, record):
+    return torch.tensor(0.5, dtype=torch.bfloat16)
+
+def truth(prompt, response, record):
+    return numpy.bool_(True)
+
+def changes(prompt, response, record):
+    record["seen"].append(1)
+    return len(record["seen"])
+"""
+
+
+@pytest.fixture(scope="module")
+def misbehaving(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "misbehaving.py").write_text(MISBEHAVING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield lambda name: choose_reward(f"misbehaving:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("raises", r"raised KeyError: 'nothing' \(misbehaving.py line 6\)"),
+        ("leaves", r"raised SystemExit: bye \(misbehaving.py line 9\)"),
+        ("interrupts", r"raised KeyboardInterrupt \(misbehaving.py line 12\)"),
+        ("odd", r"raised Odd: \(its message cannot be read\)"),
+        ("deep", "raised RecursionError: maximum recursion depth exceeded"),
+        ("sleeps", "did not return in 0.2 s"),
+        ("spins", "did not return in 0.2 s"),
+        ("matches", "did not return in 0.2 s"),
+        ("multiplies", "did not return in 0.2 s"),
+        ("swallows", "did not return in 0.2 s"),
+        ("words", "returned '1.0'"),
+        ("several", r"returned array\(\[1., 1.\]\)"),
+        ("huge", "returned 1000000"),
+    ],
+)
+def test_whatever_a_reward_does_names_record_and_reward(name, told, misbehaving):
+    wanted = f"^p.jsonl:7: reward 'misbehaving:{name}' {told}.*; a finite number is needed$"
+    with pytest.raises(UserError, match=wanted):
+        misbehaving(name)("", "", {}, "p.jsonl:7", limit_s=0.2)
+
+
+def test_numbers_of_other_libraries_are_numbers(misbehaving):
+    for name, response, wanted in (("array", "x", 0.5), ("array", "", 0.5), ("tensor", "", 0.5), ("truth", "", 1.0)):
+        value = misbehaving(name)("", response, {}, "here")
+        assert value == wanted and type(value) is float
+
+
+def test_no_call_sees_what_an_earlier_one_changed(misbehaving):
+    record = {"seen": []}
+    assert [misbehaving("changes")("", "", record, "here") for _ in range(2)] == [1.0, 1.0] and record == {"seen": []}
+
+
+def test_a_time_limit_inside_another_leaves_the_outer_one_running():
+    began = time.monotonic()
+    with pytest.raises(TimeIsUp), time_limit(0.4):
+        with pytest.raises(TimeIsUp), time_limit(0.1):
+            time.sleep(5)
+        assert 0.1 <= time.monotonic() - began < 0.4
+        time.sleep(5)
+    assert 0.4 <= time.monotonic() - began < 4
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_ctrl_c_is_not_an_error_of_the_reward():
+    def waits(prompt, response, record):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        Reward("waits", waits)("", "", {}, "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("import sys; sys.exit(3)", "it raised SystemExit: 3"),
+        ("1 / 0", "it raised ZeroDivisionError: division by zero"),
+        ("def f(:", "it raised SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_module_that_fails_at_import(text, told, tmp_path, monkeypatch):
+    name = f"fails_{abs(hash(text))}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"rollout.reward is '{name}:f': module '{name}' cannot be imported: {told}"):
+        choose_reward(f"{name}:f")

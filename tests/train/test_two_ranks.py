@@ -29,6 +29,7 @@ from tiny_jobs import (
 NOW = "run.max_minutes=1e-9"
 LAYOUTS = {"tp2": "parallel.tensor=2", "dp2": "parallel.tensor=1"}
 STEPWISE = [("gvpo", "tp2"), ("gvpo", "dp2"), ("rounds", "tp2")]
+MISBEHAVIOUR = {"exit": "raised SystemExit: 0", "raise": "raised ValueError: no such", "hang": "did not return in 3"}
 JOBS = {
     "gvpo": {"run": {"steps": 3}, "data": {"path": "data.jsonl"}},
     "rounds": {"run": {"steps": None}},
@@ -62,6 +63,13 @@ def folder(tmp_path_factory):
     job = folder / "rounds"
     to_stop = ["train", str(job / "job.yaml"), f"run.dir={job}/stopped", f"rollout.path={signalled}"]
     launched.append((to_stop, 75))
+    for does in MISBEHAVIOUR:
+        # Rank 1 has the second prompt of a round.
+        path = write_lines(folder / f"{does}.jsonl", [{"prompt": "1=", "does": does if n else None} for n in range(2)])
+        wrong = [f"rollout.path={path}", "rollout.prompts_per_round=2", "rollout.reward=tiny_jobs:misbehave"]
+        wrong += [f"run.dir={job}/{does}", "watchdog.timeout_s=6"]
+        launched.append((["train", str(job / "job.yaml"), *wrong], 2))
+        launched.append((["rollout", str(job / "job.yaml"), *wrong, f"run.dir={job}/{does}_rollout"], 2))
     (folder / "told").write_text(on_two_ranks(folder, launched))
     return folder
 
@@ -102,6 +110,16 @@ def test_signal_to_another_rank_stops_all(folder):
     told = status(folder / "rounds" / "stopped")
     assert told == {"code": 75, "reason": "stopped by a signal to another rank", "step": 1}
     assert (folder / "rounds" / "stopped" / "checkpoints" / "step_00000001").is_dir()
+
+
+@pytest.mark.parametrize("command", ["", "_rollout"])
+@pytest.mark.parametrize("does", MISBEHAVIOUR)
+def test_a_reward_that_fails_on_rank_1_is_told_once(does, command, folder):
+    kept = status(folder / "rounds" / f"{does}{command}")
+    assert kept["code"] == 2 and kept["reason"].startswith(f"{folder / does}.jsonl:2: reward 'tiny_jobs:misbehave' ")
+    assert MISBEHAVIOUR[does] in kept["reason"]
+    told = [line for line in (folder / "told").read_text().splitlines() if f"{does}.jsonl" in line]
+    assert told == [f"megalign: error: {kept['reason']}"] * 2  # by train and by rollout
 
 
 def test_only_rank_0_tells(folder):
