@@ -40,7 +40,7 @@ def doubts_about_rate(cfg: JobConfig, num_steps: int) -> Iterator[str]:
 
 
 def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
-    """Doubts about how many records there are, and how long they are."""
+    """Doubts about how many records there are, how long they are, and whether their responses are whole."""
     report, groups_per_step = dataset.report, cfg.data.groups_per_step or 1
     if report.num_kept < (1 - MOST) * report.num_records:
         worst = max(report.bad, key=lambda reason: report.bad[reason])
@@ -55,6 +55,13 @@ def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
         )
     lengths = [len(group.prompt_ids) + len(one.ids) for group in dataset.groups for one in group.responses]
     yield from _doubts_about_budget(cfg, lengths, "sequences")
+    raw = (one for group in dataset.groups for one in group.raw.get("responses") or () if isinstance(one, Mapping))
+    marks = [one["finished"] for one in raw if one.get("finished") is not None]
+    if marks.count(False) > MOST * len(marks):
+        yield (
+            f"{marks.count(False)} of {len(marks)} responses say that they were cut before the model ended them "
+            "(finished is false)"
+        )
 
 
 def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
