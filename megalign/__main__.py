@@ -132,11 +132,14 @@ def _rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
     from megalign.rollout.command import load_sampler, write_rollouts
     from megalign.train.check import Inputs, check
     from megalign.train.outputs import with_date
+    from megalign.train.run_dir import check_run_dir
     from megalign.train.session import gather, on_every_rank
 
     def read() -> Inputs:
         if cfg.rollout is None:
             raise UserError("rollout is missing; the command rollout needs the section")
+        if world.is_main:
+            check_run_dir(Path(cfg.run.dir))
         return check(cfg, world.size)
 
     cfg = with_date(cfg, gather(cfg.data.date or date.today().isoformat())[0])  # rank 0's day is every rank's

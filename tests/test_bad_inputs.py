@@ -56,14 +56,32 @@ def shared(tmp_path_factory):
     write_tokenizer(write_model(folder / "asks", vocab_size=44), template=asks)
     shutil.copytree(folder / "speaks", folder / "endless")
     (folder / "endless" / "generation_config.json").write_text('{"eos_token_id": [0, 200]}')
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name, file in {"lfs": "model.safetensors", "lfs_words": "tokenizer.json", "lfs_config": "config.json"}.items():
+        shutil.copytree(folder / "speaks", folder / name)
+        (folder / name / file).write_text(pointer)
     (folder / "empty").mkdir()
     write_lines(folder / "data.jsonl", records("samples"))
     write_lines(folder / "singles.jsonl", records("singles"))
     write_lines(folder / "texts.jsonl", [{"prompt": "1+1=", "completion": "2"}])
     write_lines(folder / "prompts.jsonl", [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2="}])
     (folder / "file").write_text("in the way")
+    write_lines(folder / "tool_prompts.jsonl", [{"prompt": [ASKED], "tools": [TOOL], "answer": "2"}])
+    write_lines(folder / "mood_prompts.jsonl", [{"prompt": [{**ASKED, "mood": "good"}], "answer": "2"}])
+    _write_templates(folder)
     _write_checkpoints(folder)
     return folder
+
+
+def _write_templates(folder: Path) -> None:
+    """Models whose chat templates cannot be used: a list without a default, one that fails, one that is not valid."""
+    for name, template in (("failing", "{{ messages[0].content + 1 }}"), ("unparsed", "{% if %}"), ("listed", "")):
+        shutil.copytree(folder / "speaks", folder / name)
+        (folder / name / "chat_template.jinja").write_text(template)
+    (folder / "listed" / "chat_template.jinja").unlink()
+    settings = folder / "listed" / "tokenizer_config.json"
+    listed = {"chat_template": [{"name": "rag", "template": "{{ documents }}"}]}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | listed))
 
 
 def _write_checkpoints(folder: Path) -> None:
@@ -105,6 +123,11 @@ ROUNDS = {
         "reward": "exact_match",
     },
 }
+SPEAKS = SFT | {"model": {"path": "{shared}/speaks"}}
+ASKED, ANSWERED = {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}
+SAID: dict[str, object] = {"messages": [ASKED, ANSWERED]}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
 # name: (what the configuration changes, overrides, lines of data or None, parts of the line)
 CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     # configuration
@@ -201,6 +224,14 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     "rounds without tokenizer": (ROUNDS, ["model.path={shared}/model"], None, ["tokenizer", "rounds need one"]),
     "steps beside rounds": (ROUNDS, ["run.steps=3"], None, ["run.steps is 3", "rollout"]),
     "updates do not divide": (ROUNDS, ["rollout.updates_per_round=3"], None, ["rollout.updates_per_round is 3"]),
+    # files of which a clone has pointers only
+    "pointer as weights": (
+        {}, ["model.path={shared}/lfs"], None,
+        ["model.path: ", "lfs/model.safetensors is a Git LFS pointer, not the file of 12345 bytes", "git lfs pull"],
+    ),
+    "pointer as tokenizer": ({}, ["model.path={shared}/lfs_words"], None, ["tokenizer.json is a Git LFS pointer"]),
+    "pointer as configuration": ({}, ["model.path={shared}/lfs_config"], None, ["config.json is a Git LFS pointer"]),
+    "pointer as reference": ({}, ["reference.source={shared}/lfs"], None, ["reference.source: ", "Git LFS pointer"]),
     # tokens that the tokenizer or a setting has and the model lacks
     "text beyond the vocabulary": (
         SFT, ["model.path={shared}/narrow"], [{"prompt": "1+1=", "completion": "2?"}],
@@ -218,7 +249,103 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
         ROUNDS, ["model.path={shared}/endless", "rollout.reward=tiny_jobs:digits"], None,
         ["generation_config.json: eos_token_id is [0, 200]", "below 53"],
     ),
+    # another job's checkpoint, outputs that must fail
+    "checkpoint of another rate": (
+        {}, ["checkpoint.resume={shared}/checkpoints", "optimizer.lr=0.5"], None,
+        ["step_00000001 is another job's: optimizer.lr was 0.001, is 0.5", "never", "checkpoint.allow=[optimizer.lr]"],
+    ),
+    "checkpoint of another loss": (
+        {}, ["checkpoint.resume={shared}/checkpoints", "loss.name=rloo"], None,
+        ["another job's", "loss.name was 'gvpo', is 'rloo'"],
+    ),
+    "checkpoint of other data": (
+        {}, ["checkpoint.resume={shared}/checkpoints"], [answers(1, 0)],
+        ["another job's: data.path was ", "(8 records, ", "data.jsonl (1 records, ", "checkpoint.allow=[data.path]"],
+    ),
+    "checkpoint of another seed and dtype": (
+        {}, ["checkpoint.resume={shared}/checkpoints", "run.seed=7", "run.dtype=bf16"], None,
+        ["run.seed was 0, is 7; run.dtype was 'fp32', is 'bf16'", "checkpoint.allow=[run.seed, run.dtype]"],
+    ),
+    "half of what differs is allowed": (
+        {}, ["checkpoint.resume={shared}/checkpoints", "run.seed=7", "optimizer.eps=1", "checkpoint.allow=[run]"], None,
+        ["optimizer.eps was 1e-05, is 1.0; must be", "checkpoint.allow=[run.seed, optimizer.eps]"],
+    ),
+    "unknown allowance": ({}, ["checkpoint.allow=[optimizer.rate]"], None, ["checkpoint.allow.0", "optimizer.lr"]),
+    "export below a file": ({}, ["export.hf_dir={shared}/file/hf"], None, ["export.hf_dir", "Not a directory"]),
+    "export nobody can make": ({}, ["export.hf_dir=/proc/none/hf"], None, ["export.hf_dir", "cannot be written"]),
+    "export among checkpoints": (
+        {}, ["export.hf_dir={{run.dir}}/checkpoints"], None, ["export.hf_dir", "run/checkpoints", "run's own files"],
+    ),
+    "export of a long name": ({}, ["export.hf_dir=" + "a" * 300], None, ["export.hf_dir", "name too long"]),
+    "export named by nothing": (
+        {}, ["export.hf_dir={{run.name}}/hf"], None, ["export.hf_dir", "{run.name} stands for nothing", "{run.dir}"],
+    ),
 }  # fmt: skip
+# text that would become other tokens than meant
+CASES |= {
+    "tools that no template reads": (
+        SPEAKS,
+        [],
+        [SAID | {"tools": [TOOL]}],
+        ["data.jsonl:1: field tools: the chat template does not read them", "allowed: "],
+    ),
+    "tools beside a string": (
+        SPEAKS,
+        [],
+        [{"prompt": "a", "completion": "b", "tools": [TOOL]}],
+        ["data.jsonl:1: field tools is", "plain string"],
+    ),
+    "call that no template writes": (
+        SPEAKS,
+        [],
+        [{"messages": [ASKED, CALL]}],
+        ["data.jsonl:1: field messages: the chat template", "allowed: "],
+    ),
+    "field that no template reads": (
+        SPEAKS,
+        [],
+        [{"messages": [ASKED, {**ANSWERED, "mood": "good"}]}],
+        ["data.jsonl:1: field messages[1].mood is not known"],
+    ),
+    "variable that no template reads": (
+        SPEAKS,
+        [],
+        [SAID | {"chat_template_kwargs": {"enable_thinking": False}}],
+        ["data.jsonl:1: field chat_template_kwargs.enable_thinking", "does not read it"],
+    ),
+    "templates without a default": (
+        SPEAKS,
+        ["model.path={shared}/listed"],
+        [SAID],
+        ["data.jsonl:1: ", "a list (rag) without a default"],
+    ),
+    "template that fails": (
+        SPEAKS,
+        ["model.path={shared}/failing"],
+        [SAID],
+        ["data.jsonl:1: field messages: the chat template fails", "TypeError"],
+    ),
+    "template that is none": (
+        SPEAKS,
+        ["model.path={shared}/unparsed"],
+        [SAID],
+        ["data.jsonl:1: ", "is not valid (line 1"],
+    ),
+    "prompt with tools that no template reads": (
+        ROUNDS,
+        ["rollout.path={shared}/tool_prompts.jsonl"],
+        None,
+        ["tool_prompts.jsonl:1: field tools: the chat template does not read them"],
+    ),
+    "prompt with a field that no template reads": (
+        ROUNDS,
+        ["rollout.path={shared}/mood_prompts.jsonl"],
+        None,
+        ["mood_prompts.jsonl:1: field prompt[0].mood is not known"],
+    ),
+    "a day that is none": ({}, ["data.date=31.1.2026"], None, ["data.date is '31.1.2026'", "YYYY-MM-DD"]),
+    "special tokens": ({}, ["data.special_tokens=all"], None, ["data.special_tokens is 'all'", "auto"]),
+}
 
 
 def filled(value, shared):

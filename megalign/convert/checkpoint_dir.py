@@ -33,6 +33,9 @@ def find_checkpoint_dir(path: Path) -> Path:
         raise UserError(f"{pointer} is missing, which names the newest checkpoint; must be one of {steps}") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'{pointer} cannot be read; must be {{"checkpoint": one of {steps}}}') from None
+    aside = holder / f".{name}.replaced"  # where a save that took its place was killed
+    if name not in _steps(holder) and (aside / MARK).is_file():
+        return aside
     if name not in _steps(holder):
         raise UserError(f"{pointer}: checkpoint is {name!r}; must be one that is there: {steps}")
     return holder / name

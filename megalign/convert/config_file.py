@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megalign.convert.pointers import refuse_pointer
 from megalign.schema import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`."""
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

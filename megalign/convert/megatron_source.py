@@ -65,6 +65,9 @@ class MegatronSource:
         good = self.lora is None or all(isinstance(self.lora.get(key), kind) for key, kind in kinds.items())
         if not good:
             raise UserError(f"{self.folder}/common.pt: about.lora is {self.lora!r}; needed: rank, alpha, targets")
+        self.base: str | None = common["about"].get("base")
+        if not isinstance(self.base, str | None):
+            raise UserError(f"{self.folder}/common.pt: about.base is {self.base!r}; needed: the name of a model")
         self._audit()
         self.parts = _parts(self.model)
         self.specs = {}

@@ -58,6 +58,8 @@ class PartialFolder:
         for path in self.folder.parent.glob(f".{glob.escape(self.folder.name)}.partial-*"):
             with contextlib.suppress(OSError):
                 lock = _locked(path)
+                if (path / "before").is_dir() and not self.folder.exists():
+                    (path / "before").rename(self.folder)  # killed between the two renames of `publish`
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
 
@@ -106,9 +108,11 @@ class PartialFolder:
                 before = Path(mkdtemp(prefix=f".{self.folder.name}.partial-", dir=self.folder.parent)) / "before"
                 self.folder.rename(before)
             self.path.rename(self.folder)  # an empty directory may have the name
-        except OSError as error:
-            if before is not None and before.exists():
+        except BaseException as error:
+            if before is not None and before.exists() and not self.folder.exists():
                 before.rename(self.folder)
+            if not isinstance(error, OSError):
+                raise
             if self.key is not None:
                 self._note()
             self.abandon(keep=True)

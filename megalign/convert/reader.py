@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalign.convert.model_config import ModelConfig
+from megalign.convert.pointers import refuse_pointer
 from megalign.convert.rules import EMBED, FAMILIES, Piece, Rule, find_rule
 from megalign.convert.safetensors_file import NAMES, Spec
 from megalign.convert.stored import INDEX, PICKLE_INDEX, STORED, StoredFiles
@@ -47,7 +48,10 @@ def resolve_model(path: str, *, allow_pickle: bool = False) -> Path:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no config.json; needed: a Hugging Face checkpoint directory")
-    StoredFiles.find(folder, allow_pickle=allow_pickle)
+    weights, _, _ = StoredFiles.find(folder, allow_pickle=allow_pickle)
+    others = (match for pattern in ("*config.json", *TOKENIZER_FILES) for match in sorted(folder.glob(pattern)))
+    for file in (*weights, *others):
+        refuse_pointer(file)
     return folder
 
 

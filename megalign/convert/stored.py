@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalign.convert.config_file import read_json
+from megalign.convert.pointers import refuse_pointer
 from megalign.convert.quantised import Mxfp4Experts, find_quantised
 from megalign.convert.safetensors_file import DTYPES
 from megalign.schema import UserError, reason_of
@@ -103,6 +104,7 @@ class StoredFiles:
 def _opened(path: Path, index: str) -> Any:
     if path.exists() and not os.access(path, os.R_OK):
         raise UserError(f"{path} cannot be read: Permission denied")
+    refuse_pointer(path)
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
@@ -113,6 +115,7 @@ def _opened(path: Path, index: str) -> Any:
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     """Plain tensors only: torch refuses a pickle that names anything else."""
+    refuse_pointer(path)
     try:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -218,11 +218,16 @@ def megatron_to_hf(
         how.run(copy(names) for names in by_file.values())
         _refuse_change(checkpoint, key, fingerprint())
         if source.lora is not None:
-            write_adapter(writer, source.adapters(), source.lora)
+            write_adapter(writer, source.adapters(), source.lora, base=source.base)
 
 
-def write_adapter(writer: HFWriter, named: Iterable[tuple[str, Tensor]], lora: Mapping[str, Any]) -> bool:
-    """Add `adapter/` to an export; whether PEFT has a place for it: it has none for adapters of single experts."""
+def write_adapter(
+    writer: HFWriter, named: Iterable[tuple[str, Tensor]], lora: Mapping[str, Any], *, base: str | None
+) -> bool:
+    """Add `adapter/` to an export; whether PEFT has a place for it: it has none for adapters of single experts.
+
+    base: the model that the adapters are for, as `model.path` names it; None where a checkpoint does not say.
+    """
     tensors: dict[str, Tensor] = {}
     possible = True
     for name, tensor in named:
@@ -230,16 +235,20 @@ def write_adapter(writer: HFWriter, named: Iterable[tuple[str, Tensor]], lora: M
         if possible:
             tensors[f"base_model.model.{name}"] = tensor.cpu().clone()
     if possible:
-        writer.add_adapter(tensors, adapter_config(lora, base=str(writer.source)))
+        writer.add_adapter(tensors, adapter_config(lora, base=base or str(writer.source)))
     return possible
 
 
 def adapter_config(lora: Mapping[str, Any], *, base: str) -> dict[str, Any]:
-    """What PEFT's `LoraConfig` reads."""
+    """What PEFT's `LoraConfig` reads; of `hf://org/name@revision` the name and revision, as transformers takes them."""
+    name, revision = base, None
+    if base.startswith("hf://"):
+        name, _, revision = base.removeprefix("hf://").partition("@")
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision or None,
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
         "target_modules": list(lora["targets"]),

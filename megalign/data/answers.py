@@ -108,11 +108,12 @@ def _last_turn(
     head = before[:-1] if continued else before
     whole = chat.text(field, [*head, _merged(before[-1], own) if continued else own])
     if whole.startswith(prompt):
-        rest = whole[len(prompt) :]
-        dropped = lost(own, _shared_tag(prompt, own) + rest)
-        if not dropped:
+        rest, tag = whole[len(prompt) :], _shared_tag(prompt, own)
+        twice = bool(tag) and not lost(own, rest)
+        dropped = lost(own, tag + rest)
+        if not twice and not dropped:
             return rest
-        why = f"drops {shorten(dropped)} of the answer"
+        why = f"opens {tag.strip()} twice" if twice else f"drops {shorten(dropped)} of the answer"
     else:
         why = "writes the beginning otherwise once the answer follows"
         shared = len(os.path.commonprefix([prompt, whole]))

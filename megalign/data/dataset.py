@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,11 @@ from megalign.data.config import DataConfig, Source
 from megalign.data.formats import Reading, recognise
 from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
-from megalign.data.messages import check_context
+from megalign.data.messages import MESSAGE_FIELDS, check_context
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
 from megalign.data.reading import RawRecord, read_raw
-from megalign.data.records import BadRecord, check_record, check_slot, refuse
+from megalign.data.records import BadRecord, check_message_fields, check_record, check_slot, refuse
 from megalign.data.report import Report
 from megalign.data.tokenize import DEFAULT, TextOptions, encode_prompt, encode_record, token_fields
 from megalign.schema import UserError
@@ -146,6 +147,7 @@ def load_prompts(
     vocab_size: int,
     field: str = "rollout.path",
     options: TextOptions = DEFAULT,
+    extra_fields: str = "error",
     on_bad_record: str = "stop",
     check: Callable[[Mapping[str, Any]], None] = lambda record: None,
     report: Report | None = None,
@@ -154,6 +156,7 @@ def load_prompts(
 
     check: raises `BadRecord` for what the reward cannot use. report: filled where it is given.
     """
+    known = MESSAGE_FIELDS | template_words(getattr(tokenizer, "chat_template", None))
     groups = []
     report = Report() if report is None else report
     for raw in read_raw(path, field=field):
@@ -163,6 +166,8 @@ def load_prompts(
             record = raw.fields()
             check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
             check_context(record)
+            if extra_fields == "error":
+                check_message_fields({"prompt": record.get("prompt")}, known)
             name = "prompt_ids" if "prompt_ids" in record else "prompt"
             group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
             _check_tokens(group, [name], tokenizer, max_length=max_length, vocab_size=vocab_size)
@@ -216,8 +221,8 @@ class _Loader:
                 self.origins.append(raw.origin)
             except BadRecord as bad:
                 shared = ""
-                if bad.kinds and self.cfg.on_bad_record == "stop":
-                    shared = self._shared(bad, raws, num_good=number - first)
+                if self.cfg.on_bad_record == "stop":
+                    shared = self._shared(bad, raws, num_good=number - first, first=first)
                 self._reject(raw.origin, bad, shared=shared)
             except UserError as error:
                 raise UserError(f"{raw.origin}: {error}") from None
@@ -252,16 +257,26 @@ class _Loader:
             origins=[self.origins[index] for index in kept],
         )
 
-    def _shared(self, bad: BadRecord, rest: Iterator[RawRecord], *, num_good: int) -> str:
-        """How many of the source's other records have the faults of `bad`; nothing where it is the only one."""
-        num_others, num_alike = num_good, 0
+    def _shared(self, bad: BadRecord, rest: Iterator[RawRecord], *, num_good: int, first: int) -> str:
+        """How many of the source's other records have the faults of `bad`; nothing where it is the only one.
+
+        Faults that tokens show are looked for by tokenising the others, which a load without faults does as well.
+        """
+        num_others, sizes = num_good, []
         for raw in rest:
             num_others += 1
             try:
-                self._checked(raw)
+                if bad.kinds:
+                    self._checked(raw)
+                else:
+                    self._group(raw, first + num_others, first)
             except BadRecord as other:
-                num_alike += bad.kinds <= other.kinds
-        return f" (the same in {num_alike} of the {num_others} other records)" if num_alike else ""
+                if bad.kinds <= other.kinds if bad.kinds else bad.reason == other.reason:
+                    sizes.append(other.size)
+            except UserError:
+                break  # it stops a job by itself, and has the word when this record is mended
+        longest = f"; the longest has {max(sizes)} tokens" if any(sizes) else ""
+        return f" (the same in {len(sizes)} of the {num_others} other records{longest})" if sizes else ""
 
     def _reject(self, origin: str, bad: BadRecord, *, shared: str = "") -> None:
         self.report.reject(origin, bad, on_bad_record=self.cfg.on_bad_record, shared=shared)
@@ -292,8 +307,9 @@ class _Loader:
 
     def _encoded(self, record: dict[str, Any], name: str, number: int, first: int) -> Group:
         cfg = self.cfg
+        notes: Counter[str] = Counter()
         prompt_ids, responses = encode_record(
-            record, self.tokenizer, format=name, train_on=cfg.train_on, options=self.options, notes=self.report.notes
+            record, self.tokenizer, format=name, train_on=cfg.train_on, options=self.options, notes=notes
         )
         group = Group(
             record=number,
@@ -308,6 +324,7 @@ class _Loader:
         _check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
         check_pairing(group, self.pairing, format=name)
         self._check_temperature(group)
+        self.report.notes.update(notes)
         return group
 
     def _check_temperature(self, group: Group) -> None:
@@ -367,4 +384,4 @@ def _check_tokens(
         length = len(group.prompt_ids) + len(ids)
         if length > max_length:
             message = f"field {name} is {length} tokens long, prompt included; allowed: at most {max_length}"
-            raise BadRecord("too long", message)
+            raise BadRecord("too long", message, size=length)

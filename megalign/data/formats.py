@@ -53,7 +53,7 @@ class Reading:
         message = f"{error} (the record was read as {self.name})"
         if isinstance(error, UserError):
             return UserError(message)
-        return BadRecord(error.reason, message, field=error.field, kinds=error.kinds)
+        return BadRecord(error.reason, message, field=error.field, kinds=error.kinds, size=error.size)
 
 
 def recognise(record: Mapping[str, Any], *, format: str = "auto") -> Reading:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from megalign.data.refusals import MISSING, refuse
+from megalign.data.refusals import MISSING, refuse, run_all
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # a turn's reasoning: transformers takes any of these
@@ -19,28 +20,44 @@ def check_messages(field: str, value: Any) -> None:
     """A list of messages, each with a role and text, or for the assistant tool calls."""
     if not isinstance(value, list) or not value:
         raise refuse(field, value, "a list of messages", reason="messages")
-    for place, message in enumerate(value):
-        where = f"{field}[{place}]"
-        if not isinstance(message, dict):
-            raise refuse(where, message, '{"role": ..., "content": ...}', reason="messages")
-        if message.get("role") not in ROLES:
-            raise refuse(f"{where}.role", message.get("role", MISSING), ", ".join(ROLES), reason="messages")
-        _check_calls(where, message)
-        content = message.get("content", MISSING)
-        if not isinstance(content, str) and not (content in (None, MISSING) and message.get("tool_calls")):
-            raise refuse(f"{where}.content", content, "a string", reason="messages")
-        for name in ("content", "name", "tool_call_id", *REASONING):
-            text = message.get(name)
-            if text is not None and not isinstance(text, str):
-                raise refuse(f"{where}.{name}", text, "a string", reason="messages")
-            check_unicode(f"{where}.{name}", text or "")
+    run_all(check for place, message in enumerate(value) for check in _checks(f"{field}[{place}]", message))
+
+
+def _checks(where: str, message: Any) -> Iterator[Callable[[], None]]:
+    """Yield the checks of one message; each raises for the first thing wrong with its own part."""
+    if not isinstance(message, dict):
+        yield partial(_refuse_shape, where, message)
+        return
+    yield partial(_check_role, where, message)
+    yield partial(_check_calls, where, message)
+    yield partial(_check_texts, where, message)
+
+
+def _refuse_shape(where: str, message: Any) -> None:
+    raise refuse(where, message, '{"role": ..., "content": ...}', reason="messages")
+
+
+def _check_role(where: str, message: Mapping[str, Any]) -> None:
+    if message.get("role") not in ROLES:
+        raise refuse(f"{where}.role", message.get("role", MISSING), ", ".join(ROLES), reason="messages")
+
+
+def _check_texts(where: str, message: Mapping[str, Any]) -> None:
+    content = message.get("content", MISSING)
+    if not isinstance(content, str) and not (content in (None, MISSING) and message.get("tool_calls")):
+        raise refuse(f"{where}.content", content, "a string", reason="messages")
+    for name in ("content", "name", "tool_call_id", *REASONING):
+        text = message.get(name)
+        if text is not None and not isinstance(text, str):
+            raise refuse(f"{where}.{name}", text, "a string", reason="messages")
+        check_unicode(f"{where}.{name}", text or "")
 
 
 def _check_calls(where: str, message: Mapping[str, Any]) -> None:
     calls = message.get("tool_calls")
     if calls is None or calls == []:
         return
-    if message["role"] != "assistant":
+    if message.get("role") != "assistant":
         allowed = "messages of the assistant alone have tool calls"
         raise refuse(f"{where}.tool_calls", calls, allowed, reason="messages")
     if not isinstance(calls, list):

@@ -25,9 +25,9 @@ from megalign.data.messages import (
     check_messages,
     check_unicode,
 )
-from megalign.data.refusals import MISSING, BadRecord, joined, refuse
+from megalign.data.refusals import MISSING, BadRecord, refuse, run_all
 
-__all__ = ["BadRecord", "check_record", "check_slot", "detect_format", "refuse"]
+__all__ = ["BadRecord", "check_message_fields", "check_record", "check_slot", "detect_format", "refuse"]
 
 ANY_FORMAT = ("teacher_scores", "weak", "temperature", "tools", "chat_template_kwargs")
 FOR_PEOPLE = ("prompt_text", "record")
@@ -73,15 +73,8 @@ def check_record(
     template_words: names that the chat template reads; a message may have fields of these names.
     """
     name = detect_format(record) if format == "auto" else format
-    faults = []
     message_fields = MESSAGE_FIELDS | template_words if extra_fields == "error" else None
-    for check in _checks(record, name, message_fields=message_fields):
-        try:
-            check()
-        except BadRecord as fault:
-            faults.append(fault)
-    if faults:
-        raise joined(faults)
+    run_all(_checks(record, name, message_fields=message_fields))
     return name
 
 
@@ -108,19 +101,24 @@ def _checks(
     for place, response in enumerate(responses if isinstance(responses, list) else []):
         yield partial(_check_response, f"responses[{place}]", response, strict=strict)
     if message_fields is not None:
-        yield partial(_check_message_fields, record, name, message_fields)
+        yield partial(check_message_fields, _texts(record, name), message_fields)
     yield partial(check_context, record)
     yield partial(_check_temperature, record)
     yield partial(_check_teacher_scores, record.get("teacher_scores", {}))
     yield partial(_check_pins, record.get("weak", []))
 
 
-def _check_message_fields(record: Mapping[str, Any], name: str, known: frozenset[str]) -> None:
-    """Refuse fields of messages that nobody reads."""
+def _texts(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return everything of a record that may be messages, by its field."""
     texts = {text: record.get(text) for text, _ in SLOTS[name] if text != "responses"}
     if name == "responses" and isinstance(record.get("responses"), list):
         entries = [entry for entry in record["responses"] if isinstance(entry, dict)]
         texts |= {f"responses[{place}].text": entry.get("text") for place, entry in enumerate(entries)}
+    return texts
+
+
+def check_message_fields(texts: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Refuse fields of messages that nobody reads."""
     for field, turns in texts.items():
         for place, turn in enumerate(turns if isinstance(turns, list) else []):
             if isinstance(turn, dict) and not turn.keys() <= known:

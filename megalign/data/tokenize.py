@@ -62,7 +62,9 @@ def encode_record(
         return before.ids, (text.turns("messages", before, turns[first:], num_before=first),)
     prompt, answers = _split(record, format)
     if isinstance(prompt, list):
-        before = text.prompt("prompt" if "prompt" in record else answers[0][0], prompt, continued=True)
+        # Conversations that begin alike hold whole messages; a prompt that ends with the assistant's is a beginning.
+        explicit = "prompt" in record
+        before = text.prompt("prompt" if explicit else answers[0][0], prompt, continued=explicit)
         return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
     prompt_ids = encode_prompt({"prompt": prompt} if isinstance(prompt, str) else record, tokenizer, options=options)
     before = _Prompt(prompt_ids, prompt if isinstance(prompt, str) else None, ())
@@ -246,7 +248,8 @@ def _encode_answer(answer: tuple[str, Any, Mapping[str, Any]], text: _Text, befo
         turns = content if isinstance(content, list) else [{"role": "assistant", "content": content}]
         response = text.turns(field, before, turns)
     elif isinstance(content, list):
-        raise refuse(field, content, "a string, because the prompt is not a list of messages", reason="wrong type")
+        allowed = 'a string, because the prompt is no list of messages such as [{"role": "user", "content": ...}]'
+        raise refuse(field, content, allowed, reason="wrong type")
     else:
         response = text.string(field, before, content)
     logp = extra.get("logp")

@@ -58,6 +58,7 @@ class EngineOptions:
     tp_invariant: bool = False
     aux_loss_coefficient: float = 0.0
     lora: Lora | None = None  # train adapters alone
+    base: str | None = None  # what the user calls the model that adapters are on
     megatron: dict[str, Any] = field(default_factory=dict)  # passed through to Megatron's configurations
 
 

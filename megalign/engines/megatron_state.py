@@ -262,6 +262,7 @@ def save(engine: MegatronEngine, folder: Path, extra: dict[str, Any]) -> None:
         "dtype": str(engine.options.dtype),
         "optimizer": engine.optimizer is not None,
         "lora": None if engine.options.lora is None else asdict(engine.options.lora),
+        "base": engine.options.base,
     }
     dist_checkpointing.save(_sharded_state(engine, loading=False) | {"extra": extra, "about": about}, str(folder))
     if dist.get_rank() == 0 and engine.source is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def write_rollouts(
 ) -> Path:
     """Sample all rounds with the same weights and write `RUN_DIR/rollout.jsonl`, which `data.path` accepts.
 
-    Draws are those of `train` with the same seed in its first round. Rank 0 writes, after the last round.
+    Draws are those of `train` with the same seed in its first round. Rank 0 writes, after the last round; an earlier
+    file of that name is kept as `rollout.<n>.jsonl`.
     """
     rollout = cfg.rollout
     if rollout is None:
@@ -84,6 +86,9 @@ def write_rollouts(
             report(f"round {round_number + 1} of {rollout.rounds}: {shown}")
     path = Path(cfg.run.dir) / ROLLOUT_FILE
     if rank == 0:
+        if path.exists():
+            numbers = (number for number in itertools.count(1) if not path.with_suffix(f".{number}.jsonl").exists())
+            report(f"earlier groups are kept in {path.rename(path.with_suffix(f'.{next(numbers)}.jsonl'))}")
         write_groups(path, records)
         report(f"{len(records)} groups in {path}")
     return path

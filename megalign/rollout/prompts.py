@@ -34,6 +34,7 @@ def load_prompts(
     max_length: int,
     field: str = "rollout.path",
     options: TextOptions = DEFAULT,
+    extra_fields: str = "error",
     on_bad_record: str = "stop",
     report: Report | None = None,
 ) -> list[Prompt]:
@@ -58,6 +59,7 @@ def load_prompts(
         vocab_size=vocab_size,
         field=field,
         options=options,
+        extra_fields=extra_fields,
         on_bad_record=on_bad_record,
         check=check,
         report=report,

@@ -112,7 +112,10 @@ def check_adapters(cfg: JobConfig, checkpoint: Path) -> None:
     if saved != wanted and (saved is not None or holds_optimizer(checkpoint)):
         was = "without adapters" if saved is None else f"with rank {saved.rank}, alpha {saved.alpha:g}, targets "
         was += "" if saved is None else ", ".join(saved.targets)
-        raise UserError(f"{checkpoint} was trained {was}; lora must be the same, or model.path an export of that run")
+        raise UserError(
+            f"{checkpoint} was trained {was}; lora must be the same, or model.path an export of that run; "
+            "to begin anew, another run.dir or checkpoint.resume=never"
+        )
 
 
 def check_model(
@@ -264,6 +267,7 @@ def read_prompts(
         max_length=cfg.data.max_length - cfg.rollout.max_new_tokens,
         field=field,
         options=cfg.data.text_options,
+        extra_fields=cfg.data.extra_fields,
         on_bad_record=cfg.data.on_bad_record,
         report=report,
     )

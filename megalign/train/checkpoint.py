@@ -180,7 +180,7 @@ def check_whole(folder: Path, model: ModelConfig) -> None:
         if getattr(held, field) != getattr(model, field):
             raise UserError(
                 f"{folder}: its model has {field} {getattr(held, field)}; must be that of model.path, "
-                f"{getattr(model, field)}"
+                f"{getattr(model, field)}; to begin anew, another run.dir or checkpoint.resume=never"
             )
     listing = folder / FILES
     if not listing.is_file():  # a converted one

@@ -67,9 +67,10 @@ def save(job: Job) -> Path:
 def export_model(job: Job) -> str:
     """Write the model as it is now; the problem, if there was one, as a line on every rank."""
     folder = Path(str(job.cfg.export.hf_dir))
-    lora = lora_of(job.cfg)
+    lora, base = lora_of(job.cfg), job.cfg.model.path
+    inputs, owner = job.inputs, job.start.owner
     try:
-        beside = export(job.engine, job.inputs.model, job.inputs.hf_dir, folder, owner=job.start.owner, lora=lora)
+        beside = export(job.engine, inputs.model, inputs.hf_dir, folder, owner=owner, lora=lora, base=base)
     except ExportFailed as error:
         return f"the export to {folder} failed: {error}"
     how = "" if lora is None else ", adapters merged"
@@ -105,4 +106,6 @@ def resume(job: Job) -> None:
         for line in resume_lines(job.cfg, job.step, job.num_steps, start.num_steps_before):
             job.report.say(line)
     if job.world.is_main:
-        keep_metrics_up_to(job.run_dir, job.step)
+        again = keep_metrics_up_to(job.run_dir, job.step)
+        if again:
+            job.report.say(f"metrics.jsonl: the lines of steps {again[0]} to {again[-1]} are dropped; they come again")

@@ -49,7 +49,7 @@ def job_date(cfg: JobConfig) -> str:
     found = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume)
     about = None if found is None else read_job(found.folder)
     saved = None if about is None else about["job"]["data"].get("date")
-    if saved is None and found is None and cfg.checkpoint.resume == "auto":
+    if saved is None and cfg.checkpoint.resume != "never":
         saved = _date_of_same(cfg)
     return str(saved) if saved is not None else date.today().isoformat()
 
@@ -160,6 +160,11 @@ def _check_export(cfg: JobConfig, inputs: Inputs, start: Start) -> None:
     shown = f"export.hf_dir is {cfg.export.hf_dir!r}"
     if is_inside(run_dir, target) or any(is_inside(target, run_dir / name) for name in (*FOLDERS, *FILES)):
         raise UserError(f"{shown}: the run's own files are there; must be another directory, such as {{run.dir}}/hf")
+    read = {f"teachers.{place}.path": teacher.path for place, teacher in enumerate(cfg.teachers)}
+    read["reference.source"] = cfg.reference.source or ""
+    for field, path in read.items():
+        if Path(path).expanduser().resolve() == target.resolve():
+            raise UserError(f"{shown}: it is {field}; must be another directory")
     # An earlier run's export inside the run directory is kept aside with the rest of that run.
     moves = start.checkpoint is None or not start.own
     goes = moves and is_inside(target, run_dir) and is_export(target)
@@ -171,11 +176,6 @@ def _check_export(cfg: JobConfig, inputs: Inputs, start: Start) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{shown}: it cannot be written ({reason}); must be a directory that can be made") from None
-    read = {f"teachers.{place}.path": teacher.path for place, teacher in enumerate(cfg.teachers)}
-    read["reference.source"] = cfg.reference.source or ""
-    for field, path in read.items():
-        if Path(path).expanduser().resolve() == target.resolve():
-            raise UserError(f"{shown}: it is {field}; must be another directory")
 
 
 def _check_room(cfg: JobConfig, inputs: Inputs, start: Start) -> None:

@@ -168,19 +168,20 @@ def start_log(run_dir: Path, *, main: bool) -> None:
     LOG.addHandler(to_file)
 
 
-def keep_metrics_up_to(run_dir: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run will take again; a fresh run (`step` 0) keeps none.
+def keep_metrics_up_to(run_dir: Path, step: int) -> list[int]:
+    """Drop the lines of steps that a resumed run will take again; a fresh run (`step` 0) keeps none. The steps dropped.
 
     So is a line that a killed run left half written.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
-        return
+        return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in whole if step and json.loads(line)["step"] <= step]
     partial = path.with_name(".metrics.partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
+    return [json.loads(line)["step"] for line in whole[len(kept) :]]
 
 
 def utc_now() -> str:

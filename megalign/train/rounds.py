@@ -179,12 +179,14 @@ class RoundFeed:
 
     def state(self) -> dict[str, Any]:
         """The round in progress: its samples and scores, so that a resume in its middle trains on the same numbers."""
+        # Rank 0's clocks: what a checkpoint holds of the job must be the same on every rank.
+        stats, seconds = gather((self._stats, self._times.seconds()))[0]
         return {
             "round_number": self.round_number,
             "records": self.records,
-            "stats": self._stats,
+            "stats": stats,
             "scores": self._scores.plain(),
-            "times": (self._times.seconds(), self._times.tokens),
+            "times": (seconds, self._times.tokens),
         }
 
     def restore(self, state: dict[str, Any]) -> None:

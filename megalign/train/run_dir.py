@@ -21,7 +21,7 @@ def check_run_dir(run_dir: Path) -> None:
     """Refuse a run directory that cannot be made or written, or in which something else has a name that is needed."""
     shown = f"run.dir is {str(run_dir)!r}"
     try:
-        for name in (*FOLDERS, *FILES):
+        for name in (*FOLDERS, *FILES, "rollout.jsonl"):
             path = run_dir / name
             if path.exists() and path.is_dir() != (name in FOLDERS):
                 kind = "directory" if name in FOLDERS else "file"
@@ -41,9 +41,9 @@ def probe(path: Path) -> None:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself or the first directory above it that is there."""
+    """The path itself or the first above it that is there, be it a link to nowhere."""
     path = path.absolute()
-    return next(one for one in (path, *path.parents) if one.exists())
+    return next(one for one in (path, *path.parents) if one.exists() or one.is_symlink())
 
 
 def holds_training(run_dir: Path) -> bool:

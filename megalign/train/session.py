@@ -120,6 +120,7 @@ def build_engine(
         tp_invariant=cfg.engine.tp_invariant,
         aux_loss_coefficient=cfg.model.aux_loss_coefficient if trainable else 0.0,
         lora=lora_of(cfg) if trainable else None,
+        base=cfg.model.path,
         megatron=passed,
     )
     optimizer = cfg.optimizer
@@ -139,12 +140,13 @@ def export(
     *,
     owner: Owner | None = None,
     lora: Lora | None = None,
+    base: str | None = None,
 ) -> bool:
     """Write the live weights as a Hugging Face directory, every rank its part; called on every rank.
 
     `folder` must be on a file system that all ranks see. Adapters are merged; whether they also lie beside in PEFT's
-    format, known to rank 0. An earlier export of `owner`, or of anybody where that is None, is replaced. Raises
-    ExportFailed on every rank, whichever failed.
+    format for the model called `base`, known to rank 0. An earlier export of `owner`, or of anybody where that is
+    None, is replaced. Raises ExportFailed on every rank, whichever failed.
     """
     main = dist.get_rank() == 0
     specs = model_specs(model, engine.dtype)
@@ -154,7 +156,7 @@ def export(
     try:
         shared = _or_fail(lambda: writer.share() if writer is not None else None)
         written = _write_part(engine, model, next(one for one in gather(shared) if one is not None))
-        return _or_fail(lambda: _close(engine, writer, written, lora))
+        return _or_fail(lambda: _close(engine, writer, written, lora, base))
     except BaseException:
         if writer is not None:
             writer.abandon()
@@ -174,7 +176,9 @@ def _or_fail(read: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def _close(engine: Engine, writer: HFWriter | None, written: list[dict[str, Any]], lora: Lora | None) -> bool:
+def _close(
+    engine: Engine, writer: HFWriter | None, written: list[dict[str, Any]], lora: Lora | None, base: str | None
+) -> bool:
     """Add the adapters and publish; ranks other than 0 only take part in gathering."""
     adapters = engine.adapter_tensors() if lora is not None else iter(())
     if writer is None:
@@ -183,7 +187,7 @@ def _close(engine: Engine, writer: HFWriter | None, written: list[dict[str, Any]
         return False
     for one in written:
         writer.received(one)
-    beside = lora is not None and write_adapter(writer, adapters, asdict(lora))
+    beside = lora is not None and write_adapter(writer, adapters, asdict(lora), base=base)
     writer.close()
     return beside
 

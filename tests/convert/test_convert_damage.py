@@ -16,6 +16,7 @@ from megalign.schema import UserError
 
 INDEX = "model.safetensors.index.json"
 DOWN = "model.layers.1.mlp.down_proj.weight"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,8 @@ DAMAGE = {
     "; that file does not hold the tensor": lambda f: change_index(f, **{DOWN: weight_map(f)["lm_head.weight"]}),
     "weight_map is {}; needed: tensor names": lambda f: (f / INDEX).write_text('{"weight_map": {}}'),
     "holds neither model.safetensors nor model.safetensors.index.json": lambda f: (f / INDEX).unlink(),
+    f"{INDEX} is a Git LFS pointer, not the file of 12345 bytes": lambda f: (f / INDEX).write_text(POINTER),
+    ".safetensors is a Git LFS pointer": lambda f: (f / weight_map(f)[DOWN]).write_text(POINTER),
 }
 
 

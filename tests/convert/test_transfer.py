@@ -20,7 +20,7 @@ from megalign.convert.reader import HFSource
 from megalign.convert.report import compare, tensor_map, tensor_map_back
 from megalign.convert.safetensors_file import Spec
 from megalign.convert.torch_dist import TorchDistReader, extra_state_of
-from megalign.convert.transfer import How, hf_to_megatron, megatron_specs, megatron_to_hf
+from megalign.convert.transfer import How, adapter_config, hf_to_megatron, megatron_specs, megatron_to_hf
 from megalign.runtime.distributed import process_group, spawn
 from megalign.schema import UserError
 
@@ -365,3 +365,19 @@ def test_pickles_are_read_behind_a_flag(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a pickle of plain tensors"):
         hf_to_megatron(str(folder), tmp_path / "other", How(allow_pickle=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "megatron"]
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "revision"),
+    [
+        ("models/mine", "models/mine", None),
+        ("hf://org/name", "org/name", None),
+        ("hf://org/name@v1.2", "org/name", "v1.2"),
+    ],
+)
+def test_adapters_name_their_base_as_the_user_does(base, name, revision):
+    """And as `peft` looks for it: on the Hub without the scheme that `model.path` has."""
+    import peft
+
+    config = peft.LoraConfig(**adapter_config({"rank": 2, "alpha": 4.0, "targets": ["q_proj"]}, base=base))
+    assert (config.base_model_name_or_path, config.revision) == (name, revision)

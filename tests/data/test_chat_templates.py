@@ -160,6 +160,19 @@ def test_reasoning_in_a_field_of_its_own():
         encode("chatml_tools", record)
 
 
+def test_a_tag_that_the_generation_prompt_opens_is_not_opened_again():
+    # This template closes the reasoning that it knows of, none, and writes content as it is.
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    template += "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}"
+    template += "{{ m.content + '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    tokenizer = chat_tokenizer(template)
+    for answer, text in ((assistant(REASONED), REASONED), (assistant("four") | {"reasoning_content": "for"}, REASONED)):
+        prompt, (response,) = encode_record({"messages": [user("what"), answer]}, tokenizer, format="messages")
+        assert tokenizer.decode(prompt).endswith("assistant\n<think>\n")
+        assert tokenizer.decode(response.ids) == text.removeprefix("<think>\n") + "<|im_end|>"
+
+
 def test_what_was_decided_is_counted():
     notes = Counter()
     encode("opens_think", {"prompt": [user("what")], "chosen": REASONED, "rejected": "four"}, notes=notes)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from chat_templates import TEMPLATES, TOOLS, chat_tokenizer
 from toy_tokenizer import ASSISTANT, EOS, USER, VOCAB_SIZE, assistant, ids_of, toy_tokenizer, user
 
 from megalign.data.config import DataConfig
@@ -129,6 +130,41 @@ def test_prompts_keep_what_the_reward_needs(tmp_path):
     prompts = load_prompts(path, toy_tokenizer(), max_length=4, vocab_size=VOCAB_SIZE)
     assert [list(one.prompt_ids) for one in prompts] == [ids_of("1+1="), [USER, *ids_of("q"), EOS, ASSISTANT], [7, 8]]
     assert prompts[0].raw["answer"] == "2" and prompts[0].responses == ()
+
+
+def test_prompts_of_messages_bring_tools_variables_and_a_beginning_of_the_answer(tmp_path):
+    given = {"prompt": [user("what"), assistant("It is")], "tools": TOOLS, "chat_template_kwargs": {"mood": "kind"}}
+    template = "{{ mood }}" + TEMPLATES["chatml_tools"]
+    tokenizer = chat_tokenizer(template)
+    (prompt,) = load_prompts(write(tmp_path / "a.jsonl", [given]), tokenizer, max_length=999, vocab_size=999)
+    text = f"kind<|im_start|>system\n<tools>{json.dumps(TOOLS)}</tools><|im_end|>\n"
+    text += "<|im_start|>user\nwhat<|im_end|>\n<|im_start|>assistant\nIt is"
+    assert tokenizer.decode(prompt.prompt_ids) == text
+    # Training on an answer to it begins with the same ids.
+    cfg = config(path=write(tmp_path / "b.jsonl", [{**given, "completion": " four"}]), max_length=999)
+    data = load_dataset(cfg, tokenizer, pairing=SINGLE, seed=0, vocab_size=999)
+    assert data.groups[0].prompt_ids == prompt.prompt_ids
+    # A field that no template reads is refused unless it is said to be ignored.
+    path = write(tmp_path / "c.jsonl", [{"prompt": [user("what") | {"note": 1}]}])
+    with pytest.raises(UserError, match=r"c.jsonl:1: field prompt\[0\].note is not known"):
+        load_prompts(path, tokenizer, max_length=999, vocab_size=999)
+    assert load_prompts(path, tokenizer, max_length=999, vocab_size=999, extra_fields="ignore")
+
+
+def test_the_report_tells_what_was_decided_about_texts(tmp_path):
+    records = [{"prompt": "a\n", "completion": "\nb"}, {"prompt": "a", "completion": "b"}]
+    cfg = config(path=write(tmp_path / "a.jsonl", records), max_length=999)
+    data = load_dataset(cfg, chat_tokenizer(None), pairing=SINGLE, seed=0, vocab_size=999)
+    decided = "1 responses tokenised apart from their prompt, because tokens would merge across the border"
+    assert data.report.line() == f"2 of 2 records kept; {decided}"
+
+
+def test_the_day_and_special_tokens_of_the_configuration_reach_the_texts(tmp_path):
+    record = {"messages": [user("what"), assistant("four")]}
+    cfg = config(path=write(tmp_path / "a.jsonl", [record]), max_length=999, date="2026-01-31")
+    tokenizer = chat_tokenizer(TEMPLATES["channels"])
+    data = load_dataset(cfg, tokenizer, pairing=SINGLE, seed=0, vocab_size=999)
+    assert "Current date: 2026-01-31" in tokenizer.decode(data.groups[0].prompt_ids)
 
 
 @pytest.mark.parametrize(

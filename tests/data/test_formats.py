@@ -244,14 +244,28 @@ def test_all_faults_of_a_record_are_told_at_once(tmp_path):
     assert message.count("; also: ") == 3
 
 
+def test_all_faults_of_messages_are_told_at_once(tmp_path):
+    turns = [{"role": "narrator", "content": "q"}, {"role": "assistant", "text": "a"}, {"role": "user", "content": 3}]
+    message = refusal(tmp_path, [{"messages": turns, "lang": "en"}])
+    parts = ["field lang is not known", "field messages[0].role is 'narrator'", "field messages[1].content is missing"]
+    parts += ["(and 1 more like it)", "field messages[1].text is not known"]
+    for part in parts:
+        assert part in message
+    message = refusal(tmp_path, [{"messages": [3, {"role": "assistant"}]}])
+    assert "field messages[0] is 3" in message and "field messages[1].content is missing" in message
+
+
 def test_how_many_other_records_have_the_same_faults(tmp_path):
     good, bad = {"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "a", "id": 1}
     worse = {"prompt": "", "completion": "a", "id": 1}
     message = refusal(tmp_path, [good, bad, good, worse, bad, {"prompt": "", "completion": "a"}])
     assert "data.jsonl:2: field id is not known" in message
     assert message.endswith(" (the same in 2 of the 5 other records)")
-    # Faults that only tokens show are not looked for in the others.
-    assert "other records" not in refusal(tmp_path, [{"prompt": "q" * 99, "completion": "a"}] * 2)
+    # 1 + 99 + 1 tokens with the end; the others: good, 1 + 199 + 1, bad otherwise.
+    rows = [good, *({"prompt": "q", "completion": "a" * length} for length in (99, 9, 199)), bad]
+    message = refusal(tmp_path, rows)
+    assert "data.jsonl:2: field completion is 101 tokens long, prompt included; allowed: at most 99" in message
+    assert message.endswith(" (the same in 1 of the 4 other records; the longest has 201 tokens)")
 
 
 def test_no_template_names_the_format_that_needs_one(tmp_path):

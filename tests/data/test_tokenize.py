@@ -150,6 +150,17 @@ def test_implicit_prompt_is_what_both_sides_begin_with(tokenizer):
     assert encode(record, tokenizer)[1] == [([*ids_of("b"), EOS], None), ([*ids_of("c"), EOS], None)]
 
 
+def test_an_implicit_prompt_that_ends_with_the_assistant_is_whole_messages(tokenizer):
+    shared = [user("q"), assistant("a")]
+    record = {"chosen": [*shared, assistant("b")], "rejected": [*shared, assistant("c")]}
+    prompt = turn(USER, "q") + turn(ASSISTANT, "a") + [ASSISTANT]
+    assert encode(record, tokenizer) == (prompt, [([*ids_of("b"), EOS], None), ([*ids_of("c"), EOS], None)])
+    # As a prompt of its own it is the beginning of the answer.
+    record = {"prompt": shared, "chosen": "b", "rejected": [assistant("c")]}
+    prompt = turn(USER, "q") + [ASSISTANT, *ids_of("a")]
+    assert encode(record, tokenizer) == (prompt, [([*ids_of("b"), EOS], None), ([*ids_of("c"), EOS], None)])
+
+
 def test_a_teacher_reads_the_text_with_its_own_tokenizer_and_template(tokenizer):
     # No end after a turn, and another generation prompt.
     template = (

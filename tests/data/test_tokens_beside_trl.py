@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from megalign.data.formats import recognise
 from megalign.data.records import BadRecord, check_record
-from megalign.data.tokenize import TextOptions, encode_record
+from megalign.data.tokenize import TextOptions, encode_prompt, encode_record
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "tokens.md"
 BYTES, START, BLANK, GEMMA, END, PIECES = KINDS
@@ -346,6 +346,22 @@ def test_wherever_a_text_is_cut_all_of_it_is_there(kind, tokenizers):
             ids = [*prompt, *answer]
             assert answer.count(tokenizer.eos_token_id) == 1 and answer[-1] == tokenizer.eos_token_id, record
             assert tokenizer.decode(ids, skip_special_tokens=True) == tokenizer.decode(joint, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", [name for name, record in CASES.items() if "completion" in record])
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_have_the_tokens_of_single_answers(kind, name, tokenizers):
+    tokenizer = tokenizers[kind]
+    record = filled(name, tokenizer)
+    single_tokens = ours(record, tokenizer)
+    if single_tokens is None:
+        return
+    prompt, answer = split(single_tokens)
+    record["responses"] = [{"text": record.pop("completion"), "reward": 1}] * 2
+    assert check_record(record) == "responses"
+    prompt_ids, responses = encode_record(record, tokenizer, format="responses")
+    assert encode_prompt(record, tokenizer) == prompt_ids == tuple(prompt)
+    assert [response.ids for response in responses] == [tuple(answer)] * 2
 
 
 def test_without_special_tokens_strings_get_none(tokenizers):

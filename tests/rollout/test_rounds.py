@@ -222,6 +222,12 @@ def test_the_command_writes_every_round(prompts, tmp_path):
     path = write_rollouts(cfg, loaded, tokenizer, prompts, report=lines.append)
     assert path == tmp_path / "run" / "rollout.jsonl"
     assert lines[1].startswith("round 2 of 2: reward_mean ") and lines[2] == f"8 groups in {path}"
+    first = path.read_bytes()
+    again = cfg.model_copy(update={"run": cfg.run.model_copy(update={"seed": 7})})
+    assert write_rollouts(again, loaded, tokenizer, prompts, report=lines.append).read_bytes() != first
+    kept = path.with_name("rollout.1.jsonl")
+    assert kept.read_bytes() == first and f"earlier groups are kept in {kept}" in lines
+    kept.rename(path)
     wanted = [
         record
         for number in (0, 1)

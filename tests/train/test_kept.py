@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_jobs import (
     metrics,
+    numbers,
     on_two_ranks,
     read_lines,
     records,
@@ -25,7 +26,8 @@ from tiny_jobs import (
     write_model,
 )
 
-from megalign.convert.transfer import megatron_to_hf
+from megalign.convert.partial import PartialFolder
+from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
 from megalign.runtime.distributed import process_group
 from megalign.train.checkpoint import find_checkpoint, latest, save_checkpoint
 
@@ -114,7 +116,11 @@ class Writer:
             (folder / name).write_text(self.text)
 
 
-def die_at(monkeypatch, number: int) -> list[str]:
+def raise_killed() -> None:
+    raise Killed
+
+
+def die_at(monkeypatch, number: int, die=raise_killed) -> list[str]:
     """Kill the process at the `number`-th change of a name or removal of a file from now on; what was called."""
     calls: list[str] = []
 
@@ -124,7 +130,7 @@ def die_at(monkeypatch, number: int) -> list[str]:
         def call(*args, **kwargs):
             calls.append(name)
             if len(calls) == number:
-                raise Killed
+                die()
             return real(*args, **kwargs)
 
         monkeypatch.setattr(module, name, call)
@@ -170,6 +176,37 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(again, tmp_path):
             assert not list((run_dir / "checkpoints").glob(".*"))
             assert steps_in(run_dir / "checkpoints") in ([2, 4], [3, 4])
         assert number > 8  # renames and removals there were
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_an_export_killed_anywhere_leaves_a_whole_one(interrupted, tmp_path):
+    number, done = 0, False
+    while not done:
+        number += 1
+        target = tmp_path / str(number) / "hf"
+        target.mkdir(parents=True)
+        (target / "weights").write_text("old")
+        partial = PartialFolder(target, replace=True)
+        (partial.path / "weights").write_text("new")
+        with pytest.MonkeyPatch.context() as patch:
+            if interrupted:
+                die_at(patch, number)
+                try:
+                    partial.publish()
+                    done = True
+                except Killed:
+                    partial.abandon()
+            else:  # in a process of its own, which ends without a word
+                child = os.fork()
+                if child == 0:
+                    die_at(patch, number, lambda: os._exit(9))
+                    partial.publish()
+                    os._exit(0)
+                done = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                os.close(partial.lock)
+        PartialFolder(target, replace=True).abandon()  # the next export begins, and comes to nothing
+        assert (target / "weights").read_text() in ("old", "new"), number
+    assert number > 3 and (target / "weights").read_text() == "new"
 
 
 # what nothing would keep
@@ -358,3 +395,18 @@ def test_paths_may_name_the_run_directory(folder, tmp_path):
     shutil.copyfile(folder / "data.jsonl", tmp_path / "first" / "data.jsonl")
     assert train(config, other, "run.steps=2", "data.path={run.dir}/../first/data.jsonl") == 0
     assert train(config, other, "checkpoint.resume={run.dir}/../second") == 2  # which has no checkpoint
+
+
+def test_a_restart_of_a_run_from_converted_weights_keeps_their_reference(folder, tmp_path, capfd):
+    """The reference is the policy that the run began with, after a restart too."""
+    write_model(tmp_path / "other", seed=5)
+    hf_to_megatron(str(tmp_path / "other"), tmp_path / "converted")
+    config = job_in(tmp_path, folder)
+    named = f"checkpoint.resume={tmp_path}/converted"
+    assert train(config, named, f"run.dir={tmp_path}/whole") == 0
+    assert train(config, named, NOW) == 75 and train(config, named, NOW) == 75 and train(config, named) == 0
+    assert numbers(metrics(tmp_path / "run")) == numbers(metrics(tmp_path / "whole"))
+    capfd.readouterr()
+    assert train(config, "run.steps=4") == 2  # the reference would be model.path's
+    assert "checkpoint.resume was " in capfd.readouterr().err
+    assert train(config, named, "run.steps=4") == 0

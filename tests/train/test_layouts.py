@@ -178,7 +178,8 @@ def test_adapters_go_to_peft(folder):
     assert hf_logps(job / "hf", prompt, response).sum() != hf_logps(folder / "deep", prompt, response).sum()
     files = {path.name for path in (job / "hf" / "adapter").iterdir()}
     assert files == {"adapter_model.safetensors", "adapter_config.json"}
-    assert json.loads((job / "hf" / "adapter" / "adapter_config.json").read_text())["r"] == LORA["rank"]
+    about = json.loads((job / "hf" / "adapter" / "adapter_config.json").read_text())
+    assert (about["r"], about["base_model_name_or_path"]) == (LORA["rank"], str(folder / "deep"))
 
 
 def test_a_checkpoint_with_adapters_becomes_the_export(folder, tmp_path):
@@ -187,6 +188,8 @@ def test_a_checkpoint_with_adapters_becomes_the_export(folder, tmp_path):
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         mine, theirs = load_file(tmp_path / "hf" / name), load_file(job / "hf" / name)
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    configs = [(out / "adapter" / "adapter_config.json").read_text() for out in (tmp_path / "hf", job / "hf")]
+    assert configs[0] == configs[1]
 
 
 def test_an_export_with_adapters_is_replaced(folder, tmp_path):

@@ -161,6 +161,7 @@ def test_latest_wins_over_what_is_newer(job, tmp_path):
         file.write('{"step": 8, "lo')
     assert train(job) == 0
     assert "step_00000003 after step 3" in (tmp_path / "run" / "log.txt").read_text()
+    assert "the lines of steps 4 to 7 are dropped" in (tmp_path / "run" / "log.txt").read_text()
     again = numbers(metrics(tmp_path / "run"))
     assert again == [{**line, "lr": other["lr"]} for line, other in zip(whole, again, strict=True)] == whole
     assert checkpoints(tmp_path / "run") == [3, 6, 7]

@@ -74,6 +74,12 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_saved_rounds_are_the_same_on_every_rank(folder):
+    """Megatron compares what ranks save of the job, and tells of every difference, such as one clock a rank."""
+    told = (folder / "told").read_text()
+    assert "saved " in told and "state dict differs" not in told
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", JOBS)
 def test_two_ranks_give_the_numbers_of_one(name, layout, folder):
