@@ -32,6 +32,12 @@ def answers(*rewards: object, ids: object = (7, 8)) -> dict[str, object]:
     return {**PROMPT, "responses": responses}
 
 
+def sampled(temperature: object) -> dict[str, object]:
+    """A group with log-probs of a sampler of that temperature."""
+    responses = [{"response_ids": [7], "logp": [-1.0], "reward": reward} for reward in (0, 1)]
+    return {**PROMPT, "responses": responses, "temperature": temperature}
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """Checkpoints and directories, right and damaged, that no case writes to."""
@@ -305,6 +311,29 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     "reference by its name": ({}, ["reference.source=Org/Name"], None, ["line: reference.source", "hf://Org/Name"]),
     "reward module, where": (ROUNDS, ["rollout.reward=nowhere:f"], None, ["'nowhere'", "looked for in", "PYTHONPATH"]),
     "reward module inside another": (ROUNDS, ["rollout.reward=json.nowhere:f"], None, ["json.nowhere", "imported"]),
+    # samples of another temperature, prompts and rewards of rounds
+    "sampled at another temperature": (
+        {"loss": {"name": "grpo"}}, [], [answers(1, 0), sampled(0.7)],
+        ["data.jsonl:2", "field temperature is 0.7", "1, which is trained at", "responses[0].logp"],
+    ),
+    "sampled at another temperature, for RLOO": (
+        {"loss": {"name": "rloo"}}, [], [sampled(1), sampled(1.5)], ["data.jsonl:2", "field temperature is 1.5"],
+    ),
+    "temperature of zero": ({}, [], [sampled(0)], ["data.jsonl:1", "field temperature is 0", "above 0"]),
+    "temperature in words": ({}, [], [sampled("high")], ["data.jsonl:1", "field temperature is 'high'"]),
+    "finished in words": (
+        {}, [], [{**PROMPT, "responses": [{"response_ids": [3], "reward": 1, "finished": "yes"}] * 2}],
+        ["data.jsonl:1", "responses[0].finished is 'yes'", "true or false"],
+    ),
+    "reward that is a number": (ROUNDS, ["rollout.reward=math:pi"], None, ["rollout.reward", "'pi' is not a function"]),
+    "held-out prompts that are none": (
+        ROUNDS | {"eval": {"path": "{shared}/file", "every": 1}}, ["rollout.reward=tiny_jobs:digits"], None,
+        ["shared0/file:1: ", "not valid JSON"],
+    ),
+    "every prompt bad and skipped": (
+        ROUNDS, ["data.on_bad_record=skip", "rollout.reward=reasoning_gym"], None,
+        ["no record of rollout.path is usable; the first problem: ", "prompts.jsonl:1", "metadata.source_dataset"],
+    ),
 }  # fmt: skip
 # text that would become other tokens than meant
 CASES |= {

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from decimal import Decimal
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -71,9 +73,11 @@ class Reward:
     def _number(self, prompt: str, response: str, record: Mapping[str, Any]) -> float:
         """What the function returns, numbers of numpy and torch included."""
         value: Any = self.function(prompt, response, deepcopy(dict(record)))
+        if inspect.iscoroutine(value):
+            value.close()  # else Python warns that nobody awaited it
         try:
-            number = value if isinstance(value, Real) else value.item()
-            good = isinstance(number, Real) and math.isfinite(number)
+            number = value if isinstance(value, (Real, Decimal)) else value.item()
+            good = isinstance(number, (Real, Decimal)) and math.isfinite(number)
         except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError):
             good = False
         if not good:

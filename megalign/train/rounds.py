@@ -151,7 +151,11 @@ class RoundFeed:
                 return
             except SharedError as error:
                 problem = str(error)
-        raise RuntimeError(f"no sampled group of round {number + 1} is of use in {ATTEMPTS} samplings: {problem}")
+        name = self.cfg.loss.name
+        raise SharedError(
+            f"rollout.reward is {rollout.reward!r}: loss {name} has no use for any group of round {number + 1}, "
+            f"sampled {ATTEMPTS} times; must tell some responses to a prompt apart; the last problem: {problem}"
+        )
 
     def _read(self) -> None:
         """Sampled groups that a loss cannot use, such as all-equal rewards for DPO, are left out and counted."""

@@ -84,8 +84,8 @@ def test_unknown_environment_names_the_record():
 
 
 MISBEHAVING = """
-import re, sys, time
-import numpy, torch
+import decimal as decimal_module
+import re, sys, time, numpy, torch
 
 def raises(prompt, response, record):
     return record["nothing"]
@@ -131,6 +131,12 @@ def words(prompt, response, record):
 def several(prompt, response, record):
     return numpy.ones(2)
 
+async def waits(prompt, response, record):
+    return 1.0
+
+def decimal(prompt, response, record):
+    return decimal_module.Decimal("0.5")
+
 def huge(prompt, response, record):
     return 10 ** 400
 
@@ -173,6 +179,7 @@ def misbehaving(tmp_path_factory):
         ("swallows", "did not return in 0.2 s"),
         ("words", "returned '1.0'"),
         ("several", r"returned array\(\[1., 1.\]\)"),
+        ("waits", "returned <coroutine object waits"),
         ("huge", "returned 1000000"),
     ],
 )
@@ -183,7 +190,13 @@ def test_whatever_a_reward_does_names_record_and_reward(name, told, misbehaving)
 
 
 def test_numbers_of_other_libraries_are_numbers(misbehaving):
-    for name, response, wanted in (("array", "x", 0.5), ("array", "", 0.5), ("tensor", "", 0.5), ("truth", "", 1.0)):
+    for name, response, wanted in (
+        ("array", "x", 0.5),
+        ("array", "", 0.5),
+        ("tensor", "", 0.5),
+        ("truth", "", 1.0),
+        ("decimal", "", 0.5),
+    ):
         value = misbehaving(name)("", response, {}, "here")
         assert value == wanted and type(value) is float
 
