@@ -169,6 +169,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
         raise UserError(all_problems(problems, lambda problem: origins.of(problem.keys))) from None
     except UserError as error:
         raise UserError(f"{origins.of_message(str(error), tree)}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: a section holds itself by an alias; must be a tree") from None
 
 
 def _with_run_dir(value: Any, run: Any, keys: tuple[str, ...] = ()) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megalign.schema import UserError, expand_path, shorten
+from megalign.schema import UserError, expand_path, reason_of, shorten
 
 COMMAND_LINE = "command line"
 NULLS = ("", "null", "Null", "NULL")
@@ -66,6 +66,8 @@ def parse_yaml(text: str) -> Any:
         raise UserError(f"{line}not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # a tag's value, or brackets without end
+        raise UserError(f"not valid YAML: {reason_of(error)}") from None
 
 
 TakesText = Callable[[Sequence[str]], bool]

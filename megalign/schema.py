@@ -38,14 +38,13 @@ def expand_path(path: str) -> str:
     """Replace a leading `~` or `~user` by that home directory; ValueError for what cannot be a path."""
     if any(ord(character) < 32 for character in path):
         raise ValueError("must be a path without control characters")
+    if any(len(name.encode(errors="replace")) > 255 for name in path.split("/")):
+        raise ValueError("must be a path of names of up to 255 bytes")
     if not path.startswith("~"):
         return path
     found = os.path.expanduser(path)
     if found == path:
-        user = path[1:].partition("/")[0]
-        raise ValueError(
-            f"no user {user!r} is known here; must be a known user's home, or ./{path} for that name itself"
-        )
+        raise ValueError(f"{path} names no user's home directory; must be one, or ./{path} for that very name")
     return found
 
 
@@ -92,16 +91,17 @@ def first_problem(error: ValidationError, *, model: type[BaseModel] | None = Non
 
 
 def all_problems(problems: Sequence[Problem], source: Callable[[Problem], str] = lambda problem: "") -> str:
-    """One line for up to five problems, each behind its source where that is not the one before's."""
+    """One line for all missing keys and five other problems, each behind its source unless the one before has it."""
     line, last = "", ""
-    shown = problems[:5]
+    others = [problem for problem in problems if problem.kind != "missing"]
+    shown = [problem for problem in problems if problem.kind == "missing" or problem in others[:5]]
     for (origin, kind), members in groupby(shown, key=lambda one: (source(one), one.kind)):
-        first, *others = members
+        first, *rest = members
         line += ("; " if line else "") + (f"{origin}: " if origin != last else "") + first.text
-        if kind == "missing" and others:
-            line += f"; so {'is' if len(others) == 1 else 'are'} {', '.join(other.field for other in others)}"
-        elif others:
-            line += "".join(f"; {other.text}" for other in others)
+        if kind == "missing" and rest:
+            line += f"; so {'is' if len(rest) == 1 else 'are'} {', '.join(one.field for one in rest)}"
+        else:
+            line += "".join(f"; {one.text}" for one in rest)
         last = origin
     return line + (f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else "")
 
@@ -138,10 +138,12 @@ def _allowed(problems: Sequence[Any]) -> str:
     """What the refusals of one value say is allowed."""
     messages = [p["msg"].removeprefix("Value error, ").removeprefix("Input should be ") for p in problems]
     must_be = "must be " if problems[0]["msg"].startswith("Input should be ") else ""
-    quotes = ""
-    if problems[0]["type"] == "string_type" and isinstance(problems[0]["input"], int | float):
-        quotes = f"; as text: '{problems[0]['input']}', in quotes"
-    return must_be + " or ".join(dict.fromkeys(messages)) + quotes
+    kind, value, hint = problems[0]["type"], problems[0]["input"], ""
+    if kind == "string_type" and isinstance(value, int | float):
+        hint = f"; as text: '{value}', in quotes"
+    elif kind in ("list_type", "tuple_type") and isinstance(value, str | int | float):
+        hint = f", as in [{value}]"
+    return must_be + " or ".join(dict.fromkeys(messages)) + hint
 
 
 def shorten(value: Any) -> str:
@@ -156,9 +158,9 @@ def allowed_keys(key: str, known: Iterable[str], model: type[BaseModel] | None =
     model: whose other sections may hold a key of that very name.
     """
     names = sorted(known)
-    elsewhere = () if model is None else _dotted(model)
-    nearest = _nearest(key, names) or [dotted for dotted in elsewhere if dotted.rpartition(".")[2] == key]
-    guess = f"; did you mean {' or '.join(nearest)}?" if 0 < len(nearest) < 3 else ""
+    elsewhere = [] if model is None else [dotted for dotted in _dotted(model) if dotted.rpartition(".")[2] == key]
+    nearest = elsewhere if 0 < len(elsewhere) < 3 else _nearest(key, names)
+    guess = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
     return f"{guess}; known: {', '.join(names)}" if names else guess
 
 

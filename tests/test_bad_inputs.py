@@ -282,10 +282,35 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     "export among checkpoints": (
         {}, ["export.hf_dir={{run.dir}}/checkpoints"], None, ["export.hf_dir", "run/checkpoints", "run's own files"],
     ),
-    "export of a long name": ({}, ["export.hf_dir=" + "a" * 300], None, ["export.hf_dir", "name too long"]),
     "export named by nothing": (
         {}, ["export.hf_dir={{run.name}}/hf"], None, ["export.hf_dir", "{run.name} stands for nothing", "{run.dir}"],
     ),
+    # what overrides say, what keys are called, where things are looked for
+    "keys of another program": ({}, ["lora={{r: 8}}"], None, ["line: lora.r is not", "mean rank?", "rank is missing"]),
+    "keys of another program in the file": (
+        {"lora": {"r": 8, "lora_alpha": 16}}, [], None, ["lora.r is not", "mean rank?", "mean alpha?"],
+    ),
+    "key in another section": ({}, ["optimizer.steps=3"], None, ["optimizer.steps is not", "did you mean run.steps?"]),
+    "two mistakes": (
+        {"run": {"sed": 1}}, ["optimizer.lr=fast"], None, ["job.yaml: run.sed is not", "command line: optimizer.lr is"],
+    ),
+    "epochs beside steps": ({}, ["run.epochs=2"], None, ["command line: run.epochs is 2.0", "run.steps=null"]),
+    "data beside rounds": (ROUNDS, ["data.path={shared}/file"], None, ["command line: data.path is", "data.path=null"]),
+    "word for a list": ({}, ["trackers=tensorboard"], None, ["command line: trackers is", "as in [tensorboard]"]),
+    "number for a text": ({"model": {"path": 123}}, [], None, ["job.yaml: model.path is 123", "'123', in quotes"]),
+    "number that begins with 0": ({}, ["run.seed=010"], None, ["command line: run.seed is '010'", "integer"]),
+    "clock for a number": ({}, ["run.max_minutes=1:30"], None, ["command line: run.max_minutes is '1:30'", "number"]),
+    "sign of a comment": ({}, ["data.path={shared}/data.jsonl #2"], None, ["data.jsonl #2", "no such file"]),
+    "quotes of YAML": ({}, ['model.path="{shared}/model"'], None, ['model"', "is not a directory"]),
+    "colon and blank": ({}, ["data.path={shared}/a: b"], None, ["data.path", "a: b'", "no such file"]),
+    "nobody's home": ({}, ["data.path=~nobody-has-this-name/a"], None, ["line: data.path is", "no user's home"]),
+    "name that no disk takes": ({}, [f"export.hf_dir={'x' * 256}"], None, ["line: export.hf_dir is", "255 bytes"]),
+    "end of a line in a path": ({}, ["model.path=m\r"], None, ["line: model.path is", "control characters"]),
+    "model by its name": ({}, ["model.path=Org/Name-7B"], None, ["model.path: Org/Name-7B", "hf://Org/Name-7B"]),
+    "model by its address": ({}, ["model.path=https://huggingface.co/Org/Name"], None, ["Hub: hf://Org/Name"]),
+    "reference by its name": ({}, ["reference.source=Org/Name"], None, ["line: reference.source", "hf://Org/Name"]),
+    "reward module, where": (ROUNDS, ["rollout.reward=nowhere:f"], None, ["'nowhere'", "looked for in", "PYTHONPATH"]),
+    "reward module inside another": (ROUNDS, ["rollout.reward=json.nowhere:f"], None, ["json.nowhere", "imported"]),
     # samples of another temperature, prompts and rewards of rounds
     "sampled at another temperature": (
         {"loss": {"name": "grpo"}}, [], [answers(1, 0), sampled(0.7)],

@@ -315,7 +315,13 @@ def test_bad_rounds(load, override: str, parts: tuple[str, ...]):
         ("run: [", "line 1: not valid YAML"),
         ("1: 2", "line 1: key is 1"),
         ("run: !!python/object/apply:os.getpid []", "line 1: not valid YAML"),
-        ("run: {dir: a}", "model is missing; it is required"),
+        ("run: {dir: a}", "model is missing; it is required; so are data, loss, optimizer"),
+        ("run: !!int x", "not valid YAML: "),
+        ("run: !!bool x", "not valid YAML: "),
+        ("run: !!timestamp x", "not valid YAML: "),
+        ("run: " + "9" * 5000, "not valid YAML: "),
+        ("run: " + "[" * 3000, "not valid YAML: "),
+        ("run: &a {dir: b, sub: *a}", "a section holds itself"),
     ],
 )
 def test_bad_files(load, text: str, expected: str):
@@ -392,3 +398,129 @@ def test_run_dir_is_known_even_where_the_rest_is_wrong(tmp_path: Path):
     assert hinted_run_dir(str(path)) is None
     path.write_text("run: [\n")
     assert hinted_run_dir(str(path)) is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/x/trial #2", "a: b", "'tis", '"', '"both"', "[x", "{x}", "*star", "&a", "!x", "%d", "@x", "`x`", "- x", "? x",
+        "123", "1.5", "1e3", "true", "yes", "none", "2026-01-01", "12:30", "0x10", "x,y", "x\\n", "|", ">", "a=b",
+        " a ", "run=1", "#1", "a #", "{a}: [",
+    ],
+)  # fmt: skip
+def test_text_is_taken_as_it_stands(load, path: str):
+    cfg = load(f"run.dir={path}", f"model.path={path}", f"data.path=./{path}", f"export.hf_dir=./{path}")
+    assert (cfg.run.dir, cfg.model.path, cfg.data.path, cfg.export.hf_dir) == (path, path, f"./{path}", f"./{path}")
+
+
+def test_text_that_was_taken_is_the_hinted_directory_too(tmp_path: Path):
+    path = tmp_path / "job.yaml"
+    path.write_text("run: {dir: runs/a}\n")
+    assert hinted_run_dir(str(path), ["run.dir=/x/trial #2"]) == "/x/trial #2"
+    assert hinted_run_dir(str(path), ["run.dir=~/a: b"]) == str(Path.home() / "a: b")
+    assert hinted_run_dir(str(path), ["run.dir=null"]) is None
+    assert hinted_run_dir(str(path), ["run={dir: /x/y, seed: 3}"]) == "/x/y"
+
+
+@pytest.mark.parametrize("nothing", ["null", "none", "None", ""])
+def test_text_keys_that_may_be_nothing_can_be_unset(load, nothing: str):
+    text = SMALLEST + "export: {hf_dir: there}\neval: {path: held_out}\n"
+    cfg = load(f"export.hf_dir={nothing}", f"eval.path={nothing}", text=text)
+    assert (cfg.export.hf_dir, cfg.eval.path) == (None, None)
+
+
+def test_numbers_words_lists_and_sections_are_yaml_still(load):
+    cfg = load(
+        "run.seed=3 # three",
+        "optimizer.clip_norm=0.5",
+        "run.max_minutes=none",
+        "engine.chunk_tokens=64",
+        "run.max_pass_gap=auto",
+        "engine.tp_invariant=yes",
+        "run.dump_steps=[1, 2]",
+        "lora={rank: 8, alpha: 16, targets: [q_proj]}",
+        "optimizer.schedule={name: cosine, warmup_steps: 2}",
+        "trackers=[tensorboard]",
+        "engine.megatron.overlap_grad_reduce=true",
+    )
+    assert (cfg.run.seed, cfg.optimizer.clip_norm, cfg.run.max_minutes, cfg.engine.chunk_tokens) == (3, 0.5, None, 64)
+    assert cfg.run.max_pass_gap == "auto" and cfg.engine.tp_invariant and cfg.run.dump_steps == [1, 2]
+    assert cfg.lora is not None and cfg.lora.targets == ["q_proj"]
+    assert cfg.optimizer.schedule.name == "cosine" and cfg.trackers == ["tensorboard"]
+    assert cfg.engine.megatron == {"overlap_grad_reduce": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1:30", "1:30"), ("010", "010"), ("0o10", 8), ("0x10", 16), ("1_000", 1000), ("2026-01-01", "2026-01-01"),
+     ("0", 0), ("-.5", -0.5), ("5.", 5.0), ("-.inf", float("-inf")), ("+3", 3)],
+)  # fmt: skip
+def test_numbers_are_what_they_look_like(text: str, value: object):
+    parsed = parse_yaml(text)
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_home_directories_in_every_path(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    paths = [
+        "run.dir",
+        "model.path",
+        "data.path",
+        "eval.path",
+        "export.hf_dir",
+        "reference.source",
+        "checkpoint.resume",
+    ]
+    cfg = load(*(f"{path}=~/m" for path in paths))
+    values = [cfg.run.dir, cfg.model.path, cfg.data.path, cfg.eval.path, cfg.export.hf_dir, cfg.reference.source]
+    assert [*values, cfg.checkpoint.resume] == [str(tmp_path / "m")] * 7
+    cfg = load("data.path=null", "data.sources=[{path: ~/m}]", "loss={name: poft}", "teachers=[{name: a, path: ~/m}]")
+    assert cfg.data.sources is not None
+    assert [cfg.data.sources[0].path, cfg.teachers[0].path] == [str(tmp_path / "m")] * 2
+    rounds = load("rollout.path=~/m", "run.dir=~", text=ROUNDS)
+    assert rounds.rollout is not None
+    assert (rounds.rollout.path, rounds.run.dir) == (str(tmp_path / "m"), str(tmp_path))
+    assert load("run.dir=a/~/b", "model.path=hf://a/~b", "data.path=./~").run.dir == "a/~/b"
+    assert load("run.dir=~root/x").run.dir == f"{Path('~root').expanduser()}/x"
+
+
+SOURCES = [
+    # the file's text, overrides, how the line begins, what it holds
+    ("seed: x", [], "job.yaml: run.seed is 'x'", []),
+    ("seed: 1", ["run.seed=x"], "command line: run.seed is 'x'", []),
+    ("sed: 1", ["run.seed=x"], "job.yaml: run.sed is not a known key", ["command line: run.seed is 'x'"]),
+    ("dir: 123", [], "job.yaml: run.dir is 123: must be a valid string", ["as text: '123', in quotes"]),
+    ("seed: 1", ["lora={r: 8}"], "command line: lora.r is not a known key; did you mean rank?",
+     ["lora.rank is missing; it is required; so is lora.alpha"]),
+    ("seed: 1", ["lora.r=8"], "command line: lora.r is not a known key; did you mean rank?", ["lora.rank is missing"]),
+    ("seed: 1", ["lora={lora_alpha: 8, rank: 1}"], "command line: lora.lora_alpha is", ["did you mean alpha?"]),
+    ("seed: 1", ["optimizer.learning_rate=1"], "command line: optimizer.learning_rate is", ["did you mean lr?"]),
+    ("lr: 1", [], "job.yaml: run.lr is not a known key", ["did you mean optimizer.lr?"]),
+    ("seed: 1", ["epochs=1"], "command line: epochs is not a known key", ["did you mean run.epochs?"]),
+    ("seed: 1", ["run.epochs=2"], "command line: run.epochs is 2.0", ["run.steps=null or run.epochs=null"]),
+    ("epochs: 2", [], "job.yaml: run.epochs is 2.0", ["run.steps=null"]),
+    ("seed: 1", ["eval.every=5"], "command line: eval.path is missing", []),
+    ("seed: 1", ["reference.source=none"], "command line: reference.source is 'none'", []),
+    ("seed: 1", ["run.dir=~nobody-has-this-name/x"], "command line: run.dir is '~nobody-has-this-name/x'", ["no user"]),
+    ("seed: 1", ["model.path=a\rb"], "command line: model.path is 'a\\rb'", ["control characters"]),
+    ("seed: 1", ["reference.source=Qwen/Qwen3-4B"], "command line: reference.source", ["hf://Qwen/Qwen3-4B"]),
+    ("seed: 1", ["loss={name: gvpo, bta: 1, beta: x}"], "command line: loss.bta is not", ["loss.beta is 'x'"]),
+    ("seed: 1", ["data.sources=[{path: a}]"], "command line: data.sources is", ["data.path=null"]),
+    ("seed: 1", ["run.dir=" + "x" * 256], "command line: run.dir is 'xxx", ["255 bytes"]),
+    ("seed: 1", ["trackers=wandb"], "command line: trackers is 'wandb'", ["must be a valid list, as in [wandb]"]),
+    ("a: 1, b: 1, c: 1, d: 1, e: 1, f: 1, g: 1", [], "job.yaml: run.a is not a known key", ["; and 2 more"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "overrides", "begin", "parts"), SOURCES)
+def test_what_is_wrong_names_its_source(load, text: str, overrides: list[str], begin: str, parts: list[str]):
+    dir_too = "" if text.startswith("dir") else "dir: runs/a, "
+    with pytest.raises(UserError) as raised:
+        load(*overrides, text=SMALLEST.replace("dir: runs/a, steps: 7", f"{dir_too}steps: 7, {text}"))
+    message = str(raised.value)
+    assert "\n" not in message and message[message.find("job.yaml") if begin.startswith("job") else 0 :].startswith(
+        begin
+    )
+    assert [part for part in parts if part not in message] == [], message

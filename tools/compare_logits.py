@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megalign.convert import resolve_model
-from megalign.runtime.command_line import ToolParser, model_argument, path_argument
+from megalign.runtime.command_line import ToolParser, expanded
 from megalign.runtime.status import guarded
 from megalign.schema import UserError
 
@@ -89,7 +89,7 @@ def random_prompts(vocab_size: int, args: argparse.Namespace) -> list[Tensor]:
 def text_prompts(folder: Path, args: argparse.Namespace) -> list[Tensor]:
     """The first lines of a text file that are not empty, through A's tokenizer, cut to `--tokens`."""
     try:
-        lines = [line for line in args.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in expanded(args.text).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text is {args.text}: {error}") from None
     try:
@@ -105,12 +105,12 @@ def text_prompts(folder: Path, args: argparse.Namespace) -> list[Tensor]:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(__doc__)
-    parser.add_argument("a_hf_dir", type=model_argument, metavar="A_HF_DIR", help="directory or hf://org/name")
-    parser.add_argument("b_hf_dir", type=model_argument, metavar="B_HF_DIR", help="directory or hf://org/name")
+    parser.add_argument("a_hf_dir", metavar="A_HF_DIR", help="directory or hf://org/name")
+    parser.add_argument("b_hf_dir", metavar="B_HF_DIR", help="directory or hf://org/name")
     parser.add_argument("--tokens", type=_at_least_one, default=64, help="tokens a prompt (default 64)")
     parser.add_argument("--prompts", type=_at_least_one, default=4, help="number of prompts (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
-    parser.add_argument("--text", type=path_argument, help="take the prompts from the lines of this file instead")
+    parser.add_argument("--text", type=Path, help="take the prompts from the lines of this file instead")
     parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest difference over largest logit")
     return parser.parse_args(arguments)

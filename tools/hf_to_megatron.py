@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
 from megalign.convert.report import tensor_map
 from megalign.convert.transfer import How, hf_to_megatron
-from megalign.runtime.command_line import ToolParser, model_argument, path_argument
+from megalign.runtime.command_line import ToolParser, expanded
 from megalign.runtime.progress import ByteBar
 from megalign.runtime.status import stoppable
 from megalign.schema import UserError
@@ -24,8 +25,8 @@ from megalign.schema import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     parser = ToolParser(__doc__)
-    parser.add_argument("hf_dir", type=model_argument, help="Hugging Face directory, or hf://org/name")
-    parser.add_argument("out_dir", type=path_argument, nargs="?", help="new or empty directory")
+    parser.add_argument("hf_dir", help="Hugging Face directory, or hf://org/name")
+    parser.add_argument("out_dir", type=Path, nargs="?", help="new or empty directory")
     parser.add_argument("--workers", type=int, default=2, help="threads, each of which holds one tensor (2)")
     parser.add_argument("--file-gb", type=float, default=5.0, help="size of the files, in 10^9 bytes (5)")
     parser.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, plain tensors only")
@@ -41,10 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("OUT_DIR is missing; needed: a new or empty directory, or --dry-run")
         if args.workers < 1 or not 0 < args.file_gb < math.inf:
             raise UserError("--workers must be 1 or more, --file-gb a number more than 0")
-        with ByteBar(f"{args.hf_dir} -> {args.out_dir}", console) as bar:
+        out_dir = expanded(args.out_dir)
+        with ByteBar(f"{args.hf_dir} -> {out_dir}", console) as bar:
             how = How(args.workers, int(args.file_gb * 1e9), args.allow_pickle, bar.begin, bar.wrote)
-            hf_to_megatron(args.hf_dir, args.out_dir, how)
-        console.print(f"{args.out_dir} is written")
+            hf_to_megatron(args.hf_dir, out_dir, how)
+        console.print(f"{out_dir} is written")
         return 0
 
     return stoppable(convert, afterwards="; the same command goes on where it was")

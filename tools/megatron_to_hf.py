@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.console import Console
 from megalign.convert.checkpoint_dir import find_checkpoint_dir, other_steps
 from megalign.convert.report import tensor_map_back
 from megalign.convert.transfer import How, megatron_to_hf
-from megalign.runtime.command_line import ToolParser, path_argument
+from megalign.runtime.command_line import ToolParser, expanded
 from megalign.runtime.progress import ByteBar
 from megalign.runtime.status import stoppable
 from megalign.schema import UserError
@@ -28,8 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def main(arguments: list[str] | None = None) -> int:
     parser = ToolParser(__doc__)
-    parser.add_argument("checkpoint", type=path_argument, help="checkpoint directory")
-    parser.add_argument("out_dir", type=path_argument, nargs="?", help="new or empty directory")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint directory")
+    parser.add_argument("out_dir", type=Path, nargs="?", help="new or empty directory")
     parser.add_argument("--dtype", choices=DTYPES, help="of the written tensors (as they are stored)")
     parser.add_argument("--workers", type=int, default=2, help="threads, each of which holds one tensor (2)")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="size of the files, in 10^9 bytes (5)")
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True)
 
     def convert() -> int:
-        checkpoint = find_checkpoint_dir(args.checkpoint)
+        checkpoint = find_checkpoint_dir(expanded(args.checkpoint))
         if checkpoint != args.checkpoint:
             there = ", ".join(other_steps(checkpoint))
             console.print(f"{checkpoint}, the newest of {there}", soft_wrap=True, highlight=False)
@@ -49,10 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("OUT_HF_DIR is missing; needed: a new or empty directory, or --dry-run")
         if args.workers < 1 or not 0 < args.shard_gb < math.inf:
             raise UserError("--workers must be 1 or more, --shard-gb a number more than 0")
-        with ByteBar(f"{checkpoint} -> {args.out_dir}", console) as bar:
+        out_dir = expanded(args.out_dir)
+        with ByteBar(f"{checkpoint} -> {out_dir}", console) as bar:
             how = How(args.workers, int(args.shard_gb * 1e9), begin=bar.begin, wrote=bar.wrote)
-            megatron_to_hf(checkpoint, args.out_dir, how, dtype=DTYPES.get(args.dtype))
-        console.print(f"{args.out_dir} is written")
+            megatron_to_hf(checkpoint, out_dir, how, dtype=DTYPES.get(args.dtype))
+        console.print(f"{out_dir} is written")
         return 0
 
     return stoppable(convert, afterwards="; the same command goes on where it was")

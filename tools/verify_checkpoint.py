@@ -10,26 +10,27 @@ bit, 1 if not, 2 for wrong input, 75 stopped by a signal.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
 from megalign.convert.checkpoint_dir import find_checkpoint_dir
 from megalign.convert.report import compare
-from megalign.runtime.command_line import ToolParser, path_argument
+from megalign.runtime.command_line import ToolParser, expanded
 from megalign.runtime.progress import ByteBar
 from megalign.runtime.status import stoppable
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = ToolParser(__doc__)
-    parser.add_argument("a", type=path_argument, help="checkpoint directory")
-    parser.add_argument("b", type=path_argument, help="checkpoint directory")
+    parser.add_argument("a", type=Path, help="checkpoint directory")
+    parser.add_argument("b", type=Path, help="checkpoint directory")
     parser.add_argument("--rows", type=int, default=50, help="of the table (50)")
     args = parser.parse_intermixed_args(arguments)  # options may stand between the directories
 
     def verify() -> int:
         with ByteBar("comparing", Console(stderr=True)) as bar:
-            a, b = (find_checkpoint_dir(one) for one in (args.a, args.b))
+            a, b = (find_checkpoint_dir(expanded(one)) for one in (args.a, args.b))
             result = compare(a, b, begin=bar.begin, read=bar.wrote)
         console = Console(width=max(Console().width, 160))
         if result.differences:

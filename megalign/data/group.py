@@ -5,11 +5,33 @@ A `Group` is what a record becomes; a `Sequence` is one prompt with one response
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["response", "chosen", "rejected", "positive", "strong", "weak"]
+
+# Rewards this near, as a fraction of the largest, are one number that was computed in two ways: 0.1 + 0.2 and 0.3.
+SAME_REWARD = 8 * sys.float_info.epsilon
+
+
+def without_rounding(rewards: Seq[float]) -> list[float]:
+    """The rewards of a group, those that only rounding tells apart made equal to the lowest of them."""
+    near = SAME_REWARD * max(map(abs, rewards), default=0.0)
+    lowest, found = math.nan, [0.0] * len(rewards)
+    for place in sorted(range(len(rewards)), key=rewards.__getitem__):
+        if not rewards[place] - lowest <= near:
+            lowest = rewards[place]
+        found[place] = lowest
+    return found
+
+
+def same_rewards(rewards: Seq[float]) -> bool:
+    """Whether a group's rewards are all equal; none are not."""
+    return len(set(without_rounding(rewards))) == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megalign.data.group import Group, Pairing, Response, Role
+from megalign.data.group import Group, Pairing, Response, Role, without_rounding
 from megalign.data.records import BadRecord, refuse
 from megalign.schema import UserError
 
@@ -67,8 +67,8 @@ def _field(format: str) -> str:
 
 
 def rewards(group: Group) -> list[float]:
-    """Rewards of all responses; a loader has made sure that they are there."""
-    return [response.reward for response in group.responses if response.reward is not None]
+    """Rewards of all responses, as they compare; a loader has made sure that they are there."""
+    return without_rounding([response.reward for response in group.responses if response.reward is not None])
 
 
 def positive(group: Group) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megalign.data.group import SAME_REWARD
+
 # Centred values below this fraction of the values themselves are rounding, not variation.
 ROUNDING = 1e-12
 
@@ -30,6 +32,18 @@ def group_mean(value_S: Tensor, group_S: Tensor, num_groups: int) -> Tensor:
 def center_by_group(value_S: Tensor, group_S: Tensor, num_groups: int) -> Tensor:
     """[S]: each value less its group's mean."""
     return value_S - group_mean(value_S, group_S, num_groups)
+
+
+def center_rewards(reward_S: Tensor, group_S: Tensor, num_groups: int) -> Tensor:
+    """[S]: each reward less its group's mean; exactly 0 in groups whose rewards only rounding tells apart.
+
+    For numbers without a gradient. The mean of 0.1, 0.1 and 0.1 is not 0.1, and 0.1 + 0.2 is not 0.3.
+    """
+    low_G, high_G = (reward_S.new_full((num_groups,), bound) for bound in (torch.inf, -torch.inf))
+    low_S = low_G.scatter_reduce(0, group_S, reward_S, "amin")[group_S]
+    high_S = high_G.scatter_reduce(0, group_S, reward_S, "amax")[group_S]
+    equal_S = high_S - low_S <= SAME_REWARD * torch.maximum(low_S.abs(), high_S.abs())
+    return center_by_group(reward_S, group_S, num_groups).masked_fill(equal_S, 0.0)
 
 
 def group_logsumexp(value_S: Tensor, group_S: Tensor, num_groups: int) -> Tensor:
@@ -57,7 +71,7 @@ def implicit_reward_fit(
         return {}
     known_S = ~reward_S.isnan()
     group_S, reward_S, implicit_S = group_S[known_S], reward_S[known_S], implicit_S.detach()[known_S]
-    true_S = center_by_group(reward_S, group_S, num_groups)
+    true_S = center_rewards(reward_S, group_S, num_groups)
     own_S = center_by_group(implicit_S, group_S, num_groups)
     true_norm, own_norm = true_S.norm(), own_S.norm()
     if true_norm <= ROUNDING * reward_S.norm():

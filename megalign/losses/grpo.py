@@ -19,7 +19,7 @@ from torch import Tensor
 from megalign.data.group import Pairing
 from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
 from megalign.losses.clipping import bounded_exp, clipped_loss
-from megalign.losses.groups import center_by_group, group_sum
+from megalign.losses.groups import center_rewards, group_sum
 
 
 class GrpoConfig(LossConfig):
@@ -54,7 +54,7 @@ class GrpoConfig(LossConfig):
 def grpo_advantages(scores: Scores, cfg: GrpoConfig) -> Tensor:
     """Float64 [S]: reward less the group's mean, by the group's unbiased deviation unless dr_grpo."""
     assert scores.reward_S is not None
-    centred_S = center_by_group(scores.reward_S, scores.group_S, scores.num_groups)
+    centred_S = center_rewards(scores.reward_S, scores.group_S, scores.num_groups)
     if cfg.variant == "dr_grpo":
         return centred_S
     variance_S = group_sum(centred_S.square(), scores.group_S, scores.num_groups) / (scores.sizes() - 1)

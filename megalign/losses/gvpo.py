@@ -8,7 +8,7 @@ from pydantic import PositiveFloat
 
 from megalign.data.group import Pairing
 from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
-from megalign.losses.groups import center_by_group, implicit_reward_fit
+from megalign.losses.groups import center_by_group, center_rewards, implicit_reward_fit
 
 
 class GvpoConfig(LossConfig):
@@ -30,7 +30,8 @@ def gvpo(scores: Scores, cfg: GvpoConfig) -> LossOut:
     assert scores.reference_S is not None and scores.reward_S is not None
     ratio_S = scores.policy_S - scores.reference_S
     implicit_S = cfg.beta * ratio_S
-    gap_S = center_by_group(implicit_S - scores.reward_S, scores.group_S, scores.num_groups)
+    gap_S = center_by_group(implicit_S, scores.group_S, scores.num_groups)
+    gap_S = gap_S - center_rewards(scores.reward_S, scores.group_S, scores.num_groups)
     metrics = {
         "reward_mean": scores.reward_S.mean(),
         "kl": ratio_S.detach().mean(),

@@ -10,7 +10,7 @@ from torch import Tensor
 from megalign.data.group import Pairing
 from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
 from megalign.losses.clipping import clipped_loss
-from megalign.losses.groups import center_by_group
+from megalign.losses.groups import center_rewards
 
 
 class RlooConfig(LossConfig):
@@ -32,7 +32,7 @@ def rloo_advantages(scores: Scores, cfg: RlooConfig) -> Tensor:
         reward_S = reward_S - cfg.beta * (scores.old_S - scores.reference_S)
     size_S = scores.sizes()
     # r - (sum - r) / (k - 1) = (r - mean) k / (k - 1), without the cancellation in sum - r.
-    return center_by_group(reward_S, scores.group_S, scores.num_groups) * size_S / (size_S - 1)
+    return center_rewards(reward_S, scores.group_S, scores.num_groups) * size_S / (size_S - 1)
 
 
 @loss(RlooConfig, prepare=rloo_advantages)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalign.data.group import same_rewards
 from megalign.rollout.ends import NO_END
 from megalign.rollout.prompts import Prompt, plain_text
 from megalign.rollout.rewards import LIMIT_S, Reward
@@ -134,7 +135,7 @@ def _statistics(groups: Sequence[list[dict[str, Any]]], *, seconds: float) -> di
     lengths = [len(response["response_ids"]) for response in responses]
     return {
         "reward_mean": sum(map(sum, rewards)) / len(lengths),
-        "equal_reward_fraction": sum(max(group) == min(group) for group in rewards) / len(rewards),
+        "equal_reward_fraction": sum(map(same_rewards, rewards)) / len(rewards),
         "response_length_mean": sum(lengths) / len(lengths),
         "unfinished_fraction": sum(not response["finished"] for response in responses) / len(lengths),
         "rollout_seconds": seconds,

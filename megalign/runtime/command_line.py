@@ -29,14 +29,9 @@ class ToolParser(Parser):
             self.exit(2, f"megalign: error: {error}\n")
 
 
-def path_argument(text: str) -> Path:
+def expanded(path: Path) -> Path:
     """A path of a command line, with `~` expanded as in configurations."""
-    return Path(model_argument(text))
-
-
-def model_argument(text: str) -> str:
-    """A path or `hf://org/name` of a command line."""
     try:
-        return expand_path(text)
+        return Path(expand_path(str(path)))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+        raise UserError(f"command line: {str(path)!r}: {error}") from None

@@ -74,6 +74,8 @@ def process_group(*, timeout_s: float) -> Iterator[World]:
     on_cuda = torch.cuda.is_available()
     if on_cuda and local_rank >= torch.cuda.device_count():
         raise UserError(f"LOCAL_RANK is {local_rank}: must be below the {torch.cuda.device_count()} CUDA devices here")
+    if on_cuda and size > 1 and torch.cuda.device_count() > 1 and _number("LOCAL_RANK") is None:
+        raise UserError(f"LOCAL_RANK is missing: WORLD_SIZE is {size}; must be the CUDA device of this process")
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)

@@ -8,7 +8,7 @@ from typing import Any
 
 from megalign.config import JobConfig
 from megalign.data.dataset import GroupDataset
-from megalign.data.group import Group
+from megalign.data.group import Group, same_rewards
 from megalign.data.pairing import own_sequences
 from megalign.engines.step import StepBatch
 from megalign.rollout.prompts import Prompt
@@ -40,7 +40,7 @@ def doubts_about_rate(cfg: JobConfig, num_steps: int) -> Iterator[str]:
 
 
 def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
-    """Doubts about how many records there are, and how long they are."""
+    """Doubts about how many records there are, how long they are, and whether their responses are whole."""
     report, groups_per_step = dataset.report, cfg.data.groups_per_step or 1
     if report.num_kept < (1 - MOST) * report.num_records:
         worst = max(report.bad, key=lambda reason: report.bad[reason])
@@ -55,6 +55,13 @@ def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
         )
     lengths = [len(group.prompt_ids) + len(one.ids) for group in dataset.groups for one in group.responses]
     yield from _doubts_about_budget(cfg, lengths, "sequences")
+    raw = (one for group in dataset.groups for one in group.raw.get("responses") or () if isinstance(one, Mapping))
+    marks = [one["finished"] for one in raw if one.get("finished") is not None]
+    if marks.count(False) > MOST * len(marks):
+        yield (
+            f"{marks.count(False)} of {len(marks)} responses say that they were cut before the model ended them "
+            "(finished is false)"
+        )
 
 
 def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
@@ -71,7 +78,7 @@ def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
         else:
             yield (NO_GRADIENT if len(same) == len(dataset) else ""), f"{text}, and their gradient is 0"
     if dataset.pairing.kind == "samples":
-        equal = [_rewards(group) for group in dataset.groups if _all_equal(_rewards(group))]
+        equal = [_rewards(group) for group in dataset.groups if same_rewards(_rewards(group))]
         if len(equal) > MOST * len(dataset):
             where = f"{len(equal)} of {len(dataset)} records"
             yield EQUAL_REWARDS, _equal_rewards(where, [one for group in equal for one in group])
@@ -118,12 +125,8 @@ def _rewards(group: Group) -> list[float]:
     return [one.reward for one in group.responses if one.reward is not None]
 
 
-def _all_equal(values: Sequence[float]) -> bool:
-    return len(values) > 0 and max(values) == min(values)
-
-
 def _equal_rewards(where: str, rewards: Sequence[float]) -> str:
-    between = f"all {shown(rewards[0])}" if _all_equal(rewards) else f"{shown(min(rewards))} to {shown(max(rewards))}"
+    between = f"all {shown(rewards[0])}" if same_rewards(rewards) else f"{shown(min(rewards))} to {shown(max(rewards))}"
     return (
         f"the rewards inside each group are equal in {where} ({between} over {len(rewards)} responses): such groups "
         "teach nothing; the reward or the sampling must make a difference"
@@ -154,7 +157,7 @@ class Doubts:
         assert rollout is not None
         found = []
         rewards = [[response["reward"] for response in record["responses"]] for record in records]
-        if all(map(_all_equal, rewards)) and self._first(EQUAL_REWARDS):
+        if all(map(same_rewards, rewards)) and self._first(EQUAL_REWARDS):
             same = sum(len({tuple(one["response_ids"]) for one in record["responses"]}) == 1 for record in records)
             text = _equal_rewards(
                 f"all {len(records)} groups of round {number}", [one for group in rewards for one in group]
@@ -181,7 +184,7 @@ class Doubts:
         for one in batch.sequences if self.cfg.loss.traits().pairing.kind == "samples" else ():
             if one.response.reward is not None:
                 rewards.setdefault(one.group, []).append(one.response.reward)
-        if rewards and all(map(_all_equal, rewards.values())):  # which explains a gradient of zero, too
+        if rewards and all(map(same_rewards, rewards.values())):  # which explains a gradient of zero, too
             every = [one for group in rewards.values() for one in group]
             where = f"all {len(rewards)} groups of step {step}"
             return [_equal_rewards(where, every)] if self._first(EQUAL_REWARDS) else []

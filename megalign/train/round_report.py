@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megalign.data.group import same_rewards
 from megalign.rollout.prompts import plain_text
 from megalign.train.console import shown
 from megalign.train.report import Reporter
@@ -52,7 +53,7 @@ def round_sample(number: int, rounds: int, records: Sequence[Mapping[str, Any]],
         return float(response["reward"])
 
     def spread(record: Mapping[str, Any]) -> bool:
-        return len(set(map(reward, record["responses"]))) > 1
+        return not same_rewards([*map(reward, record["responses"])])
 
     record = next(filter(spread, records), records[0])
     ranked = sorted(record["responses"], key=reward)  # stable, so equal ones are the first and the last

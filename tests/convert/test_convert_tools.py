@@ -400,6 +400,64 @@ def test_verify(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "4 tensors: 3 equal bit by bit, 1 differ (largest difference 1)" in capsys.readouterr().out
 
 
+@pytest.fixture
+def run_dir(sources: Path, tmp_path: Path) -> Path:
+    """A run directory with two checkpoints, the newest of which is named by `latest`."""
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (100, 200):
+        shutil.copytree(sources / "megatron", folder / f"step_{step:08d}")
+    (folder / "latest").write_text('{"checkpoint": "step_00000200"}')
+    return folder.parent
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/latest", "checkpoints/step_00000200"])
+def test_a_run_stands_for_its_newest_checkpoint(
+    name: str, run_dir: Path, sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert TOOLS["megatron_to_hf"].main([str(run_dir / name), str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    listed = f"{run_dir}/checkpoints/step_00000200, the newest of step_00000100, step_00000200"
+    assert (listed in told) is (not name.endswith("200"))
+    assert TOOLS["verify_checkpoint"].main([str(tmp_path / "out"), str(run_dir / name)]) == 0
+
+
+def test_checkpoints_that_are_not_there(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = run_dir / "checkpoints", tmp_path / "out"
+    there = "step_00000100, step_00000200"
+    for name in ("checkpoints/step_00000300", "checkpoints/newest"):
+        line = refused("megatron_to_hf", run_dir / name, out=out, capsys=capsys)
+        assert f"{run_dir / name} is not a checkpoint; must be one that is there: {folder} holds {there}" in line
+    for content in ("step_00000200", "{}", '{"checkpoint": "step_00000300"}', '{"checkpoint": []}'):
+        (folder / "latest").write_text(content)
+        line = refused("megatron_to_hf", run_dir, out=out, capsys=capsys)
+        assert f"{folder / 'latest'}" in line and there in line
+    (folder / "latest").unlink()
+    assert f"must be one of {there}" in refused("megatron_to_hf", run_dir, out=out, capsys=capsys)
+    assert "is not a megalign checkpoint" in refused("megatron_to_hf", tmp_path / "none", out=out, capsys=capsys)
+
+
+@pytest.mark.parametrize("name", ["hf_to_megatron", "megatron_to_hf", "verify_checkpoint"])
+def test_command_lines_of_tools(
+    name: str, sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in ([], ["a", "b", "--no-such"], ["a", "b", "c"]):
+        with pytest.raises(SystemExit) as stop:
+            TOOLS[name].main(arguments)
+        told = capsys.readouterr()
+        assert stop.value.code == 2 and told.out == ""
+        assert told.err.startswith("megalign: error: command line: ") and told.err.count("\n") == 1
+    assert TOOLS[name].main(["~nobody-has-this-name/x", "b"]) == 2
+    assert "~nobody-has-this-name/x names no user's home" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(sources))
+    if name == "verify_checkpoint":
+        assert TOOLS[name].main(["~/hf", "~/megatron"]) == 0
+    else:
+        monkeypatch.chdir(tmp_path)
+        source = "~/hf" if name == "hf_to_megatron" else "~/megatron"
+        assert TOOLS[name].main([source, str(tmp_path / "out")]) == 0
+        assert TOOLS[name].main([source, "~/hf"]) == 2 and not list(tmp_path.glob("~*"))
+
+
 def test_dry_runs_write_nothing(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(sources.rglob("*"))
     assert TOOLS["hf_to_megatron"].main([str(sources / "hf"), "--dry-run"]) == 0

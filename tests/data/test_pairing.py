@@ -213,3 +213,12 @@ def test_a_large_pool_is_drawn_from_too():
     assert len({one.response.ids for one in weak}) > 80
     own = {index: data.groups[index].responses[0].ids for index in range(1500)}
     assert all(one.response.ids != own[one.record] for one in weak)
+
+
+def test_rounding_makes_no_better_response():
+    """0.1 + 0.2 is 0.3 and the first of the best; with nothing worse there is no pair."""
+    data = build([rewarded(1, 0.3, 0.1 + 0.2, 0)], Pairing("contrast", strong=2))
+    assert roles(data) == [("positive", 10), ("strong", 12)]
+    for pairing in (Pairing("preference"), Pairing("contrast", strong=1)):
+        with pytest.raises(UserError, match="record:0: field responses"):
+            build([rewarded(1, 0.3, 0.1 + 0.2)], pairing)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalign.runtime.distributed import launched, process_group, spawn
+from megalign.runtime.distributed import MeetingError, _await_ranks, free_port, launched, process_group, spawn
+from megalign.schema import UserError
 
 
 def gather_ranks(folder: str) -> None:
@@ -65,3 +68,99 @@ def test_place_in_the_job_comes_from_the_launcher(monkeypatch):
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     assert launched() == (5, 8, 1)
+
+
+PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+WRONG = [
+    ({"WORLD_SIZE": "2"}, "RANK is missing: WORLD_SIZE is 2"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is missing: WORLD_SIZE is 2"),
+    ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": ""}, "MASTER_ADDR is missing"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is missing: WORLD_SIZE is 2"),
+    ({**PLACE, "WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2: must be below WORLD_SIZE 2"),
+    ({**PLACE, "WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two': must be a whole number"),
+    ({**PLACE, "WORLD_SIZE": "2", "RANK": "-1"}, "RANK is '-1': must be a whole number"),
+    ({**PLACE, "WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE is '0'"),
+    ({**PLACE, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+    ({**PLACE, "WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+    ({**PLACE, "WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "70000"}, "MASTER_PORT is 70000: must be 1 to 65535"),
+    ({**PLACE, "WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "no such host"}, "MASTER_ADDR is 'no such host'"),
+    ({"RANK": "1"}, "WORLD_SIZE is missing: RANK is 1"),
+]
+
+
+def set_launcher(monkeypatch, settings) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(("settings", "expected"), WRONG, ids=[wrong[1] for wrong in WRONG])
+def test_launcher_that_sets_too_little_or_wrong(settings, expected, monkeypatch):
+    set_launcher(monkeypatch, settings)
+    with pytest.raises(UserError) as raised, process_group(timeout_s=60):
+        pass
+    assert expected in str(raised.value) and "\n" not in str(raised.value)
+    assert not dist.is_initialized()
+
+
+def test_one_process_needs_no_meeting_point(monkeypatch):
+    set_launcher(monkeypatch, {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "nowhere.invalid"})
+    with process_group(timeout_s=60) as world:
+        assert world.size == 1
+
+
+def test_busy_port(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        set_launcher(monkeypatch, {**PLACE, "WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": port})
+        with (
+            pytest.raises(UserError, match=f"MASTER_PORT is {port}: another"),
+            process_group(timeout_s=9),
+        ):
+            pass
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(MeetingError, match="does not answer as a rank of a job"), process_group(timeout_s=0.5):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"), [("0", "1 of 3 ranks came, missing: 1, 2; all must be"), ("1", "rank 0 does not answer")]
+)
+def test_peers_that_never_come_are_named(rank, expected, monkeypatch):
+    port = str(free_port())
+    set_launcher(monkeypatch, {**PLACE, "WORLD_SIZE": "3", "RANK": rank, "MASTER_PORT": port})
+    with pytest.raises(MeetingError) as raised, process_group(timeout_s=0.5):
+        pass
+    message = str(raised.value)
+    assert message.startswith(f"rank {rank} of 3: waited up to 0.5 s (watchdog.timeout_s) at MASTER_ADDR 127.0.0.1")
+    assert f"MASTER_PORT {port}" in message and expected in message and "\n" not in message
+
+
+def meet(store: dist.Store, places: list[tuple[int, int]]) -> list[str]:
+    """What each (rank, world size) heard, those that came first."""
+    heard = [""] * len(places)
+
+    def come(number: int) -> None:
+        try:
+            _await_ranks(store, *places[number], time.monotonic() + 30)
+        except (UserError, RuntimeError) as error:
+            heard[number] = str(error)
+
+    threads = [threading.Thread(target=come, args=(number,)) for number in range(len(places))]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)  # one after another
+    for thread in threads:
+        thread.join(60)
+    return heard
+
+
+def test_ranks_that_contradict_each_other_end_the_meeting():
+    assert meet(dist.HashStore(), [(0, 2), (1, 2)]) == ["", ""]
+    twice = "RANK is 1: another process of the job has it too; must be different for each"
+    assert meet(dist.HashStore(), [(0, 3), (1, 3), (1, 3)]) == [twice] * 3
+    other = "WORLD_SIZE is 3: another rank has 2; must be the same for all"
+    assert meet(dist.HashStore(), [(0, 2), (1, 3)]) == [other] * 2

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import time
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from megalign.runtime.status import BAD_INPUT, STOPPED, guarded, write_status
+from megalign.__main__ import _on_rank
+from megalign.runtime.distributed import free_port, process_group
+from megalign.runtime.status import BAD_INPUT, RESULT_FILE, STOPPED, Ending, guarded, is_consequence, write_status
 from megalign.schema import UserError
 
 
@@ -49,3 +56,90 @@ def test_bugs_are_not_taken_for_bad_input(tmp_path):
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 // 0, lambda: str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_first_failure_stays_and_the_launcher_hears_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(RESULT_FILE, str(tmp_path / "code"))
+    for rank, code in ((2, 1), (0, 2)):
+        Ending(str(tmp_path / "run"), taken=True).write(code, f"rank {rank}", 4)
+    assert json.loads((tmp_path / "run" / "status.json").read_text()) == {"code": 1, "reason": "rank 2", "step": 4}
+    assert (tmp_path / "code").read_text() == "1\n"
+    write_status(tmp_path / "run", 0, "done", 7)  # the job's own last word
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["code"] == 0
+    assert (tmp_path / "code").read_text() == "0\n"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("held", [(0, "done", 7), (75, "SIGTERM", 3), (1, "rank 0", 3), (2, "no room", 3)])
+def test_refusal_leaves_the_status_of_another_run_alone(held, tmp_path, capsys):
+    write_status(tmp_path, *held)
+    before = (tmp_path / "status.json").read_bytes()
+    assert guarded(refuse, lambda: str(tmp_path)) == 2
+    assert (tmp_path / "status.json").read_bytes() == before
+    assert capsys.readouterr().err == "megalign: error: data.path: no such file\n"
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl", "checkpoints", "rollout.jsonl"])
+def test_refusal_writes_nothing_beside_a_job_that_is_running(name, tmp_path):
+    (tmp_path / name).mkdir()
+    assert guarded(refuse, lambda: str(tmp_path)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_refusal_takes_the_place_of_a_refusal(tmp_path):
+    write_status(tmp_path, 2, "another mistake", None)
+    assert guarded(refuse, lambda: str(tmp_path)) == 2
+    assert json.loads((tmp_path / "status.json").read_text())["reason"] == "data.path: no such file"
+
+
+@pytest.mark.parametrize(
+    ("error", "consequence"),
+    [
+        (RuntimeError("[/a/pair.cc:537] Read error [127.0.0.1]:2967: Connection reset by peer"), True),
+        (RuntimeError("[/a/pair.cc:554] Connection closed by peer [127.0.0.1]:3"), True),
+        (RuntimeError("[/a/unbound_buffer.cc:81] Timed out waiting 10000ms for recv operation to complete"), True),
+        (RuntimeError("Broken pipe"), True),
+        (RuntimeError("the two passes differ by 0.2 in a token's log-prob, above run.max_pass_gap 0.1"), False),
+        (RuntimeError("loss nan, gradient norm None; bad steps 1, run.max_bad_steps 0"), False),
+        (ValueError("Connection reset by peer"), False),
+    ],
+)
+def test_what_only_follows_from_another_failure(error, consequence):
+    assert is_consequence(error) is consequence
+
+
+def rank_of_four(rank: int, port: int, run_dir: str, delay: float) -> None:
+    """Rank 2 leaves the others, and tells why `delay` seconds after they have noticed."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ending = Ending(run_dir, taken=True)
+
+    def work(world) -> int:
+        if world.rank == 2:
+            if delay:
+                dist.destroy_process_group()
+                time.sleep(delay)
+            raise ValueError("rank 2 has had enough")
+        while True:
+            dist.all_reduce(torch.zeros(1))
+
+    with process_group(timeout_s=60) as world:
+        _on_rank(work, world, ending)
+
+
+@pytest.mark.parametrize("delay", [0.0, 1.0])
+def test_status_holds_the_cause_and_not_what_followed(delay, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    ranks = [context.Process(target=rank_of_four, args=(rank, port, str(run_dir), delay)) for rank in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [1] * 4
+    reason = "rank 2 of 4: ValueError: rank 2 has had enough"
+    assert json.loads((run_dir / "status.json").read_text()) == {"code": 1, "reason": reason, "step": None}
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("megalign: ")]
+    assert f"megalign: failed: {reason}" in lines
+    assert sum("ends with the rank that failed first" in line for line in lines) == 3 and len(lines) == 4

@@ -38,6 +38,13 @@ def alike(group):
     return {**group, "responses": [{**one, "response_ids": ids} for one in group["responses"]]}
 
 
+def cut(group, count):
+    """The first `count` responses are marked as cut, the others as whole."""
+    return {
+        **group, "responses": [{**one, "finished": at >= count} for at, one in enumerate(group["responses"])],
+    }  # fmt: skip
+
+
 SAMPLES, PAIRS = records("samples"), records("pairs")
 LONGEST = max(len(one["prompt_ids"] + response["response_ids"]) for one in SAMPLES for response in one["responses"])
 NUM_SAMPLES = sum(len(one["responses"]) for one in SAMPLES)
@@ -66,6 +73,11 @@ FILES = {
         [[f"tokens_per_micro_batch is {LONGEST - 1}", f"{NUM_LONGEST} of {NUM_SAMPLES} sequences",
           f"{LONGEST} tokens"]],
     ),
+    "most responses cut": (
+        [cut(one, 2) for one in SAMPLES], "gvpo", [],
+        [[f"{sum(min(2, len(one['responses'])) for one in SAMPLES)} of {NUM_SAMPLES} responses", "finished is false"]],
+    ),
+    "some responses cut": ([cut(one, 1) for one in SAMPLES], "gvpo", [], []),
     "equal rewards": (
         [equal(one) for one in SAMPLES], "gvpo", [],
         [["equal in 8 of 8 records", f"all 0.5 over {NUM_SAMPLES} responses"]],

@@ -16,6 +16,7 @@ from tiny_jobs import (
     read_lines,
     records,
     round_sections,
+    status,
     train,
     write_config,
     write_lines,
@@ -290,3 +291,11 @@ def test_the_day_of_a_job_is_that_of_its_start(tmp_path, capfd):
     assert train(config, stopped) == 75 and trained_on(run, 1) == "2020-02-29"
     shutil.rmtree(run / "checkpoints")
     assert train(config, stopped, "run.seed=1") == 75 and trained_on(run, 1) in days
+
+
+def test_refusal_leaves_the_status_of_the_run_that_is_there(job, tmp_path, capfd):
+    before = status(tmp_path / "run")
+    capfd.readouterr()
+    assert train(job, "run.seed=3") == 2
+    assert "run.seed was 0, is 3" in capfd.readouterr().err
+    assert status(tmp_path / "run") == before
