@@ -39,6 +39,8 @@ TOKEN = re.compile(
     rf"|(?P<latex>\\[a-zA-Z]+)|(?P<number>{DIGITS})|(?P<sign>[-+*/^x%,;:()\[\]{{}}|\u221e])|(?P<gap> )|(?P<other>.|\n)"
 )
 OPENING, CLOSING = "([{", ")]}"
+# What ends before an answer.
+VARIABLE = r"(?<![<>!])=|\\approx|\u2248|\\in(?![a-zA-Z])|\u2208|^\([A-Za-z]\)(?=.*\d)"  # x =, (B)
 UNTAMED = re.compile(r"\d{31}|(?:\^|\*\*)\s?[({]?\s?[-+]?\d{4}|\^[^\s+*/-]*\^|\*\*.*\*\*|\d{3}!|\\(?:int|sum|prod|lim)")
 SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
 # LaTeX that says the same in plain text; order matters.
@@ -121,7 +123,7 @@ def plainer(text: str) -> str:
 def read(text: str) -> Answer | None:
     """An answer that is the whole text, a variable before it and a unit behind it aside; None for words."""
     text = text.strip().strip("*").rstrip(".,;:!?").strip()
-    text = re.sub(r"^-\s+(?=[\d.])", "-", re.split(r"(?<![<>!])=|\\approx|\u2248", text)[-1].strip())
+    text = re.sub(r"^-\s+(?=[\d.])", "-", re.split(VARIABLE, text)[-1].strip())
     if not text or len(text) > LONGEST or "\n" in text:
         return None
     for one in (text, _without_unit(text)):
