@@ -66,7 +66,8 @@ def encode_record(
         explicit = "prompt" in record
         before = text.prompt("prompt" if explicit else answers[0][0], prompt, continued=explicit)
         return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
-    prompt_ids = encode_prompt({"prompt": prompt} if isinstance(prompt, str) else record, tokenizer, options=options)
+    own = {"prompt": prompt} if isinstance(prompt, str) else record
+    prompt_ids = encode_prompt(own, tokenizer, options=options, notes=text.notes)
     before = _Prompt(prompt_ids, prompt if isinstance(prompt, str) else None, ())
     return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
 
@@ -80,17 +81,29 @@ def token_fields(record: Mapping[str, Any], format: str) -> list[str]:
 
 
 def encode_prompt(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, *, options: TextOptions = DEFAULT
+    record: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    options: TextOptions = DEFAULT,
+    notes: Counter[str] | None = None,
 ) -> Ids:
-    """Return the ids that a response to the record's `prompt` (text, messages) or `prompt_ids` is sampled from."""
+    """Return the ids that a response to the record's `prompt` (text, messages) or `prompt_ids` is sampled from.
+
+    notes: counts what was decided about the text and a log should tell.
+    """
+    notes = Counter() if notes is None else notes
     if "prompt_ids" in record:
         return tuple(record["prompt_ids"])
     prompt = record["prompt"]
     if isinstance(prompt, list):
-        return _Text(record, tokenizer, options, Counter()).prompt("prompt", prompt, continued=True).ids
+        return _Text(record, tokenizer, options, notes).prompt("prompt", prompt, continued=True).ids
     tokenizer = _required("prompt", tokenizer)
     front = _front(tokenizer, prompt) if options.special_tokens == "auto" else ()
-    return front + _encode(tokenizer, prompt)
+    ids = _encode(tokenizer, prompt)
+    if front and ids[: len(front)] == front:
+        start = "".join(tokenizer.convert_ids_to_tokens(list(front)))
+        notes[f"prompts that begin with {start} twice: in their text and, by data.special_tokens: auto, before it"] += 1
+    return front + ids
 
 
 def retokenize(

@@ -6,9 +6,10 @@ import pytest
 from toy_tokenizer import ASSISTANT, EOS, SYSTEM, USER, VOCAB_SIZE, assistant, ids_of, toy_tokenizer, user
 
 from megalign.data.config import DataConfig
-from megalign.data.dataset import load_dataset, load_prompts
+from megalign.data.dataset import load_dataset
 from megalign.data.formats import recognise
 from megalign.data.group import Pairing
+from megalign.data.prompts import load_prompt_groups
 from megalign.schema import UserError
 
 SINGLE, SAMPLES, PREFERENCE = Pairing("single"), Pairing("samples"), Pairing("preference")
@@ -279,7 +280,7 @@ def test_prompts_of_rounds_say_what_to_rename(tmp_path):
     with pytest.raises(
         UserError, match="field prompt is missing; allowed: prompt or prompt_ids; rename question to prompt"
     ):
-        load_prompts(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)
+        load_prompt_groups(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)
     path.write_text(json.dumps({"messages": TALK}))
     with pytest.raises(UserError, match="field prompt is missing; .* the messages before the answer are the prompt"):
-        load_prompts(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)
+        load_prompt_groups(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)
