@@ -173,6 +173,22 @@ def test_a_tag_that_the_generation_prompt_opens_is_not_opened_again():
         assert tokenizer.decode(response.ids) == text.removeprefix("<think>\n") + "<|im_end|>"
 
 
+def test_reasoning_that_was_cut_follows_the_generation_prompt_as_it_was_sampled():
+    # The template would write empty reasoning before it.
+    cut, notes = "<think>\nfor", Counter()
+    record = {"prompt": [user("what")], "responses": [{"text": cut, "reward": 0.0}, {"text": REASONED, "reward": 1.0}]}
+    assert encode("thinking", record, notes=notes)[1:] == ["<think>\nfor<|im_end|>\n", REASONED + "<|im_end|>\n"]
+    assert notes.total() == 1
+    assert encode("chatml_tools", record, notes=notes)[1:] == [cut + "<|im_end|>\n", REASONED + "<|im_end|>\n"]
+    assert notes.total() == 1
+
+
+def test_reasoning_in_a_field_that_the_template_drops_says_where_to_write_it():
+    record = {"messages": [user("what"), assistant("four") | {"reasoning_content": "for"}]}
+    with pytest.raises(BadRecord, match="such as the reasoning inside content, as <think>...</think> before the"):
+        encode("opens_think", record)
+
+
 def test_what_was_decided_is_counted():
     notes = Counter()
     encode("opens_think", {"prompt": [user("what")], "chosen": REASONED, "rejected": "four"}, notes=notes)
@@ -219,6 +235,19 @@ def test_calls_without_the_tools_field_and_content_beside_them():
     assert encode("chatml_tools", {"messages": [user("sum"), call(content="I add.")]})[1] == "I add." + CHATML_CALL
     with pytest.raises(BadRecord, match=r"field messages: the chat template drops 'I add\.' of the answer"):
         encode("dated_tools", {"messages": [user("sum"), call(content="I add.")]})
+
+
+def test_a_dropped_turn_is_told_from_the_same_words_elsewhere():
+    # The result stands in the question, the function and its argument among the tools and in the question.
+    asked = user("add a = 1 to 1, is it two?")
+    with pytest.raises(BadRecord, match=r"field messages\[1\].content: the chat template does not write what the tool"):
+        encode("separated", {"messages": [asked, RESULT, assistant("yes")]})
+    only_tools = "{{ tools | tojson }}{% for m in messages %}{{ '<|' + m.role + '|>' + (m.content or '') }}{% endfor %}"
+    record = {"tools": TOOLS, "messages": [asked, call(), RESULT, assistant("yes")]}
+    for turns in (record["messages"], [asked, call({}), RESULT, assistant("yes")]):
+        with pytest.raises(BadRecord, match=r"field messages\[1\].tool_calls: the chat template does not write 'add'"):
+            encode_record({**record, "messages": turns}, chat_tokenizer(only_tools), format="messages")
+    assert "Action" in encode("listed", record)[0]
 
 
 SUM, FOUR = user("sum"), assistant("four")
@@ -309,6 +338,12 @@ def test_a_prompt_that_ends_with_the_assistant_is_continued(template, start, pro
     assert TOKENIZERS[template].decode(sampled) == encoded[0]
     sides = encode(template, {"prompt": asked, "chosen": " four", "rejected": " five"})
     assert sides[:2] == encoded and sides[2] == response.replace("four", "five")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_empty_beginning_begins_nothing(template):
+    empty = {"prompt": [user("what"), assistant("")], "completion": "four"}
+    assert encode(template, empty) == encode(template, {"prompt": [user("what")], "completion": "four"})
 
 
 def test_prefill_of_a_talk_with_several_answers():
