@@ -36,6 +36,7 @@ class TextOptions:
 
 
 DEFAULT = TextOptions()
+LONG = 16  # characters of a prompt that no response begins with by chance
 ANCHORS = "\n\t:a0"  # text stands behind the first of these that no token joins to its beginning
 
 
@@ -164,6 +165,8 @@ def _implicit_prompt(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Tur
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     allowed = "chosen and rejected begin with the same messages and end with different answers (or a prompt field)"
+    if chosen == rejected:
+        raise BadRecord("implicit prompt", f"field rejected is the same conversation as chosen; allowed: {allowed}")
     if shared == 0:
         raise refuse("chosen[0]", chosen[0], allowed, reason="implicit prompt")
     texts = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
@@ -237,6 +240,8 @@ class _Text:
         """Encode a response to a plain string, or to ids, and close it."""
         tokenizer = _required(field, self.tokenizer)
         end = _end_of_sequence(field, tokenizer)
+        if before.text is not None and len(before.text) >= LONG and text.startswith(before.text):
+            self.notes["responses that begin with the whole text of their prompt, which stands there twice then"] += 1
         if before.text is None:
             ids = _encode_apart(tokenizer, text)
         else:

@@ -108,6 +108,9 @@ READ.append(
 )
 
 
+READ.append(({"conversations": [HUMAN, GPT], "tools": ""}, {"messages": TALK}, "ShareGPT, without tools"))
+
+
 @pytest.mark.parametrize(("record", "ours", "told"), READ)
 def test_read_in_the_one_way_there_is(record, ours, told, tmp_path):
     reading = recognise(record)
@@ -166,6 +169,15 @@ REFUSED = [
     ),
     (
         PREFERENCE,
+        {
+            "prompt": "\n\nHuman: q\n\nAssistant: ",
+            "chosen": "\n\nHuman: q\n\nAssistant: a",
+            "rejected": "\n\nHuman: q\n\nAssistant: b",
+        },
+        ["fields chosen and rejected are whole dialogues that begin with the field prompt", "must be what follows"],
+    ),
+    (
+        PREFERENCE,
         {"prompt": "something else", "chosen": TALK, "rejected": OTHER},
         ["field prompt is 'something else'", "chosen and rejected both hold"],
     ),
@@ -188,6 +200,7 @@ REFUSED = [
     ),
     (SINGLE, {"conversations": []}, ["field conversations is not known", "rename conversations to messages"]),
     (SINGLE, {"conversations": ["q", "a"]}, ["field conversations is not known", "rename conversations to messages"]),
+    (SINGLE, {"": 0, "prompt": "q", "completion": "a"}, ["field '' is not known"]),
     (SINGLE, {"conversations": [HUMAN, GPT], "lang": "en"}, ["field lang is not known", "read as ShareGPT"]),
     (SINGLE, {"instruction": "q", "input": 3, "output": "a"}, ["field input is 3", "a string"]),
     (SINGLE, {"instruction": "q", "input": "", "output": ""}, ["field output is ''"]),
@@ -234,6 +247,28 @@ def test_what_could_mean_two_things_says_what_to_write(pairing, record, parts, t
     assert message.startswith(f"{tmp_path}/data.jsonl:1: ")
     for part in parts:
         assert part in message
+
+
+def test_no_advice_to_rename_what_is_there(tmp_path):
+    message = refusal(tmp_path, [{"source": "x", "prompt": "q", "chosen": TALK, "rejected": OTHER}], PREFERENCE)
+    assert "field source is not known" in message and "rename source" not in message
+
+
+def test_unknown_fields_that_are_null_say_nothing(tmp_path):
+    answer = assistant("a") | {"refusal": None, "audio": None, "tool_calls": None}
+    (group,) = load(tmp_path, [{"messages": [user("q"), answer], "split": None}]).groups
+    assert (group.prompt_ids, group.responses) == tuple(
+        getattr(load(tmp_path, [{"messages": TALK}]).groups[0], name) for name in ("prompt_ids", "responses")
+    )
+    message = refusal(tmp_path, [{"messages": [user("q"), assistant("a") | {"refusal": "no"}]}])
+    assert "field messages[1].refusal is not known" in message
+
+
+def test_responses_that_repeat_their_prompt_are_counted(tmp_path):
+    asked = "0123456789abcdef"
+    rows = [{"prompt": asked, "completion": asked + "a"}, {"prompt": "q", "completion": "qa"}]
+    told = "1 responses that begin with the whole text of their prompt, which stands there twice then"
+    assert load(tmp_path, rows).report.line() == f"2 of 2 records kept; {told}"
 
 
 def test_all_faults_of_a_record_are_told_at_once(tmp_path):
