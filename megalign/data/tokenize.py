@@ -198,7 +198,7 @@ class _Text:
         notes: Counter[str],
     ) -> None:
         self.record, self.tokenizer, self.options, self.notes = record, tokenizer, options, notes
-        self.objects = False  # whether the arguments of tool calls were read from JSON strings
+        self.changed = False  # whether the arguments of tool calls were changed for the template
 
     def prompt(self, field: str, turns: Sequence[Turn], *, continued: bool) -> _Prompt:
         """Encode messages as what a response to them is sampled from."""
@@ -230,10 +230,10 @@ class _Text:
 
     def _given(self, chat: Chat, field: str, before: Sequence[Turn], turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """Return turns, which follow `before`, in the form that the template takes."""
-        given, objects = adapted(chat, field, [*before, *map(without_nulls, turns)])
-        if objects and not self.objects:
-            self.notes["records whose tool-call arguments were read from JSON strings, which the template quotes"] += 1
-        self.objects = self.objects or objects
+        given, change = adapted(chat, field, [*before, *map(without_nulls, turns)])
+        if change and not self.changed:
+            self.notes[change] += 1
+        self.changed = self.changed or bool(change)
         return given[len(before) :]
 
     def string(self, field: str, before: _Prompt, text: str) -> Response:

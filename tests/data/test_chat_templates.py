@@ -231,6 +231,36 @@ def test_tools_and_calls(template, given, called):
     assert called.removesuffix("</s>") in prompt and "It is two" in response
 
 
+def test_calls_without_function_or_arguments_and_arguments_that_are_no_object():
+    def answer(**inner):
+        return encode("chatml_tools", {"messages": [user("sum"), {"role": "assistant", "tool_calls": [inner]}]})[1]
+
+    for arguments in ({"a": 1}, IN_JSON):
+        assert answer(name="add", arguments=arguments) == CHATML_CALL
+        assert answer(function={"name": "add", "arguments": arguments}) == CHATML_CALL
+    for inner in ({"name": "add"}, {"name": "add", "arguments": ""}, {"name": "add", "arguments": {}}):
+        assert answer(function=inner) == CHATML_CALL.replace(IN_JSON, "{}")
+    # The template would quote it: "arguments": "[1]".
+    for arguments in ("[1]", "{a: 1}"):
+        with pytest.raises(
+            BadRecord, match="field messages: arguments of tool_calls is .*; allowed: an object, or one"
+        ):
+            answer(function={"name": "add", "arguments": arguments})
+
+
+def test_a_template_that_joins_strings_gets_arguments_as_json():
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + (m.content or '') }}{% for c in m.tool_calls or [] %}"
+    template += "{{ c.function.name + ': ' + c.function.arguments }}{% endfor %}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    tokenizer, notes = chat_tokenizer(template), Counter()
+    for arguments in ({"a": 1}, IN_JSON):
+        record = {"messages": [user("sum"), call(arguments)]}
+        _, (response,) = encode_record(record, tokenizer, format="messages", notes=notes)
+        assert tokenizer.decode(response.ids) == "add: " + IN_JSON
+    told = "records whose tool-call arguments were written as JSON strings, because the template takes no objects"
+    assert notes == {told: 1}
+
+
 def test_calls_without_the_tools_field_and_content_beside_them():
     assert encode("chatml_tools", {"messages": [user("sum"), call(content="I add.")]})[1] == "I add." + CHATML_CALL
     with pytest.raises(BadRecord, match=r"field messages: the chat template drops 'I add\.' of the answer"):
@@ -278,6 +308,10 @@ DROPPED = [
     ("chatml_tools", told(enable_thinking=False), f"{VARIABLE}enable_thinking: {NOT_READ} it"),
     ("thinking", told(add_generation_prompt=True), f"{VARIABLE}add_generation_prompt is True"),
     ("thinking", told(chat_template="x"), f"{VARIABLE}chat_template is 'x'"),
+    # Words of the template that are no variables of it.
+    ("thinking", told(content="x"), f"{VARIABLE}content: {NOT_READ} it"),
+    ("marked", told(generation=True), f"{VARIABLE}generation: {NOT_READ} it"),
+    ("channels", told(strftime_now="x"), f"{VARIABLE}strftime_now is 'x'"),
     ("listed", told(documents=[]), f"{VARIABLE}documents: {NOT_READ} it"),
     ("listed", told(chat_template="rags"), f"{VARIABLE}chat_template is 'rags'; allowed: default, rag, tool_use"),
     ("thinking", {"prompt": "what", "completion": "four", "tools": TOOLS}, "field tools is"),
