@@ -46,10 +46,13 @@ def _continued_text(chat: Chat, field: str, turns: Sequence[Turn], notes: Counte
     if not start.strip():  # nothing is begun: templates differ in what they leave of the turn
         return chat.text(field, turns[:-1], generation_prompt=True) + start
     if not _is_half(chat, start):
-        try:
-            return chat.text(field, turns, continued=True)
-        except BadRecord:
-            pass
+        with contextlib.suppress(BadRecord):
+            text, head = chat.text(field, turns, continued=True), chat.text(field, turns[:-1])
+            if not lost(last, text[len(os.path.commonprefix([head, text])) :]):
+                return text
+    if any(last.get(name) for name in REASONING):
+        allowed = "a beginning that the chat template writes whole, or one with its reasoning inside content"
+        raise refuse(where, last, allowed, reason="chat template")
     text = behind(chat.text(field, turns[:-1], generation_prompt=True), start)
     notes["prompts whose last message stands behind the generation prompt as it is"] += 1
     return text
