@@ -118,4 +118,4 @@ def mismatch(sequences: Sequence[FlatSequence], logp_T: Tensor) -> tuple[float, 
 def mismatch_metrics(sequences: Sequence[FlatSequence], total: float, largest: float) -> dict[str, float]:
     """How far the sampler's log-probs are from the engine's, in nats a token; nothing where no response has any."""
     count = sum(one.num_scored for one in sequences if one.response.behaviour_logp is not None)
-    return {"rollout_mismatch_mean": total / count, "rollout_mismatch_max": largest} if count else {}
+    return {"rollout_mismatch": total / count, "rollout_mismatch_max": largest} if count else {}

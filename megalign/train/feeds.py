@@ -37,14 +37,12 @@ class Feed(Protocol):
 
 def behaviour(sequence: FlatSequence) -> Scored | None:
     """The score that the record itself brings, of the policy that sampled the response."""
-    logp = sequence.response.behaviour_logp
+    logp = sequence.response.scored_behaviour_logp
     if logp is None:
         return None
     import torch
 
-    scored = sequence.response.scored
-    kept = logp if scored is None else [one for one, counts in zip(logp, scored, strict=True) if counts]
-    return Scored(sum(kept), torch.tensor(kept, dtype=torch.float32))
+    return Scored(sum(logp), torch.tensor(logp, dtype=torch.float32))
 
 
 def old_scores(sequences: Sequence[FlatSequence], store: ScoreStore) -> list[Scored]:

@@ -61,8 +61,8 @@ def test_on_policy_the_step_is_its_own_old_policy(results, layout, loss):
             assert fresh["metrics"]["clip_fraction"] == 0.0
             assert fresh["loss"] == pytest.approx(given["loss"], rel=1e-6, abs=1e-9)
             assert relative(fresh["coefficient_S"], given["coefficient_S"]) < 1e-6
-            for metric in given["metrics"]:
-                assert fresh["metrics"][metric] == pytest.approx(given["metrics"][metric], rel=1e-5, abs=1e-7)
+            for metric in given["metrics"]:  # kl is what is left of sums of tens of nats
+                assert fresh["metrics"][metric] == pytest.approx(given["metrics"][metric], rel=1e-5, abs=2e-6)
             for parameter, gradient in given["gradients"].items():
                 assert relative(fresh["gradients"][parameter], gradient) < 2e-6, f"{key} {name} {parameter}"
 

@@ -126,7 +126,7 @@ def rank_of_four(rank: int, port: int, run_dir: str, delay: float) -> None:
         _on_rank(work, world, ending)
 
 
-@pytest.mark.parametrize("delay", [0.0, 1.0])
+@pytest.mark.parametrize("delay", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_status_holds_the_cause_and_not_what_followed(delay, tmp_path, capfd):
     run_dir = tmp_path / "run"
     run_dir.mkdir()

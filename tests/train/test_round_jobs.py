@@ -23,10 +23,10 @@ from transformers import AutoTokenizer
 
 ROUND_KEYS = {
     "rollout_equal_reward_fraction", "rollout_response_length_mean", "rollout_unfinished_fraction", "rollout_seconds",
-    "rollout_skipped_groups", "reward_mean", "rollout_mismatch_mean", "rollout_mismatch_max", "seconds",
+    "rollout_skipped_groups", "reward_mean", "rollout_mismatch", "rollout_mismatch_max", "seconds",
     "round_seconds", "sampling_seconds", "scoring_seconds", "round_tokens_per_second",
 }  # fmt: skip
-MISMATCH = {"rollout_mismatch_mean", "rollout_mismatch_max"}
+MISMATCH = {"rollout_mismatch", "rollout_mismatch_max"}
 OLD_LOSSES = {
     "grpo": {"name": "grpo"},
     "grpo with a reference": {"name": "grpo", "beta": 0.1},
@@ -95,7 +95,7 @@ def test_an_unchanged_policy_is_the_old_one_in_bf16(loss, updates, source, folde
     knows = updates > 1 or (source == "round_start" and loss in ("rloo", "grpo with a reference"))
     for number, line in enumerate(lines):
         assert line["clip_fraction"] == 0.0 and line.get("kl", 0.0) == 0.0
-        assert 1e-4 < line["rollout_mismatch_mean"] < line["rollout_mismatch_max"] < 0.5
+        assert 1e-4 < line["rollout_mismatch"] < line["rollout_mismatch_max"] < 0.5
         assert (line["pass_mode"] == "known_scores") == (knows and number % updates == 0)
         _check_advantages(_dumped(tmp_path, number + 1), OLD_LOSSES[loss], tmp_path, folder)
 
