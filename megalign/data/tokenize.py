@@ -246,6 +246,9 @@ class _Text:
             ids = _encode_apart(tokenizer, text)
         else:
             ids = self._behind(field, before.text, _encode(tokenizer, before.text), text)[0]
+        if not ids:
+            message = f"field {field} has no tokens; allowed: text of which the tokenizer keeps something"
+            raise BadRecord("empty response", message)
         return Response(ids if ids[-1:] == (end,) else (*ids, end))
 
     def _behind(self, field: str, prompt: str, prompt_ids: Ids, rest: str) -> tuple[Ids, Callable[[str], Ids]]:
