@@ -26,6 +26,11 @@ def shown(value: float) -> str:
     return f"{value:.4g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun, which takes an s in the plural."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def clock(seconds: float) -> str:
     """Write a duration as hours:minutes:seconds."""
     whole = max(0, round(seconds))
@@ -81,7 +86,8 @@ class StepBar(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         if self.numbers:
-            yield Text(self.numbers)
+            # Wrapped even where it is drawn again below a log line, which is printed unwrapped.
+            yield Text(self.numbers, no_wrap=False, overflow="fold")
 
     def begin(self, name: str, done: int, total: int) -> None:
         """Start the bar of another phase in place of the one before."""

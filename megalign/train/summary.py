@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megalign.config import JobConfig
 from megalign.train.checkpoint import latest
-from megalign.train.console import SHOWN, duration, shown
+from megalign.train.console import SHOWN, counted, duration, shown
 from megalign.train.report import Reporter
 
 Line = Mapping[str, Any]
@@ -120,6 +120,8 @@ def time_line(lines: Sequence[Line], *, step: int, begun_at: int, seconds: float
         "evaluation": total("eval_seconds"),
     }
     parts = ", ".join(f"{name} {duration(spent)}" for name, spent in clocks.items() if spent)
-    steps = f"{step} steps" if begun_at == 0 else f"{step} steps, {step - begun_at} of them in this start,"
+    steps = (
+        counted(step, "step") if begun_at == 0 else f"{counted(step, 'step')}, {step - begun_at} of them in this start,"
+    )
     speed = f"; {total('tokens') / trained:.0f} tokens/s in training steps" if trained else ""
     return f"{steps} in {duration(seconds)}" + (f" ({parts})" if parts else "") + speed
