@@ -20,7 +20,7 @@ EQUAL_REWARDS, NO_GRADIENT = "equal rewards", "no gradient"  # kinds that rounds
 
 
 def doubts_about_rate(cfg: JobConfig, num_steps: int) -> Iterator[str]:
-    """Doubts about the learning rate over the whole run."""
+    """Yield doubts about the learning rate over the whole run."""
     optimizer, warmup = cfg.optimizer, cfg.optimizer.schedule.warmup_steps
     if optimizer.lr == 0:
         yield "optimizer.lr is 0: no step will change the weights"
@@ -40,7 +40,7 @@ def doubts_about_rate(cfg: JobConfig, num_steps: int) -> Iterator[str]:
 
 
 def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
-    """Doubts about how many records there are, how long they are, and whether their responses are whole."""
+    """Yield doubts about how many records there are, how long they are, and whether their responses are whole."""
     report, groups_per_step = dataset.report, cfg.data.groups_per_step or 1
     if report.num_kept < (1 - MOST) * report.num_records:
         worst = max(report.bad, key=lambda reason: report.bad[reason])
@@ -65,7 +65,7 @@ def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
 
 
 def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
-    """(kind, text) of doubts about records without a difference that the loss could learn."""
+    """Yield (kind, text) of doubts about records without a difference that the loss could learn."""
     same = [index for index, group in enumerate(dataset.groups) if _same_contrast(dataset, group)]
     if same:
         what = "responses" if dataset.pairing.kind == "samples" else "preferred and other response"
@@ -96,7 +96,7 @@ def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
 
 
 def doubts_about_held_out(trained: Collection[Hashable], held_out: Sequence[Hashable], what: str) -> Iterator[str]:
-    """A doubt where most of the held-out records, or prompts, are among those that are trained on."""
+    """Yield a doubt where most of the held-out records, or prompts, are among those that are trained on."""
     known = set(trained)
     seen = sum(one in known for one in held_out)
     if seen > MOST * len(held_out):
@@ -107,12 +107,12 @@ def doubts_about_held_out(trained: Collection[Hashable], held_out: Sequence[Hash
 
 
 def identity(group: Group) -> Hashable:
-    """The tokens of a record: prompt and responses."""
+    """Return the tokens of a record, prompt and responses, to compare records by."""
     return group.prompt_ids, tuple(one.ids for one in group.responses)
 
 
 def doubts_about_rounds(cfg: JobConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
-    """Doubts about the sizes of a job's rounds."""
+    """Yield doubts about the sizes of a job's rounds."""
     rollout, groups_per_step = cfg.rollout, cfg.data.groups_per_step
     assert rollout is not None and groups_per_step is not None
     if groups_per_step > rollout.prompts_per_round:
@@ -166,7 +166,7 @@ def _extent(rewards: Sequence[float]) -> str:
 
 @dataclass
 class Doubts:
-    """What a run's settings, data and steps give reason to doubt, each kind once."""
+    """Collect the reasons to doubt that a run learns, from its settings, data and steps; each kind is said once."""
 
     cfg: JobConfig
     told: set[str] = field(default_factory=set)
@@ -178,7 +178,7 @@ class Doubts:
         prompts: Sequence[Prompt],
         held_out: GroupDataset | Sequence[Prompt] = (),
     ) -> list[str]:
-        """Doubts that can be known before the first step; `dataset` is None in rounds, which have `prompts`."""
+        """Find doubts that can be known before the first step; `dataset` is None in rounds, which have `prompts`."""
         found = list(doubts_about_rate(self.cfg, num_steps))
         if dataset is None:
             found += doubts_about_rounds(self.cfg, prompts)
@@ -194,7 +194,7 @@ class Doubts:
         return found
 
     def of_round(self, number: int, records: Sequence[Mapping[str, Any]], stats: Mapping[str, float]) -> list[str]:
-        """Doubts about a sampled round, `number` from 1, told of by its records and statistics."""
+        """Find doubts about a sampled round, `number` from 1, in its records and statistics."""
         rollout = self.cfg.rollout
         assert rollout is not None
         found = []
@@ -221,7 +221,7 @@ class Doubts:
         return found
 
     def of_step(self, step: int, batch: StepBatch, norm: float) -> list[str]:
-        """Doubts about a finished step, `step` from 1."""
+        """Find doubts about a finished step, `step` from 1."""
         rewards: dict[int, list[float]] = {}
         for one in batch.sequences if self.cfg.loss.traits().pairing.kind == "samples" else ():
             if one.response.reward is not None:
@@ -237,7 +237,7 @@ class Doubts:
         return []
 
     def _first(self, kind: str) -> bool:
-        """Whether this kind is new."""
+        """Whether this kind was not said before; from now on it was."""
         new = kind not in self.told
         self.told.add(kind)
         return new

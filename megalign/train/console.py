@@ -22,7 +22,7 @@ SHOWN = {
 
 
 def shown(value: float) -> str:
-    """Write a number with four digits that count."""
+    """Write a number with four significant digits."""
     return f"{value:.4g}"
 
 
@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 def outcomes(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
-    """(name, value) of the rewards and accuracies that a line of metrics has under `prefix`."""
+    """Yield (name, value) of the rewards and accuracies in a line of metrics; `prefix` is `eval_` or nothing."""
     for key, name in SHOWN.items():
         if isinstance(value := record.get(prefix + key), (int, float)):
             yield name, value
