@@ -43,9 +43,9 @@ def _continued_text(chat: Chat, field: str, turns: Sequence[Turn], notes: Counte
     start = last.get("content")
     if not isinstance(start, str) or last.get("tool_calls"):
         raise refuse(where, last, "content alone, because the response continues it", reason="messages")
-    # A template that parses reasoning cannot parse half of it: behind the generation prompt it stays as it is.
-    half = "<think>" in start and "</think>" not in start and "</think>" in chat.template
-    if not half:
+    if not start.strip():  # nothing is begun: templates differ in what they leave of the turn
+        return chat.text(field, turns[:-1], generation_prompt=True) + start
+    if not _is_half(chat, start):
         try:
             return chat.text(field, turns, continued=True)
         except BadRecord:
@@ -53,6 +53,11 @@ def _continued_text(chat: Chat, field: str, turns: Sequence[Turn], notes: Counte
     text = behind(chat.text(field, turns[:-1], generation_prompt=True), start)
     notes["prompts whose last message stands behind the generation prompt as it is"] += 1
     return text
+
+
+def _is_half(chat: Chat, text: str) -> bool:
+    """Whether text opens reasoning without an end, which a template that parses reasoning cannot parse."""
+    return "<think>" in text and "</think>" not in text and "</think>" in chat.template
 
 
 def answer_text(
@@ -111,9 +116,11 @@ def _last_turn(
         rest, tag = whole[len(prompt) :], _shared_tag(prompt, own)
         twice = bool(tag) and not lost(own, rest)
         dropped = lost(own, tag + rest)
-        if not twice and not dropped:
+        half = not tag and _is_half(chat, own.get("content") or "") and rest.lstrip().startswith("<think>")
+        half = half and not rest.lstrip().startswith(own["content"].strip())
+        if not twice and not dropped and not half:
             return rest
-        why = f"opens {tag.strip()} twice" if twice else f"drops {shorten(dropped)} of the answer"
+        why = f"opens {tag.strip() or '<think>'} twice" if twice or half else f"drops {shorten(dropped)} of the answer"
     else:
         why = "writes the beginning otherwise once the answer follows"
         shared = len(os.path.commonprefix([prompt, whole]))
@@ -126,7 +133,10 @@ def _last_turn(
         message = (
             f"field {field}: the chat template {why}, and only plain content can stand behind its generation prompt"
         )
-        raise BadRecord("chat template", f"{message} as it is; allowed: answers that it writes whole")
+        allowed = "answers that it writes whole"
+        if any(own.get(name) for name in REASONING) and not own.get("tool_calls"):
+            allowed += ", such as the reasoning inside content, as <think>...</think> before the answer"
+        raise BadRecord("chat template", f"{message} as it is; allowed: {allowed}")
     text = text if continued else behind(prompt, text)[len(prompt) :]
     notes["answers put behind the generation prompt as they are, because the chat template would change them"] += 1
     opened = OPENED.search(prompt)
@@ -214,16 +224,56 @@ def check_written(chat: Chat, field: str, turns: Sequence[Turn], places: Sequenc
         turn, where = turns[place], f"{field}[{place}]"
         dropped = _lost_call(turn, text)
         if dropped:
-            message = f"field {where}.tool_calls: the chat template does not write {shorten(dropped)}"
-            raise BadRecord("chat template", f"{message}; allowed: a model whose template takes tool calls")
+            raise _unwritten_call(where, dropped)
         content = turn.get("content")
         if turn["role"] == "assistant" or not content or content.strip() in text:
             continue
         # It may stand there in another form, such as JSON; then other words give another text.
         changed = [*turns[:place], {**turn, "content": content + PROBE}, *turns[place + 1 :]]
         if _same(field, turns, chat, chat, changed):
-            message = f"field {where}.content: the chat template does not write what the {turn['role']} says there"
-            raise BadRecord("chat template", f"{message}; allowed: turns that it writes")
+            raise _unwritten_turn(where, turn)
+    # The same words may stand elsewhere, such as a function's name among the tools: marks of each turn must come too.
+    marked = [_marked(turn, place) if place in places else turn for place, turn in enumerate(turns)]
+    try:
+        rendered = chat.text(field, marked)
+    except BadRecord:
+        return  # a template that takes these words alone
+    for place in places:
+        turn, mark, where = turns[place], _mark(place), f"{field}[{place}]"
+        if turn["role"] != "assistant" and turn.get("content") and f"{mark}content" not in rendered:
+            raise _unwritten_turn(where, turn)
+        for number, call in enumerate(tool_calls(turn)):
+            if f"{mark}call{number}-" not in rendered:
+                raise _unwritten_call(where, call["name"])
+
+
+def _mark(place: int) -> str:
+    return f"{PROBE}-{place}-"
+
+
+def _marked(turn: Turn, place: int) -> dict[str, Any]:
+    """Return the turn with a mark of its own behind its content and each called function's name."""
+    marked = dict(turn)
+    if turn["role"] != "assistant" and turn.get("content"):
+        marked["content"] = f"{turn['content']} {_mark(place)}content"
+    if turn.get("tool_calls"):
+        marked["tool_calls"] = [
+            {**call, "function": {**call["function"], "name": f"{call['function']['name']}{_mark(place)}call{number}-"}}
+            if "function" in call
+            else {**call, "name": f"{call['name']}{_mark(place)}call{number}-"}
+            for number, call in enumerate(turn["tool_calls"])
+        ]
+    return marked
+
+
+def _unwritten_turn(where: str, turn: Turn) -> BadRecord:
+    message = f"field {where}.content: the chat template does not write what the {turn['role']} says there"
+    return BadRecord("chat template", f"{message}; allowed: turns that it writes")
+
+
+def _unwritten_call(where: str, dropped: str) -> BadRecord:
+    message = f"field {where}.tool_calls: the chat template does not write {shorten(dropped)}"
+    return BadRecord("chat template", f"{message}; allowed: a model whose template takes tool calls")
 
 
 def _same(field: str, turns: Sequence[Turn], chat: Chat, other: Chat, changed: Sequence[Turn] | None = None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,13 @@ from megalign.data.config import DataConfig, Source
 from megalign.data.formats import Reading, recognise
 from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
-from megalign.data.messages import MESSAGE_FIELDS, check_context
+from megalign.data.limits import check_tokens
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
 from megalign.data.reading import RawRecord, read_raw
-from megalign.data.records import BadRecord, check_message_fields, check_record, check_slot, refuse
+from megalign.data.records import BadRecord, check_record, refuse
 from megalign.data.report import Report
-from megalign.data.tokenize import DEFAULT, TextOptions, encode_prompt, encode_record, token_fields
+from megalign.data.tokenize import encode_record, token_fields
 from megalign.schema import UserError
 
 if TYPE_CHECKING:
@@ -137,54 +137,6 @@ def from_records(
     raw = (RawRecord(f"{origin}:{number}", record) for number, record in enumerate(records))
     loader.add_source(raw, name=origin, weight=1.0)
     return loader.finish()
-
-
-def load_prompts(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    max_length: int,
-    vocab_size: int,
-    field: str = "rollout.path",
-    options: TextOptions = DEFAULT,
-    extra_fields: str = "error",
-    on_bad_record: str = "stop",
-    check: Callable[[Mapping[str, Any]], None] = lambda record: None,
-    report: Report | None = None,
-) -> list[Group]:
-    """Read prompts to sample from: groups without responses. Other fields stay in `raw`, for the reward.
-
-    check: raises `BadRecord` for what the reward cannot use. report: filled where it is given.
-    """
-    known = MESSAGE_FIELDS | template_words(getattr(tokenizer, "chat_template", None))
-    groups = []
-    report = Report() if report is None else report
-    for raw in read_raw(path, field=field):
-        number = report.num_records
-        report.num_records += 1
-        try:
-            record = raw.fields()
-            check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
-            check_context(record)
-            if extra_fields == "error":
-                check_message_fields({"prompt": record.get("prompt")}, known)
-            name = "prompt_ids" if "prompt_ids" in record else "prompt"
-            group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
-            _check_tokens(group, [name], tokenizer, max_length=max_length, vocab_size=vocab_size)
-            check(record)
-        except BadRecord as bad:
-            report.reject(raw.origin, bad, on_bad_record=on_bad_record)
-            continue
-        except UserError as error:
-            raise UserError(f"{raw.origin}: {error}") from None
-        groups.append(group)
-        report.origins.append(raw.origin)
-    report.num_kept = len(groups)
-    if not report.num_records:
-        raise UserError(f"{field} ({path}) holds no records; allowed: one or more")
-    if not groups:
-        raise UserError(f"no record of {field} is usable; the first problem: {report.first_problem()}")
-    return groups
 
 
 class _Loader:
@@ -321,7 +273,7 @@ class _Loader:
             raw=record,
         )
         fields = token_fields(record, name)
-        _check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
+        check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
         check_pairing(group, self.pairing, format=name)
         self._check_temperature(group)
         self.report.notes.update(notes)
@@ -356,32 +308,3 @@ class _Loader:
             self._reject(self.origins[index], bad)
             return False
         return True
-
-
-def _check_tokens(
-    group: Group,
-    fields: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    max_length: int,
-    vocab_size: int,
-) -> None:
-    """Refuse an empty prompt, ids outside the vocabulary, and what is too long. `fields`: prompt, responses."""
-    if not group.prompt_ids:
-        message = f"field {fields[0]} has no tokens; allowed: at least one, or the first response token has no score"
-        raise BadRecord("empty prompt", message)
-    texts = [group.prompt_ids, *(response.ids for response in group.responses)]
-    for name, ids in zip(fields, texts, strict=True):
-        highest, allowed = max(ids), f"token ids below the model's {vocab_size}"
-        if highest < vocab_size:
-            continue
-        if tokenizer is None or name.endswith("_ids"):
-            raise refuse(name, highest, allowed, reason="token ids")
-        token = tokenizer.convert_ids_to_tokens(highest)
-        message = f"field {name} becomes token id {highest}, the tokenizer's {token!r}; allowed: {allowed}"
-        raise BadRecord("token ids", message, field=name)
-    for name, ids in zip(fields[1:] or fields, texts[1:] or [()], strict=True):
-        length = len(group.prompt_ids) + len(ids)
-        if length > max_length:
-            message = f"field {name} is {length} tokens long, prompt included; allowed: at most {max_length}"
-            raise BadRecord("too long", message, size=length)

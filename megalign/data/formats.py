@@ -104,7 +104,7 @@ def _sharegpt(record: Mapping[str, Any]) -> Reading | None:
         return None
     if key is not None and ("messages" in record or "prompt" in record):
         return None
-    left_out, rest = _left_out(record, "id")
+    left_out, rest = _left_out(record, "id", *(["tools"] if record.get("tools") == "" else []))
     for name in TEXTS:
         if _says(rest.get(name)):
             rest[name] = _turns(name, rest[name])
@@ -244,9 +244,18 @@ def _one_part(turn: Mapping[str, Any]) -> Mapping[str, Any]:
 def _refuse_dialogue_strings(record: Mapping[str, Any]) -> None:
     """HH-RLHF: two dialogues as strings can be trained on as they are or as messages; the record has to say which."""
     sides = [record.get(side) for side in SIDES]
-    if {"prompt", "prompt_ids"} & record.keys() or not all(isinstance(side, str) for side in sides):
+    if "prompt_ids" in record or not all(isinstance(side, str) for side in sides):
         return
-    if all(re.search(r"(^|\n)Human: ", str(side)) and "\nAssistant:" in str(side) for side in sides):
+    prompt, dialogue = record.get("prompt"), re.compile(r"(^|\n)Human: ")
+    if isinstance(prompt, str) and dialogue.search(prompt):
+        if all(str(side).startswith(prompt.rstrip()) for side in sides):
+            raise BadRecord(
+                "implicit prompt",
+                "fields chosen and rejected are whole dialogues that begin with the field prompt, which would stand "
+                "there twice; must be what follows the prompt",
+                kinds={"dialogue strings"},
+            )
+    elif prompt is None and all(dialogue.search(str(side)) and "\nAssistant:" in str(side) for side in sides):
         raise BadRecord(
             "missing field",
             "field prompt is missing, and chosen and rejected are whole dialogues as strings; must be "

@@ -13,6 +13,7 @@ import itertools
 import json
 import lzma
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ FOREIGN: dict[bytes, str] = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
     b"ARROW1": "an Arrow file; give the directory that save_to_disk wrote, or Parquet",
     b"\xff\xff\xff\xff": "an Arrow file; give the directory that save_to_disk wrote, or Parquet",
+    b"\xff\xfe\x00\x00": "UTF-32; convert it with `iconv -f UTF-32 -t UTF-8`",
     b"\xff\xfe": "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
     b"\xfe\xff": "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
     b"SQLite format 3": "an SQLite database; write its rows as JSON lines",
@@ -52,12 +54,14 @@ class RawRecord:
     """A line of a file or a row of a table, not yet looked at. `origin` is `path:line`, `path:row` or `path[index]`."""
 
     origin: str
-    content: Any  # bytes of a line, or what a row or an element of a list holds
+    content: Any  # bytes of a line, what a row or an element of a list holds, or why there is no record
 
     def fields(self) -> dict[str, Any]:
         """The record as a dict; a line that is not a JSON object is a bad record."""
         if isinstance(self.content, Mapping):
             return dict(self.content)
+        if isinstance(self.content, BadRecord):
+            raise self.content
         noun, value = "element", self.content
         if isinstance(self.content, bytes):
             noun = "line"
@@ -163,12 +167,18 @@ def _parsed(text: bytes) -> Any:
 
 def _csv_rows(path: str, stream: IO[bytes], *, field: str, delimiter: str) -> Iterator[RawRecord]:
     rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    csv.field_size_limit(sys.maxsize)  # by default the module refuses texts above 131072 characters
     try:
+        names = rows.fieldnames or []
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{field} is {path!r}, whose header names the column {twice!r} twice; must be once")
         for row in rows:
+            content: Any = row
             if None in row or None in row.values():
-                names = len(rows.fieldnames or [])
-                raise UserError(f"{path}:{rows.line_num}: the row has not as many cells as the header; must be {names}")
-            yield RawRecord(f"{path}:{rows.line_num}", row)
+                message = f"the row has not as many cells as the header; must be {len(names)}"
+                content = BadRecord("cells of the row", message, kinds={"cells of the row"})
+            yield RawRecord(f"{path}:{rows.line_num}", content)
     except (csv.Error, UnicodeDecodeError) as error:
         where = f"{path}:{rows.line_num}"
         raise UserError(

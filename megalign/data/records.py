@@ -88,10 +88,10 @@ def _checks(
     strict = message_fields is not None
     known = {form for slot in SLOTS[name] for form in slot if form} | set(ANY_FORMAT)
     known |= set(FOR_PEOPLE) if name == "responses" else set()
-    if strict:
-        yield partial(_check_known, "", record, known, slots=SLOTS[name])
     implicit = name == "preference" and not {"prompt", "prompt_ids"} & record.keys()
     implicit = implicit and all(isinstance(record.get(side), list) for side in ("chosen", "rejected"))
+    if strict:
+        yield partial(_check_known, "", record, known, slots=SLOTS[name][1:] if implicit else SLOTS[name])
     for text, ids in SLOTS[name]:
         if not implicit:
             yield partial(check_slot, record, text, ids, strict=strict, is_prompt=text == "prompt")
@@ -121,8 +121,9 @@ def check_message_fields(texts: Mapping[str, Any], known: frozenset[str]) -> Non
     """Refuse fields of messages that nobody reads."""
     for field, turns in texts.items():
         for place, turn in enumerate(turns if isinstance(turns, list) else []):
-            if isinstance(turn, dict) and not turn.keys() <= known:
-                strangers = [f"{field}[{place}].{stranger}" for stranger in turn if stranger not in known]
+            names = [name for name in turn if name not in known] if isinstance(turn, dict) else []
+            strangers = [f"{field}[{place}].{name}" for name in names if turn[name] is not None]
+            if strangers:
                 message = f"{_not_known(strangers)}; allowed: {', '.join(sorted(MESSAGE_FIELDS))}, "
                 message += "and what the chat template reads (or data.extra_fields: ignore)"
                 raise BadRecord("unknown field", message, field=strangers[0])
@@ -137,7 +138,7 @@ def _check_implicit(side: str, messages: Any) -> None:
 def _check_known(
     prefix: str, record: Mapping[str, Any], known: set[str], *, slots: tuple[tuple[str, str | None], ...] = ()
 ) -> None:
-    strangers = [name for name in record if name not in known]
+    strangers = [name for name, value in record.items() if name not in known and value is not None]
     if strangers:
         missing = [text for text, ids in slots if text not in record and ids not in record]
         fields = ", ".join(sorted(known))
@@ -148,6 +149,7 @@ def _check_known(
 
 def _not_known(names: Sequence[str]) -> str:
     """Fields nobody knows, at most six of them by name."""
+    names = [name or "''" for name in names]
     more = f" and {len(names) - 6} more" if names[6:] else ""
     return f"field {names[0]} is not known" if len(names) == 1 else f"fields {', '.join(names[:6])}{more} are not known"
 

@@ -36,6 +36,7 @@ class TextOptions:
 
 
 DEFAULT = TextOptions()
+LONG = 16  # characters of a prompt that no response begins with by chance
 ANCHORS = "\n\t:a0"  # text stands behind the first of these that no token joins to its beginning
 
 
@@ -66,7 +67,8 @@ def encode_record(
         explicit = "prompt" in record
         before = text.prompt("prompt" if explicit else answers[0][0], prompt, continued=explicit)
         return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
-    prompt_ids = encode_prompt({"prompt": prompt} if isinstance(prompt, str) else record, tokenizer, options=options)
+    own = {"prompt": prompt} if isinstance(prompt, str) else record
+    prompt_ids = encode_prompt(own, tokenizer, options=options, notes=text.notes)
     before = _Prompt(prompt_ids, prompt if isinstance(prompt, str) else None, ())
     return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
 
@@ -80,17 +82,29 @@ def token_fields(record: Mapping[str, Any], format: str) -> list[str]:
 
 
 def encode_prompt(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, *, options: TextOptions = DEFAULT
+    record: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    options: TextOptions = DEFAULT,
+    notes: Counter[str] | None = None,
 ) -> Ids:
-    """Return the ids that a response to the record's `prompt` (text, messages) or `prompt_ids` is sampled from."""
+    """Return the ids that a response to the record's `prompt` (text, messages) or `prompt_ids` is sampled from.
+
+    notes: counts what was decided about the text and a log should tell.
+    """
+    notes = Counter() if notes is None else notes
     if "prompt_ids" in record:
         return tuple(record["prompt_ids"])
     prompt = record["prompt"]
     if isinstance(prompt, list):
-        return _Text(record, tokenizer, options, Counter()).prompt("prompt", prompt, continued=True).ids
+        return _Text(record, tokenizer, options, notes).prompt("prompt", prompt, continued=True).ids
     tokenizer = _required("prompt", tokenizer)
     front = _front(tokenizer, prompt) if options.special_tokens == "auto" else ()
-    return front + _encode(tokenizer, prompt)
+    ids = _encode(tokenizer, prompt)
+    if front and ids[: len(front)] == front:
+        start = "".join(tokenizer.convert_ids_to_tokens(list(front)))
+        notes[f"prompts that begin with {start} twice: in their text and, by data.special_tokens: auto, before it"] += 1
+    return front + ids
 
 
 def retokenize(
@@ -151,6 +165,8 @@ def _implicit_prompt(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Tur
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     allowed = "chosen and rejected begin with the same messages and end with different answers (or a prompt field)"
+    if chosen == rejected:
+        raise BadRecord("implicit prompt", f"field rejected is the same conversation as chosen; allowed: {allowed}")
     if shared == 0:
         raise refuse("chosen[0]", chosen[0], allowed, reason="implicit prompt")
     texts = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
@@ -182,7 +198,7 @@ class _Text:
         notes: Counter[str],
     ) -> None:
         self.record, self.tokenizer, self.options, self.notes = record, tokenizer, options, notes
-        self.objects = False  # whether the arguments of tool calls were read from JSON strings
+        self.changed = False  # whether the arguments of tool calls were changed for the template
 
     def prompt(self, field: str, turns: Sequence[Turn], *, continued: bool) -> _Prompt:
         """Encode messages as what a response to them is sampled from."""
@@ -214,16 +230,18 @@ class _Text:
 
     def _given(self, chat: Chat, field: str, before: Sequence[Turn], turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """Return turns, which follow `before`, in the form that the template takes."""
-        given, objects = adapted(chat, field, [*before, *map(without_nulls, turns)])
-        if objects and not self.objects:
-            self.notes["records whose tool-call arguments were read from JSON strings, which the template quotes"] += 1
-        self.objects = self.objects or objects
+        given, change = adapted(chat, field, [*before, *map(without_nulls, turns)])
+        if change and not self.changed:
+            self.notes[change] += 1
+        self.changed = self.changed or bool(change)
         return given[len(before) :]
 
     def string(self, field: str, before: _Prompt, text: str) -> Response:
         """Encode a response to a plain string, or to ids, and close it."""
         tokenizer = _required(field, self.tokenizer)
         end = _end_of_sequence(field, tokenizer)
+        if before.text is not None and len(before.text) >= LONG and text.startswith(before.text):
+            self.notes["responses that begin with the whole text of their prompt, which stands there twice then"] += 1
         if before.text is None:
             ids = _encode_apart(tokenizer, text)
         else:
