@@ -155,6 +155,19 @@ EQUAL = [
     ("\\boxed{\\boxed{42}}", "42"),
     ("\\fbox{42}", "42"),
     ("\\boxed 7", "7"),
+    ("__42__", "42"),
+    ("The answer is `42`.", "42"),
+    ("1_000", "1000"),
+    ("1\u2019000", "1000"),
+    ("9 eggs a day.\nA: 18", "#### 18"),
+    ("b) 1/2", "0.5"),
+    ("1, 2, and 3", "1,2,3"),
+    ("2,500 and 3,000", "2500, 3000"),
+    ("\\boxed{1 \\text{ or } -2}", "1, -2"),
+    ("The sum of 3 and 4 is 7", "7"),
+    ("\\boxed{\\text{Evelyn}}", "Evelyn"),
+    ("#### yes", "Yes."),
+    ("\\boxed{\\text{(B)}}", "B"),
 ]
 UNEQUAL = [
     ("-42", "42"),
@@ -228,6 +241,12 @@ UNEQUAL = [
     ("N/A", "0"),
     ("", ""),
     ("\\boxed{42", "42"),
+    ("42 or 43", "43"),
+    ("\\boxed{1 \\text{ or } 2}", "2"),
+    ("between 3 and 4", "4"),
+    ("\\boxed{\\text{no}}", "on"),
+    ("\\boxed{\\text{Monday}}", "\\boxed{\\text{Tuesday}}"),
+    ("yes", "no"),
 ]
 
 
