@@ -102,7 +102,7 @@ TOOLS = [name for name in CASES if "tools" in name or "a call" in name]
 MERGED = ("strings, the prompt ends in a blank", "strings, line ends on both sides", "strings, inside a word")
 # reason (a row of docs/tokens.md): {case: kinds of tokenizers}
 MEANT = {
-    "tokens over the border": {
+    "a token that spans the border of prompt and response": {
         "strings": [BLANK],
         "strings, closed by hand": [BLANK],
         "strings, the prompt ends in a blank": [BYTES, START, BLANK, GEMMA],
@@ -300,7 +300,7 @@ def check_refused(own, other, record, tokenizer, trl):
 
 
 CHECKS = {
-    "tokens over the border": check_whole_prompt,
+    "a token that spans the border of prompt and response": check_whole_prompt,
     "a second end": check_one_end,
     "an answer that is begun": check_continued,
     "turns between answers": check_between,
