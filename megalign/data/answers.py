@@ -25,7 +25,7 @@ THINK = re.compile(r"(</?think>|\[/?THINK\])")
 
 
 def prompt_text(chat: Chat, field: str, turns: Sequence[Turn], *, continued: bool, notes: Counter[str]) -> str:
-    """Render what a response is sampled from. `continued`: a last turn of the assistant's is continued."""
+    """Render the prompt that a response is sampled from; continued: leave a last assistant turn open."""
     if continued and turns[-1]["role"] == "assistant":
         text = _continued_text(chat, field, turns, notes)
     else:
@@ -43,16 +43,24 @@ def _continued_text(chat: Chat, field: str, turns: Sequence[Turn], notes: Counte
     start = last.get("content")
     if not isinstance(start, str) or last.get("tool_calls"):
         raise refuse(where, last, "content alone, because the response continues it", reason="messages")
-    # A template that parses reasoning cannot parse half of it: behind the generation prompt it stays as it is.
-    half = "<think>" in start and "</think>" not in start and "</think>" in chat.template
-    if not half:
-        try:
-            return chat.text(field, turns, continued=True)
-        except BadRecord:
-            pass
+    if not start.strip():  # nothing is begun: templates differ in what they leave of the turn
+        return chat.text(field, turns[:-1], generation_prompt=True) + start
+    if not _is_half(chat, start):
+        with contextlib.suppress(BadRecord):
+            text, head = chat.text(field, turns, continued=True), chat.text(field, turns[:-1])
+            if not lost(last, text[len(os.path.commonprefix([head, text])) :]):
+                return text
+    if any(last.get(name) for name in REASONING):
+        allowed = "a beginning that the chat template writes whole, or one with its reasoning inside content"
+        raise refuse(where, last, allowed, reason="chat template")
     text = behind(chat.text(field, turns[:-1], generation_prompt=True), start)
     notes["prompts whose last message stands behind the generation prompt as it is"] += 1
     return text
+
+
+def _is_half(chat: Chat, text: str) -> bool:
+    """Whether `text` opens <think> and never closes it while the template parses reasoning by </think>."""
+    return "<think>" in text and "</think>" not in text and "</think>" in chat.template
 
 
 def answer_text(
@@ -104,16 +112,18 @@ def _last_turn(
     continued: bool,
     notes: Counter[str],
 ) -> str:
-    """Return one answer as it stands behind the prompt, whole."""
+    """Return the text of one answer behind the prompt; refuse the record if the template drops a part of it."""
     head = before[:-1] if continued else before
     whole = chat.text(field, [*head, _merged(before[-1], own) if continued else own])
     if whole.startswith(prompt):
         rest, tag = whole[len(prompt) :], _shared_tag(prompt, own)
         twice = bool(tag) and not lost(own, rest)
         dropped = lost(own, tag + rest)
-        if not twice and not dropped:
+        half = not tag and _is_half(chat, own.get("content") or "") and rest.lstrip().startswith("<think>")
+        half = half and not rest.lstrip().startswith(own["content"].strip())
+        if not twice and not dropped and not half:
             return rest
-        why = f"opens {tag.strip()} twice" if twice else f"drops {shorten(dropped)} of the answer"
+        why = f"opens {tag.strip() or '<think>'} twice" if twice or half else f"drops {shorten(dropped)} of the answer"
     else:
         why = "writes the beginning otherwise once the answer follows"
         shared = len(os.path.commonprefix([prompt, whole]))
@@ -126,7 +136,10 @@ def _last_turn(
         message = (
             f"field {field}: the chat template {why}, and only plain content can stand behind its generation prompt"
         )
-        raise BadRecord("chat template", f"{message} as it is; allowed: answers that it writes whole")
+        allowed = "answers that it writes whole"
+        if any(own.get(name) for name in REASONING) and not own.get("tool_calls"):
+            allowed += ", such as the reasoning inside content, as <think>...</think> before the answer"
+        raise BadRecord("chat template", f"{message} as it is; allowed: {allowed}")
     text = text if continued else behind(prompt, text)[len(prompt) :]
     notes["answers put behind the generation prompt as they are, because the chat template would change them"] += 1
     opened = OPENED.search(prompt)
@@ -151,7 +164,7 @@ def _closing(chat: Chat, field: str, before: Sequence[Turn]) -> str | None:
 def _locate(
     chat: Chat, field: str, turns: Sequence[Turn], owns: Sequence[Turn], whole: str, *, start: int
 ) -> list[Span]:
-    """Find each assistant turn of `owns`, the last of `turns`, in the whole text, from its first own character."""
+    """Return (start, end) in `whole` of each assistant turn in `owns`, which are the last of `turns`."""
     first = len(turns) - len(owns)
     places = [place for place in range(first, len(turns)) if turns[place]["role"] == "assistant"]
     starts = [start]
@@ -209,25 +222,65 @@ def _rewritten(field: str, detail: str) -> BadRecord:
 
 
 def check_written(chat: Chat, field: str, turns: Sequence[Turn], places: Sequence[int], text: str) -> None:
-    """Refuse turns that the template leaves out. Earlier answers' own words are the template's to shorten."""
+    """Refuse turns and tool calls that the template leaves out; it may shorten earlier answers of the assistant."""
     for place in places:
         turn, where = turns[place], f"{field}[{place}]"
         dropped = _lost_call(turn, text)
         if dropped:
-            message = f"field {where}.tool_calls: the chat template does not write {shorten(dropped)}"
-            raise BadRecord("chat template", f"{message}; allowed: a model whose template takes tool calls")
+            raise _unwritten_call(where, dropped)
         content = turn.get("content")
         if turn["role"] == "assistant" or not content or content.strip() in text:
             continue
         # It may stand there in another form, such as JSON; then other words give another text.
         changed = [*turns[:place], {**turn, "content": content + PROBE}, *turns[place + 1 :]]
         if _same(field, turns, chat, chat, changed):
-            message = f"field {where}.content: the chat template does not write what the {turn['role']} says there"
-            raise BadRecord("chat template", f"{message}; allowed: turns that it writes")
+            raise _unwritten_turn(where, turn)
+    # The same words may stand elsewhere, such as a function's name among the tools: marks of each turn must come too.
+    marked = [_marked(turn, place) if place in places else turn for place, turn in enumerate(turns)]
+    try:
+        rendered = chat.text(field, marked)
+    except BadRecord:
+        return  # a template that takes these words alone
+    for place in places:
+        turn, mark, where = turns[place], _mark(place), f"{field}[{place}]"
+        if turn["role"] != "assistant" and turn.get("content") and f"{mark}content" not in rendered:
+            raise _unwritten_turn(where, turn)
+        for number, call in enumerate(tool_calls(turn)):
+            if f"{mark}call{number}-" not in rendered:
+                raise _unwritten_call(where, call["name"])
+
+
+def _mark(place: int) -> str:
+    return f"{PROBE}-{place}-"
+
+
+def _marked(turn: Turn, place: int) -> dict[str, Any]:
+    """Append a marker to the turn's content and to each called function's name."""
+    marked = dict(turn)
+    if turn["role"] != "assistant" and turn.get("content"):
+        marked["content"] = f"{turn['content']} {_mark(place)}content"
+    if turn.get("tool_calls"):
+        marked["tool_calls"] = [
+            {**call, "function": {**call["function"], "name": f"{call['function']['name']}{_mark(place)}call{number}-"}}
+            if "function" in call
+            else {**call, "name": f"{call['name']}{_mark(place)}call{number}-"}
+            for number, call in enumerate(turn["tool_calls"])
+        ]
+    return marked
+
+
+def _unwritten_turn(where: str, turn: Turn) -> BadRecord:
+    message = f"field {where}.content: the chat template does not write what the {turn['role']} says there"
+    return BadRecord("chat template", f"{message}; allowed: turns that it writes")
+
+
+def _unwritten_call(where: str, dropped: str) -> BadRecord:
+    message = f"field {where}.tool_calls: the chat template does not write {shorten(dropped)}"
+    return BadRecord("chat template", f"{message}; allowed: a model whose template takes tool calls")
 
 
 def _same(field: str, turns: Sequence[Turn], chat: Chat, other: Chat, changed: Sequence[Turn] | None = None) -> bool:
-    """Whether another chat, or other turns, give the same text; what one of them refuses is not the same."""
+    """Return whether both chats render the same text; False if one of them refuses the turns."""
     try:
         return chat.text(field, turns) == other.text(field, changed or turns)
     except BadRecord:

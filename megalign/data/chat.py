@@ -1,16 +1,17 @@
-"""A conversation as text: a tokenizer's chat template with the tools, variables and day that a record gives it."""
+"""Render conversations with a tokenizer's chat template and the tools, variables and date of one record."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 
 from megalign.data.refusals import BadRecord, refuse
 from megalign.schema import UserError
@@ -23,14 +24,18 @@ OPENED = re.compile(r"(<[A-Za-z][\w:-]*>|\[[A-Z_]+\])(\s*)$")  # <think>, [THINK
 NOT_VARIABLES = (
     *("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "padding"),
     *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
-    "sanitize_control_tokens",
+    *("sanitize_control_tokens", "strftime_now", "raise_exception"),
 )
+INNER = ("name", "arguments")  # of a call
+# How the arguments of calls are changed for a template, for a log.
+FROM_TEXT = "records whose tool-call arguments were read from JSON strings, which the template quotes"
+TO_TEXT = "records whose tool-call arguments were written as JSON strings, because the template takes no objects"
 DAY_CODES = "aAbBcCdDeFgGhHIjkmMpPrRSTuUVwWxXyYzZ"
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """What renders one record's conversations."""
+    """A chat template with the tools and variables of one record."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -84,18 +89,18 @@ class Chat:
 def open_chat(
     field: str, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, date: str | None = None
 ) -> Chat:
-    """Choose the template and check what the record gives it. `date` is the day that `strftime_now` tells."""
+    """Choose the template and check the record's tools and variables; `strftime_now` returns `date`."""
     tools = record.get("tools")
     if isinstance(tools, str):
         tools = json.loads(tools)
     variables = {name: value for name, value in (record.get("chat_template_kwargs") or {}).items() if value is not None}
     template = _choose_template(field, tokenizer, variables.pop("chat_template", None), with_tools=bool(tools))
-    words = template_words(template)
+    words, read = template_words(template), _variables(template)
     for name, value in variables.items():
         where = f"chat_template_kwargs.{name}"
         if name in NOT_VARIABLES:
             raise refuse(where, value, "variables of the chat template", reason="chat template")
-        if name not in words:
+        if name not in read:
             message = f"field {where}: the chat template does not read it; allowed: variables that it reads"
             raise BadRecord("chat template", message)
     if tools and "tools" not in words:
@@ -110,6 +115,15 @@ def template_words(template: Any) -> frozenset[str]:
     return frozenset(
         word for text in texts for word in re.findall(r"\w+", re.sub(r"\{#.*?#\}", "", str(text), flags=re.S))
     )
+
+
+def _variables(template: str) -> Collection[str]:
+    """Return the variables that a template reads without setting them; all its words if it does not parse."""
+    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)  # a tag of transformers' own
+    try:
+        return find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+    except TemplateError:
+        return template_words(template)
 
 
 def _choose_template(field: str, tokenizer: PreTrainedTokenizerBase, name: Any, *, with_tools: bool) -> str:
@@ -155,27 +169,36 @@ def _with_day(template: str, date: str | None) -> str:
 
 
 def without_nulls(turn: Turn) -> dict[str, Any]:
-    """Return the turn's fields that say something; transformers leaves null ones out, too."""
+    """Return the turn without null fields and empty tool_calls, as transformers does."""
     return {name: value for name, value in turn.items() if value is not None and (name != "tool_calls" or value)}
 
 
-def adapted(chat: Chat, field: str, turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], bool]:
-    """Return the turns in the first form that the template takes, and whether tool arguments were read from strings.
+def adapted(chat: Chat, field: str, turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], str]:
+    """Return the turns in the first form that the template takes, and how tool arguments had to be changed for it.
 
-    A template that writes `arguments | tojson` quotes a string of JSON, and some take no call without `content`.
+    Templates differ: some take no call without `function` or `arguments`, or no turn without `content`; one that
+    writes `arguments | tojson` would quote a string of JSON, and one that joins strings takes no object.
     """
     plain = [dict(turn) for turn in turns]
-    forms = [(plain, False)]
-    if _argument_strings(plain):
-        forms.append(([_with_objects(turn) for turn in plain], True))
+    forms = [(plain, "")]
+    for change in ("", FROM_TEXT, TO_TEXT):
+        form = [_whole_calls(turn, change) for turn in plain]
+        if all(form != other for other, _ in forms):
+            forms.append((form, change))
     if any("content" not in turn for turn in plain):
-        forms += [([{"content": "", **turn} for turn in form], objects) for form, objects in forms]
-    for form, objects in forms if len(forms) > 1 else []:
+        forms += [([{"content": "", **turn} for turn in form], change) for form, change in forms]
+    quoted = None
+    for form, change in forms if len(forms) > 1 else []:
         with contextlib.suppress(BadRecord):
             rendered = chat.text(field, form)
-            if not any(json.dumps(text, ensure_ascii=False) in rendered for text in _argument_strings(form)):
-                return form, objects
-    return plain, False
+            texts = [text for text in _argument_strings(form) if json.dumps(text, ensure_ascii=False) in rendered]
+            if not texts:
+                return form, change
+            quoted = next(filter(None, texts), quoted)
+    if quoted is not None:
+        allowed = "an object, or one as JSON text, because the chat template quotes what is none"
+        raise refuse(f"{field}: arguments of tool_calls", quoted, allowed, reason="chat template")
+    return plain, ""
 
 
 def _argument_strings(turns: Sequence[Turn]) -> list[str]:
@@ -188,29 +211,31 @@ def tool_calls(turn: Turn) -> list[Mapping[str, Any]]:
     return [call.get("function", call) for call in turn.get("tool_calls") or []]
 
 
-def _with_objects(turn: dict[str, Any]) -> dict[str, Any]:
+def _whole_calls(turn: dict[str, Any], change: str) -> dict[str, Any]:
+    """Return the turn with `function` and `arguments` in each call, the arguments changed as said."""
     if "tool_calls" not in turn:
         return turn
     calls = []
     for call in turn["tool_calls"]:
-        inner = dict(call.get("function", call))
-        try:
-            value = json.loads(inner["arguments"])
-        except (KeyError, TypeError, ValueError):
-            value = None
-        if isinstance(value, dict):
-            inner["arguments"] = value
-        calls.append({**call, "function": inner} if "function" in call else inner)
+        inner = {"arguments": {}, **call.get("function", {name: call[name] for name in call if name in INNER})}
+        if change == TO_TEXT and not isinstance(inner["arguments"], str):
+            inner["arguments"] = json.dumps(inner["arguments"], ensure_ascii=False)
+        if change == FROM_TEXT and isinstance(inner["arguments"], str):
+            with contextlib.suppress(ValueError):
+                value = json.loads(inner["arguments"] or "{}")
+                inner["arguments"] = value if isinstance(value, dict) else inner["arguments"]
+        outer = {name: value for name, value in call.items() if name not in ("function", *INNER)}
+        calls.append({"type": "function", **outer, "function": inner})
     return {**turn, "tool_calls": calls}
 
 
 def without_tools(chat: Chat) -> Chat:
-    """Return the same chat for a record that had no tools."""
+    """Return the chat without tools."""
     return replace(chat, tools=None)
 
 
 def behind(prompt: str, text: str) -> str:
-    """Put text behind a generation prompt; a tag that the prompt has just opened is not opened again."""
+    """Append text to a generation prompt; a tag that the prompt ends with, such as <think>, is not opened twice."""
     opened = OPENED.search(prompt)
     if opened and text.lstrip().startswith(opened[1]):
         return prompt + text.lstrip().removeprefix(opened[1]).removeprefix(opened[2])

@@ -1,10 +1,10 @@
-"""Records as groups, checked before the first step, and the flat sequences that a step trains on."""
+"""Load records into groups before the first step, and flatten a step's groups into sequences."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,13 @@ from megalign.data.config import DataConfig, Source
 from megalign.data.formats import Reading, recognise
 from megalign.data.group import Group, Pairing
 from megalign.data.group import Sequence as FlatSequence
-from megalign.data.messages import MESSAGE_FIELDS, check_context
+from megalign.data.limits import check_tokens
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
 from megalign.data.reading import RawRecord, read_raw
-from megalign.data.records import BadRecord, check_message_fields, check_record, check_slot, refuse
+from megalign.data.records import BadRecord, check_record, refuse
 from megalign.data.report import Report
-from megalign.data.tokenize import DEFAULT, TextOptions, encode_prompt, encode_record, token_fields
+from megalign.data.tokenize import encode_record, token_fields
 from megalign.schema import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupDataset:
-    """The records that passed, in file order, and how a loss pairs their responses."""
+    """Groups of all accepted records, in file order, with the settings of how a loss pairs their responses."""
 
     groups: list[Group]
     spans: tuple[Span, ...]  # how many of `groups` each source gave
@@ -44,15 +44,15 @@ class GroupDataset:
 
     @property
     def epoch_size(self) -> int:
-        """How many groups one epoch takes."""
+        """Number of groups in one epoch."""
         return sum(span.per_epoch for span in self.spans)
 
     def step_items(self, step: int, *, groups_per_step: int, shuffle: bool) -> list[Item]:
-        """(epoch, index) of the groups of step `step`, from 0."""
+        """Return (epoch, index) of each group that step `step` (from 0) trains on."""
         return step_items(step, self.spans, groups_per_step=groups_per_step, seed=self.seed, shuffle=shuffle)
 
     def sequences(self, items: Sequence[Item]) -> tuple[list[FlatSequence], int]:
-        """The items' sequences, groups numbered from 0 in the step, and the number of groups."""
+        """Return the sequences of the step's items, their groups numbered from 0, and the number of groups."""
         flat = []
         for number, (epoch, index) in enumerate(items):
             group = self.groups[index]
@@ -69,12 +69,12 @@ class GroupDataset:
         return flat, len(items)
 
     def with_teacher_scores(self, scores: Sequence[Mapping[str, float]]) -> GroupDataset:
-        """The same records with these scores, one mapping for each group, in place of their own."""
+        """Return a copy whose groups have these teacher scores, one mapping for each group."""
         groups = [replace(group, teacher_scores=dict(one)) for group, one in zip(self.groups, scores, strict=True)]
         return replace(self, groups=groups)
 
     def keep_highest(self, share: float) -> GroupDataset:
-        """`filter.teacher_score_keep`: floor(share * records) with the highest mean teacher score, at least one.
+        """Keep the floor(share * records) groups with the highest mean teacher score, at least one.
 
         Ties go to what comes first in the file, and the file's order stays.
         """
@@ -132,59 +132,11 @@ def from_records(
     vocab_size: int,
     origin: str = "record",
 ) -> GroupDataset:
-    """The same for records in memory, such as a round's; messages call them `origin:number`."""
+    """Check and tokenise records in memory, such as a round's; messages name them `origin:number`."""
     loader = _Loader(cfg, tokenizer, pairing=pairing, seed=seed, vocab_size=vocab_size)
     raw = (RawRecord(f"{origin}:{number}", record) for number, record in enumerate(records))
     loader.add_source(raw, name=origin, weight=1.0)
     return loader.finish()
-
-
-def load_prompts(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    max_length: int,
-    vocab_size: int,
-    field: str = "rollout.path",
-    options: TextOptions = DEFAULT,
-    extra_fields: str = "error",
-    on_bad_record: str = "stop",
-    check: Callable[[Mapping[str, Any]], None] = lambda record: None,
-    report: Report | None = None,
-) -> list[Group]:
-    """Read prompts to sample from: groups without responses. Other fields stay in `raw`, for the reward.
-
-    check: raises `BadRecord` for what the reward cannot use. report: filled where it is given.
-    """
-    known = MESSAGE_FIELDS | template_words(getattr(tokenizer, "chat_template", None))
-    groups = []
-    report = Report() if report is None else report
-    for raw in read_raw(path, field=field):
-        number = report.num_records
-        report.num_records += 1
-        try:
-            record = raw.fields()
-            check_slot(record, "prompt", "prompt_ids", strict=False, is_prompt=True)
-            check_context(record)
-            if extra_fields == "error":
-                check_message_fields({"prompt": record.get("prompt")}, known)
-            name = "prompt_ids" if "prompt_ids" in record else "prompt"
-            group = Group(number, encode_prompt(record, tokenizer, options=options), (), raw=record)
-            _check_tokens(group, [name], tokenizer, max_length=max_length, vocab_size=vocab_size)
-            check(record)
-        except BadRecord as bad:
-            report.reject(raw.origin, bad, on_bad_record=on_bad_record)
-            continue
-        except UserError as error:
-            raise UserError(f"{raw.origin}: {error}") from None
-        groups.append(group)
-        report.origins.append(raw.origin)
-    report.num_kept = len(groups)
-    if not report.num_records:
-        raise UserError(f"{field} ({path}) holds no records; allowed: one or more")
-    if not groups:
-        raise UserError(f"no record of {field} is usable; the first problem: {report.first_problem()}")
-    return groups
 
 
 class _Loader:
@@ -231,7 +183,7 @@ class _Loader:
         self.sources.append((first, self.report.num_records - first, weight))
 
     def finish(self) -> GroupDataset:
-        """Check what needs all records at once."""
+        """Check weak negatives, which need all records, and return the data set."""
         pool = None
         kept: Sequence[int] = range(len(self.groups))
         if self.pairing.kind == "contrast" and self.pairing.weak:
@@ -258,7 +210,7 @@ class _Loader:
         )
 
     def _shared(self, bad: BadRecord, rest: Iterator[RawRecord], *, num_good: int, first: int) -> str:
-        """How many of the source's other records have the faults of `bad`; nothing where it is the only one.
+        """Say how many of the source's other records have the same faults as `bad`; empty if none has.
 
         Faults that tokens show are looked for by tokenising the others, which a load without faults does as well.
         """
@@ -282,7 +234,7 @@ class _Loader:
         self.report.reject(origin, bad, on_bad_record=self.cfg.on_bad_record, shared=shared)
 
     def _checked(self, raw: RawRecord) -> tuple[Reading, str]:
-        """The record with our own fields, and its format, or `BadRecord` with everything that is wrong with it."""
+        """Return the record with our own field names and its format; raise `BadRecord` with all its faults."""
         reading = recognise(raw.fields(), format=self.cfg.format)
         try:
             name = check_record(
@@ -321,14 +273,14 @@ class _Loader:
             raw=record,
         )
         fields = token_fields(record, name)
-        _check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
+        check_tokens(group, fields, self.tokenizer, max_length=cfg.max_length, vocab_size=self.vocab_size)
         check_pairing(group, self.pairing, format=name)
         self._check_temperature(group)
         self.report.notes.update(notes)
         return group
 
     def _check_temperature(self, group: Group) -> None:
-        """Refuse log-probs that are to be the old policy's and are of another distribution than the one trained."""
+        """Refuse behaviour log-probs of another temperature where the loss takes them as the old policy's."""
         place = next((at for at, one in enumerate(group.responses) if one.behaviour_logp is not None), None)
         if self.old_temperature is None or place is None:
             return
@@ -356,32 +308,3 @@ class _Loader:
             self._reject(self.origins[index], bad)
             return False
         return True
-
-
-def _check_tokens(
-    group: Group,
-    fields: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    max_length: int,
-    vocab_size: int,
-) -> None:
-    """Refuse an empty prompt, ids outside the vocabulary, and what is too long. `fields`: prompt, responses."""
-    if not group.prompt_ids:
-        message = f"field {fields[0]} has no tokens; allowed: at least one, or the first response token has no score"
-        raise BadRecord("empty prompt", message)
-    texts = [group.prompt_ids, *(response.ids for response in group.responses)]
-    for name, ids in zip(fields, texts, strict=True):
-        highest, allowed = max(ids), f"token ids below the model's {vocab_size}"
-        if highest < vocab_size:
-            continue
-        if tokenizer is None or name.endswith("_ids"):
-            raise refuse(name, highest, allowed, reason="token ids")
-        token = tokenizer.convert_ids_to_tokens(highest)
-        message = f"field {name} becomes token id {highest}, the tokenizer's {token!r}; allowed: {allowed}"
-        raise BadRecord("token ids", message, field=name)
-    for name, ids in zip(fields[1:] or fields, texts[1:] or [()], strict=True):
-        length = len(group.prompt_ids) + len(ids)
-        if length > max_length:
-            message = f"field {name} is {length} tokens long, prompt included; allowed: at most {max_length}"
-            raise BadRecord("too long", message, size=length)

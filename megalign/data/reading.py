@@ -13,6 +13,7 @@ import itertools
 import json
 import lzma
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ FOREIGN: dict[bytes, str] = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
     b"ARROW1": "an Arrow file; give the directory that save_to_disk wrote, or Parquet",
     b"\xff\xff\xff\xff": "an Arrow file; give the directory that save_to_disk wrote, or Parquet",
+    b"\xff\xfe\x00\x00": "UTF-32; convert it with `iconv -f UTF-32 -t UTF-8`",
     b"\xff\xfe": "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
     b"\xfe\xff": "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
     b"SQLite format 3": "an SQLite database; write its rows as JSON lines",
@@ -52,12 +54,14 @@ class RawRecord:
     """A line of a file or a row of a table, not yet looked at. `origin` is `path:line`, `path:row` or `path[index]`."""
 
     origin: str
-    content: Any  # bytes of a line, or what a row or an element of a list holds
+    content: Any  # bytes of a line, what a row or an element of a list holds, or why there is no record
 
     def fields(self) -> dict[str, Any]:
-        """The record as a dict; a line that is not a JSON object is a bad record."""
+        """Return the record as a dict; a line that is not a JSON object is a bad record."""
         if isinstance(self.content, Mapping):
             return dict(self.content)
+        if isinstance(self.content, BadRecord):
+            raise self.content
         noun, value = "element", self.content
         if isinstance(self.content, bytes):
             noun = "line"
@@ -73,7 +77,7 @@ class RawRecord:
 
 
 def read_raw(path: str, *, field: str = "data.path") -> Iterator[RawRecord]:
-    """Records of a file (lines count from 1; blank lines are none) or of a directory or table (rows from 0)."""
+    """Yield the records of a file (lines count from 1, blank ones are skipped), directory or table (rows from 0)."""
     place = Path(path)
     if not place.exists():
         hub = ""
@@ -88,7 +92,7 @@ def read_raw(path: str, *, field: str = "data.path") -> Iterator[RawRecord]:
 
 
 def foreign_kind(head: bytes) -> str | None:
-    """What a file that begins with `head` is, if it holds no records: such as a Git LFS pointer or an archive."""
+    """Return what a file that begins with `head` is if it holds no records, such as a Git LFS pointer."""
     start = head.lstrip()[:20].lower()
     for mark, kind in FOREIGN.items():
         if head.startswith(mark) or (mark.startswith(b"<") and start.startswith(mark)):
@@ -138,7 +142,7 @@ def _lines(path: str, stream: IO[bytes], *, field: str) -> Iterator[RawRecord]:
 
 
 def _list_or_lines(path: str, stream: IO[bytes], *, field: str) -> Iterator[RawRecord]:
-    """Records of a file that is one list in JSON; where its first line is a list of other things, its lines."""
+    """Yield the elements of a file that is one list in JSON, or its lines if the list is no list of objects."""
     data = stream.read()
     try:
         rows = json.loads(data.removeprefix(BOM).decode("utf-8"))
@@ -154,7 +158,7 @@ def _list_or_lines(path: str, stream: IO[bytes], *, field: str) -> Iterator[RawR
 
 
 def _parsed(text: bytes) -> Any:
-    """The JSON value of `text`; None where it is none."""
+    """Parse JSON; None if `text` is not valid."""
     try:
         return json.loads(text.removeprefix(BOM).decode("utf-8"))
     except (ValueError, RecursionError):
@@ -163,12 +167,18 @@ def _parsed(text: bytes) -> Any:
 
 def _csv_rows(path: str, stream: IO[bytes], *, field: str, delimiter: str) -> Iterator[RawRecord]:
     rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    csv.field_size_limit(sys.maxsize)  # by default the module refuses texts above 131072 characters
     try:
+        names = rows.fieldnames or []
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{field} is {path!r}, whose header names the column {twice!r} twice; must be once")
         for row in rows:
+            content: Any = row
             if None in row or None in row.values():
-                names = len(rows.fieldnames or [])
-                raise UserError(f"{path}:{rows.line_num}: the row has not as many cells as the header; must be {names}")
-            yield RawRecord(f"{path}:{rows.line_num}", row)
+                message = f"the row has not as many cells as the header; must be {len(names)}"
+                content = BadRecord("cells of the row", message, kinds={"cells of the row"})
+            yield RawRecord(f"{path}:{rows.line_num}", content)
     except (csv.Error, UnicodeDecodeError) as error:
         where = f"{path}:{rows.line_num}"
         raise UserError(
@@ -222,7 +232,7 @@ def _looks_like_data(file: Path) -> bool:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives every row every field; null is its way to say that the record has none."""
+    """Drop null fields: Arrow gives every row every field, and null where the record has none."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Text to token ids, one way for every loss.
+"""Turn the texts of records into token ids, in one way for every loss.
 
 Plain strings never pass through a chat template: the prompt has the special tokens that the tokenizer itself puts in
 front, the response is what tokenising prompt and response together adds behind the prompt, and the end-of-sequence
@@ -29,13 +29,14 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """Settings of `data` that change what text becomes which tokens."""
+    """Settings of `data` that change which tokens a text becomes."""
 
     special_tokens: Literal["auto", "none"] = "auto"  # around plain strings: the tokenizer's own, or none
     date: str | None = None  # YYYY-MM-DD that chat templates take for today; None: the day of the call
 
 
 DEFAULT = TextOptions()
+LONG = 16  # characters of a prompt that no response begins with by chance
 ANCHORS = "\n\t:a0"  # text stands behind the first of these that no token joins to its beginning
 
 
@@ -66,13 +67,14 @@ def encode_record(
         explicit = "prompt" in record
         before = text.prompt("prompt" if explicit else answers[0][0], prompt, continued=explicit)
         return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
-    prompt_ids = encode_prompt({"prompt": prompt} if isinstance(prompt, str) else record, tokenizer, options=options)
+    own = {"prompt": prompt} if isinstance(prompt, str) else record
+    prompt_ids = encode_prompt(own, tokenizer, options=options, notes=text.notes)
     before = _Prompt(prompt_ids, prompt if isinstance(prompt, str) else None, ())
     return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
 
 
 def token_fields(record: Mapping[str, Any], format: str) -> list[str]:
-    """Which field the prompt's ids came from, then each response's, for messages."""
+    """Return the field that the prompt's ids came from, then each response's, for messages."""
     if format == "messages":
         return ["messages", "messages"]
     prompt = next((field for field in ("prompt_ids", "prompt") if field in record), "chosen")
@@ -80,17 +82,29 @@ def token_fields(record: Mapping[str, Any], format: str) -> list[str]:
 
 
 def encode_prompt(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, *, options: TextOptions = DEFAULT
+    record: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    options: TextOptions = DEFAULT,
+    notes: Counter[str] | None = None,
 ) -> Ids:
-    """Return the ids that a response to the record's `prompt` (text, messages) or `prompt_ids` is sampled from."""
+    """Return the ids that a response to the record's `prompt` (text, messages) or `prompt_ids` is sampled from.
+
+    notes: counts what was decided about the text and a log should tell.
+    """
+    notes = Counter() if notes is None else notes
     if "prompt_ids" in record:
         return tuple(record["prompt_ids"])
     prompt = record["prompt"]
     if isinstance(prompt, list):
-        return _Text(record, tokenizer, options, Counter()).prompt("prompt", prompt, continued=True).ids
+        return _Text(record, tokenizer, options, notes).prompt("prompt", prompt, continued=True).ids
     tokenizer = _required("prompt", tokenizer)
     front = _front(tokenizer, prompt) if options.special_tokens == "auto" else ()
-    return front + _encode(tokenizer, prompt)
+    ids = _encode(tokenizer, prompt)
+    if front and ids[: len(front)] == front:
+        start = "".join(tokenizer.convert_ids_to_tokens(list(front)))
+        notes[f"prompts that begin with {start} twice: in their text and, by data.special_tokens: auto, before it"] += 1
+    return front + ids
 
 
 def retokenize(
@@ -102,7 +116,7 @@ def retokenize(
     origin: str = "",
     options: TextOptions = DEFAULT,
 ) -> tuple[Ids, Response]:
-    """The record's single response under another model's tokenizer and chat template, for teachers."""
+    """Encode the record's single response with a teacher's tokenizer and chat template."""
     where = origin or f"record {group.record}"
     name = detect_format(group.raw) if format == "auto" else format
     ids = [field for field in ("prompt_ids", "response_ids") if field in group.raw]
@@ -122,7 +136,7 @@ def retokenize(
 
 
 def _split(record: Mapping[str, Any], format: str) -> tuple[Any, list[tuple[str, Any, Mapping[str, Any]]]]:
-    """The prompt, and (field, text or {"ids"}, what else is said of it) of each response."""
+    """Return the prompt, and (field, text or {"ids"}, reward and logp) of each response."""
     prompt = {"ids": record["prompt_ids"]} if "prompt_ids" in record else record.get("prompt")
     if format == "responses":
         return prompt, [
@@ -146,11 +160,13 @@ def _content(entry: Mapping[str, Any]) -> Any:
 
 
 def _implicit_prompt(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Turn], dict[str, Any]]:
-    """The messages both sides begin with are the prompt."""
+    """Return the messages both sides begin with as the prompt, and the rest of each side."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     allowed = "chosen and rejected begin with the same messages and end with different answers (or a prompt field)"
+    if chosen == rejected:
+        raise BadRecord("implicit prompt", f"field rejected is the same conversation as chosen; allowed: {allowed}")
     if shared == 0:
         raise refuse("chosen[0]", chosen[0], allowed, reason="implicit prompt")
     texts = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
@@ -182,10 +198,10 @@ class _Text:
         notes: Counter[str],
     ) -> None:
         self.record, self.tokenizer, self.options, self.notes = record, tokenizer, options, notes
-        self.objects = False  # whether the arguments of tool calls were read from JSON strings
+        self.changed = False  # whether the arguments of tool calls were changed for the template
 
     def prompt(self, field: str, turns: Sequence[Turn], *, continued: bool) -> _Prompt:
-        """Encode messages as what a response to them is sampled from."""
+        """Encode messages as the prompt that a response is sampled from."""
         tokenizer = _required(field, self.tokenizer)
         chat = open_chat(field, self.record, tokenizer, date=self.options.date)
         turns = self._given(chat, field, (), turns)
@@ -194,7 +210,7 @@ class _Text:
         return _Prompt(_encode(tokenizer, text), text, turns, continued, chat)
 
     def turns(self, field: str, before: _Prompt, answer: Sequence[Turn], *, num_before: int = 0) -> Response:
-        """Encode the turns behind a prompt; of several only the assistant's are scored."""
+        """Encode the turns behind a prompt; of several turns only the assistant's are scored."""
         for place, turn in enumerate(answer, start=num_before):
             said = any(turn.get(name) for name in ("content", "tool_calls", *REASONING))
             if turn["role"] == "assistant" and not said:
@@ -214,24 +230,29 @@ class _Text:
 
     def _given(self, chat: Chat, field: str, before: Sequence[Turn], turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """Return turns, which follow `before`, in the form that the template takes."""
-        given, objects = adapted(chat, field, [*before, *map(without_nulls, turns)])
-        if objects and not self.objects:
-            self.notes["records whose tool-call arguments were read from JSON strings, which the template quotes"] += 1
-        self.objects = self.objects or objects
+        given, change = adapted(chat, field, [*before, *map(without_nulls, turns)])
+        if change and not self.changed:
+            self.notes[change] += 1
+        self.changed = self.changed or bool(change)
         return given[len(before) :]
 
     def string(self, field: str, before: _Prompt, text: str) -> Response:
         """Encode a response to a plain string, or to ids, and close it."""
         tokenizer = _required(field, self.tokenizer)
         end = _end_of_sequence(field, tokenizer)
+        if before.text is not None and len(before.text) >= LONG and text.startswith(before.text):
+            self.notes["responses that begin with the whole text of their prompt, which stands there twice then"] += 1
         if before.text is None:
             ids = _encode_apart(tokenizer, text)
         else:
             ids = self._behind(field, before.text, _encode(tokenizer, before.text), text)[0]
+        if not ids:
+            message = f"field {field} has no tokens; allowed: text of which the tokenizer keeps something"
+            raise BadRecord("empty response", message)
         return Response(ids if ids[-1:] == (end,) else (*ids, end))
 
     def _behind(self, field: str, prompt: str, prompt_ids: Ids, rest: str) -> tuple[Ids, Callable[[str], Ids]]:
-        """Encode what follows a prompt, and return with it how to encode a beginning of it alike."""
+        """Encode `rest` behind a prompt; return its ids and a function that encodes a beginning of it the same way."""
         tokenizer = _required(field, self.tokenizer)
         whole = _encode(tokenizer, prompt + rest)
         if whole[: len(prompt_ids)] == prompt_ids:
@@ -269,7 +290,7 @@ def _encode_answer(answer: tuple[str, Any, Mapping[str, Any]], text: _Text, befo
 
 
 def _scored(ids: Ids, spans: Sequence[Span], rest: str, encode_start: Callable[[str], Ids]) -> tuple[bool, ...]:
-    """Which tokens lie in the spans of characters; one that crosses a span's end is out, one its beginning is in."""
+    """Return which tokens lie in the spans; a token across a span's end is out, one across its beginning is in."""
 
     def tokens_before(position: int) -> int:
         return len(os.path.commonprefix([encode_start(rest[:position]), ids])) if position < len(rest) else len(ids)

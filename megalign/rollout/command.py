@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ ROLLOUT_FILE = "rollout.jsonl"
 def load_sampler(hf_dir: Path, *, dtype: str, device: torch.device) -> Any:
     """Load the checkpoint as a plain `transformers` model; dtype as in `run.dtype`."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # a log gets every state of a bar as a line
     model = AutoModelForCausalLM.from_pretrained(
         str(hf_dir),
         config=sampler_config(hf_dir),

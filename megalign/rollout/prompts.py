@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megalign.data import dataset
 from megalign.data.order import Span, step_items
+from megalign.data.prompts import load_prompt_groups
 from megalign.data.records import BadRecord
 from megalign.data.report import Report
 from megalign.data.tokenize import DEFAULT, TextOptions
@@ -52,7 +52,7 @@ def load_prompts(
             raise BadRecord("field of the reward", problem)
 
     report = Report() if report is None else report
-    groups = dataset.load_prompts(
+    groups = load_prompt_groups(
         path,
         tokenizer,
         max_length=max_length,

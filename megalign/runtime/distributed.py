@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import socket
 import sys
 import threading
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from megalign.schema import UserError, reason_of
 
 Result = TypeVar("Result")
+PORT_S = 3.0  # for a port that some process's outgoing connection has for a moment
 NAME_S = 5.0  # for a name server that has no answer yet
 LAST_WORD_S = 2.0  # that rank 0, whose store it is, stays for the others to read why the job ends
 
@@ -206,21 +208,31 @@ def _meeting_point(size: int) -> tuple[str, int]:
 
 def _check_port(port: int) -> None:
     """Refuse a port that rank 0 cannot listen on."""
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(("", port))
-        except OSError as error:
-            why = "another process listens there" if error.errno == errno.EADDRINUSE else error.strerror
-            raise UserError(f"MASTER_PORT is {port}: {why}; must be a free port of rank 0's machine") from None
+    until = time.monotonic() + PORT_S
+    while True:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("", port))
+                return
+            except OSError as error:
+                busy = error.errno == errno.EADDRINUSE
+                if not busy or time.monotonic() > until:
+                    why = "another process uses it" if busy else error.strerror
+                    message = f"MASTER_PORT is {port}: {why}; must be a free port of rank 0's machine"
+                    raise UserError(message) from None
+        time.sleep(0.1)
 
 
 def _await_server(address: str, port: int, until: float) -> None:
     """Wait until rank 0, or torchrun's agent, listens; torch's own waiting prints a page of warnings."""
     while True:
         try:
-            socket.create_connection((address, port), timeout=min(5.0, max(0.1, until - time.monotonic()))).close()
-            return
+            limit = min(5.0, max(0.1, until - time.monotonic()))
+            with socket.create_connection((address, port), timeout=limit) as sock:
+                # Where nobody listens yet, a connection may be given its own port as its source, and meet itself.
+                if sock.getsockname() != sock.getpeername():
+                    return
         except OSError as error:
             if time.monotonic() > until:
                 raise RuntimeError(
@@ -230,10 +242,15 @@ def _await_server(address: str, port: int, until: float) -> None:
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port nobody uses, below those that the system gives to outgoing connections."""
+    draw = random.SystemRandom()
+    while True:
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", draw.randrange(15000, 32768)))
+            except OSError:
+                continue
+            return int(sock.getsockname()[1])
 
 
 def spawn(function: Callable[..., None], num_processes: int, *args: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +12,15 @@ from megalign.data.group import Group, same_rewards
 from megalign.data.pairing import own_sequences
 from megalign.engines.step import StepBatch
 from megalign.rollout.prompts import Prompt
-from megalign.train.console import shown
+from megalign.train.console import counted, shown
 from megalign.train.schedule import learning_rate
 
 MOST = 0.5  # above this share it is most of them
-EQUAL_REWARDS, NO_GRADIENT = "equal rewards", "no gradient"  # kinds that a step raises too
+EQUAL_REWARDS, NO_GRADIENT = "equal rewards", "no gradient"  # kinds that rounds and steps raise too
 
 
 def doubts_about_rate(cfg: JobConfig, num_steps: int) -> Iterator[str]:
-    """Doubts about the learning rate over the whole run."""
+    """Yield doubts about the learning rate over the whole run."""
     optimizer, warmup = cfg.optimizer, cfg.optimizer.schedule.warmup_steps
     if optimizer.lr == 0:
         yield "optimizer.lr is 0: no step will change the weights"
@@ -40,7 +40,7 @@ def doubts_about_rate(cfg: JobConfig, num_steps: int) -> Iterator[str]:
 
 
 def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
-    """Doubts about how many records there are, how long they are, and whether their responses are whole."""
+    """Yield doubts about how many records there are, how long they are, and whether their responses are whole."""
     report, groups_per_step = dataset.report, cfg.data.groups_per_step or 1
     if report.num_kept < (1 - MOST) * report.num_records:
         worst = max(report.bad, key=lambda reason: report.bad[reason])
@@ -50,8 +50,8 @@ def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
         )
     if groups_per_step > dataset.epoch_size:
         yield (
-            f"data.groups_per_step is {groups_per_step} and an epoch has {dataset.epoch_size} groups: every step takes "
-            "some of them more than once"
+            f"data.groups_per_step is {groups_per_step} and an epoch has {counted(dataset.epoch_size, 'group')}: every "
+            "step takes some of them more than once"
         )
     lengths = [len(group.prompt_ids) + len(one.ids) for group in dataset.groups for one in group.responses]
     yield from _doubts_about_budget(cfg, lengths, "sequences")
@@ -65,7 +65,7 @@ def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
 
 
 def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
-    """(kind, text) of doubts about records without a difference that the loss could learn."""
+    """Yield (kind, text) of doubts about records without a difference that the loss could learn."""
     same = [index for index, group in enumerate(dataset.groups) if _same_contrast(dataset, group)]
     if same:
         what = "responses" if dataset.pairing.kind == "samples" else "preferred and other response"
@@ -77,15 +77,42 @@ def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
             yield "", text
         else:
             yield (NO_GRADIENT if len(same) == len(dataset) else ""), f"{text}, and their gradient is 0"
+    if dataset.pairing.kind not in ("samples", "contrast"):  # pairs need two rewards that differ
+        return
+    equal = [_rewards(group) for group in dataset.groups if len(group.responses) > 1 and same_rewards(_rewards(group))]
+    if len(equal) <= MOST * len(dataset):
+        return
+    where, rewards = f"{len(equal)} of {len(dataset)} records", [one for group in equal for one in group]
     if dataset.pairing.kind == "samples":
-        equal = [_rewards(group) for group in dataset.groups if same_rewards(_rewards(group))]
-        if len(equal) > MOST * len(dataset):
-            where = f"{len(equal)} of {len(dataset)} records"
-            yield EQUAL_REWARDS, _equal_rewards(where, [one for group in equal for one in group])
+        yield EQUAL_REWARDS, _equal_rewards(where, rewards)
+        return
+    yield (
+        "",
+        (
+            f"the rewards inside each group are equal in {where} ({_extent(rewards)}): the first response counts as "
+            "the positive one there, and only responses to other prompts as negatives"
+        ),
+    )
+
+
+def doubts_about_held_out(trained: Collection[Hashable], held_out: Sequence[Hashable], what: str) -> Iterator[str]:
+    """Yield a doubt where most of the held-out records, or prompts, are among those that are trained on."""
+    known = set(trained)
+    seen = sum(one in known for one in held_out)
+    if seen > MOST * len(held_out):
+        yield (
+            f"{seen} of {len(held_out)} held-out {what} of eval.path are also trained on: their evaluation does not "
+            "show what is learned beyond them"
+        )
+
+
+def identity(group: Group) -> Hashable:
+    """Return the tokens of a record, prompt and responses, to compare records by."""
+    return group.prompt_ids, tuple(one.ids for one in group.responses)
 
 
 def doubts_about_rounds(cfg: JobConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
-    """Doubts about the sizes of a job's rounds."""
+    """Yield doubts about the sizes of a job's rounds."""
     rollout, groups_per_step = cfg.rollout, cfg.data.groups_per_step
     assert rollout is not None and groups_per_step is not None
     if groups_per_step > rollout.prompts_per_round:
@@ -126,33 +153,48 @@ def _rewards(group: Group) -> list[float]:
 
 
 def _equal_rewards(where: str, rewards: Sequence[float]) -> str:
-    between = f"all {shown(rewards[0])}" if same_rewards(rewards) else f"{shown(min(rewards))} to {shown(max(rewards))}"
     return (
-        f"the rewards inside each group are equal in {where} ({between} over {len(rewards)} responses): such groups "
-        "teach nothing; the reward or the sampling must make a difference"
+        f"the rewards inside each group are equal in {where} ({_extent(rewards)}): such groups teach nothing; the "
+        "reward or the sampling must make a difference"
     )
+
+
+def _extent(rewards: Sequence[float]) -> str:
+    between = f"all {shown(rewards[0])}" if same_rewards(rewards) else f"{shown(min(rewards))} to {shown(max(rewards))}"
+    return f"{between} over {len(rewards)} responses"
 
 
 @dataclass
 class Doubts:
-    """What a run's settings, data and steps give reason to doubt, each kind once."""
+    """Collect the reasons to doubt that a run learns, from its settings, data and steps; each kind is said once."""
 
     cfg: JobConfig
     told: set[str] = field(default_factory=set)
 
-    def before(self, num_steps: int, dataset: GroupDataset | None, prompts: Sequence[Prompt]) -> list[str]:
-        """Doubts that can be known before the first step; `dataset` is None in rounds, which have `prompts`."""
+    def before(
+        self,
+        num_steps: int,
+        dataset: GroupDataset | None,
+        prompts: Sequence[Prompt],
+        held_out: GroupDataset | Sequence[Prompt] = (),
+    ) -> list[str]:
+        """Find doubts that can be known before the first step; `dataset` is None in rounds, which have `prompts`."""
         found = list(doubts_about_rate(self.cfg, num_steps))
         if dataset is None:
-            return found + list(doubts_about_rounds(self.cfg, prompts))
+            found += doubts_about_rounds(self.cfg, prompts)
+            asked = [] if isinstance(held_out, GroupDataset) else [one.ids for one in held_out]
+            return found + list(doubts_about_held_out([one.ids for one in prompts], asked, "prompts"))
         found += doubts_about_number(self.cfg, dataset)
+        if isinstance(held_out, GroupDataset):
+            trained = [identity(group) for group in dataset.groups]
+            found += doubts_about_held_out(trained, [identity(group) for group in held_out.groups], "records")
         for kind, text in doubts_about_contrast(dataset):
             self.told.add(kind)
             found.append(text)
         return found
 
     def of_round(self, number: int, records: Sequence[Mapping[str, Any]], stats: Mapping[str, float]) -> list[str]:
-        """Doubts about a sampled round, `number` from 1, told of by its records and statistics."""
+        """Find doubts about a sampled round, `number` from 1, in its records and statistics."""
         rollout = self.cfg.rollout
         assert rollout is not None
         found = []
@@ -179,16 +221,15 @@ class Doubts:
         return found
 
     def of_step(self, step: int, batch: StepBatch, norm: float) -> list[str]:
-        """Doubts about a finished step, `step` from 1."""
+        """Find doubts about a finished step, `step` from 1."""
         rewards: dict[int, list[float]] = {}
         for one in batch.sequences if self.cfg.loss.traits().pairing.kind == "samples" else ():
             if one.response.reward is not None:
                 rewards.setdefault(one.group, []).append(one.response.reward)
-        if rewards and all(map(same_rewards, rewards.values())):  # which explains a gradient of zero, too
-            every = [one for group in rewards.values() for one in group]
-            where = f"all {len(rewards)} groups of step {step}"
-            return [_equal_rewards(where, every)] if self._first(EQUAL_REWARDS) else []
-        if norm == 0 and self._first(NO_GRADIENT):
+        # A step whose rewards happen to be equal explains its own gradient of zero; whole rounds and files are judged
+        # elsewhere, since steps of few groups meet that in healthy runs.
+        equal = bool(rewards) and all(map(same_rewards, rewards.values()))
+        if norm == 0 and not equal and self._first(NO_GRADIENT):
             return [
                 f"step {step}: the gradient norm is exactly 0 over {len(batch.sequences)} sequences, so the loss moves "
                 "no weight"
@@ -196,7 +237,7 @@ class Doubts:
         return []
 
     def _first(self, kind: str) -> bool:
-        """Whether this kind is new."""
+        """Whether this kind was not said before; from now on it was."""
         new = kind not in self.told
         self.told.add(kind)
         return new

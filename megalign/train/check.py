@@ -99,7 +99,7 @@ def check(cfg: JobConfig, world_size: int) -> Inputs:
         notes = [told]
         if eval_path is not None:
             held_out, told = read_prompts(cfg, "eval.path", eval_path, tokenizer, model)
-            notes.append(f"held out: {told}")
+            notes.append(f"held-out {told}")
         return Inputs(hf_dir, model, tokenizer, None, prompts, reference, held_out_prompts=held_out, notes=notes)
     records = read_records(cfg, tokenizer, model)
     held_out_records = None if eval_path is None else read_records(cfg, tokenizer, model, path=eval_path)

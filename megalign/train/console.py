@@ -22,8 +22,13 @@ SHOWN = {
 
 
 def shown(value: float) -> str:
-    """Write a number with four digits that count."""
+    """Write a number with four significant digits."""
     return f"{value:.4g}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun, which takes an s in the plural."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def clock(seconds: float) -> str:
@@ -38,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 def outcomes(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
-    """(name, value) of the rewards and accuracies that a line of metrics has under `prefix`."""
+    """Yield (name, value) of the rewards and accuracies in a line of metrics; `prefix` is `eval_` or nothing."""
     for key, name in SHOWN.items():
         if isinstance(value := record.get(prefix + key), (int, float)):
             yield name, value
@@ -81,7 +86,8 @@ class StepBar(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         if self.numbers:
-            yield Text(self.numbers)
+            # Wrapped even where it is drawn again below a log line, which is printed unwrapped.
+            yield Text(self.numbers, no_wrap=False, overflow="fold")
 
     def begin(self, name: str, done: int, total: int) -> None:
         """Start the bar of another phase in place of the one before."""

@@ -24,7 +24,7 @@ def evaluation_due(cfg: JobConfig, step: int, num_steps: int) -> bool:
 def held_out_metrics(
     cfg: JobConfig, engine: Engine, feed: Feed, held_out: DatasetFeed | Sequence[Prompt]
 ) -> dict[str, float]:
-    """Metrics of the held-out data under the live weights, `eval_...`, and the seconds it took; on every rank."""
+    """Evaluate the held-out data under the live weights: metrics `eval_...` and `eval_seconds`; on every rank."""
     began = time.perf_counter()
     if isinstance(feed, RoundFeed):
         assert not isinstance(held_out, DatasetFeed)

@@ -49,6 +49,11 @@ from megalign.train.summary import report_summary
 
 # Where the two passes of a step may differ by rounding of non-deterministic kernels and no more.
 AUTO_PASS_GAP = {"fp32": 1e-3, "bf16": 0.1}
+PASS_MODES = {
+    "two_pass": "the whole batch's log-probs first, then forward and backward",
+    "single_pass": "forward and backward at once",
+    "known_scores": "the log-probs are already there, so forward and backward at once",
+}
 
 
 def train(cfg: JobConfig, world: World, ending: Ending) -> int:
@@ -149,18 +154,29 @@ def _prepare(
     report.total = num_steps
     if weights is not None:
         report.say(f"initial weights from {weights}")
-    report.say(
-        run_plan(cfg, num_steps, len(inputs.prompts) if dataset_feed is None else dataset_feed.dataset.epoch_size)
-    )
-    if cfg.eval.path is not None:
-        report.say(
-            evaluation_plan(cfg, num_steps, len(inputs.held_out_prompts if held_out is None else held_out.dataset))
-        )
-    report.rounds = 0 if cfg.rollout is None else cfg.rollout.rounds
     doubts = Doubts(cfg)
-    for doubt in doubts.before(num_steps, None if dataset_feed is None else dataset_feed.dataset, inputs.prompts):
-        report.warn(doubt)
+    _report_plan(cfg, inputs, report, doubts, num_steps, dataset_feed, held_out)
     return Job(cfg, inputs, start, world, engine, feed, num_steps, report, held_out, doubts, started)
+
+
+def _report_plan(
+    cfg: JobConfig,
+    inputs: Inputs,
+    report: Reporter,
+    doubts: Doubts,
+    num_steps: int,
+    feed: DatasetFeed | None,
+    held_out: DatasetFeed | None,
+) -> None:
+    """Report how long the run is, what it evaluates, and what may keep it from learning; rounds have no `feed`."""
+    report.rounds = 0 if cfg.rollout is None else cfg.rollout.rounds
+    dataset = None if feed is None else feed.dataset
+    evaluated = inputs.held_out_prompts if held_out is None else held_out.dataset
+    report.say(run_plan(cfg, num_steps, len(inputs.prompts) if dataset is None else dataset.epoch_size))
+    if cfg.eval.path is not None:
+        report.say(evaluation_plan(cfg, num_steps, len(evaluated)))
+    for doubt in doubts.before(num_steps, dataset, inputs.prompts, evaluated):
+        report.warn(doubt)
 
 
 def _run(job: Job) -> int:
@@ -201,7 +217,7 @@ def _step(job: Job) -> None:
     job.step += 1
     if result.pass_mode not in job.modes:
         job.modes.add(result.pass_mode)
-        job.report.say(f"step {job.step}: {result.pass_mode.replace('_', ' ')}")
+        job.report.say(f"step {job.step}: {result.pass_mode.replace('_', ' ')}: {PASS_MODES[result.pass_mode]}")
     rate = learning_rate(cfg.optimizer, job.step, job.num_steps)
     record = {
         "step": job.step,

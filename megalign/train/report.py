@@ -57,7 +57,7 @@ class Reporter:
             tracker.close()
 
     def phase(self, name: str, done: int, total: int) -> None:
-        """Show progress of what comes before the first step, such as scoring the reference."""
+        """Show progress of work before the first step, such as scoring the reference."""
         if not self.main:
             return
         now = time.perf_counter()
@@ -72,19 +72,19 @@ class Reporter:
         self._line(f"{name}: {done}/{total}", force=done in (1, total))
 
     def begin(self, done: int) -> None:
-        """Start to count steps; `done` of them are behind."""
+        """Start counting steps; `done` of them were taken before this start."""
         self._done_at_start, self._started = done, time.perf_counter()
         if self._bar is not None:
             self._bar.begin("training", done, self.total)
 
     def end(self) -> None:
-        """Take the bar out of the way of what is said at the end."""
+        """Remove the bar, so that the last lines stand alone."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def doing(self, name: str) -> None:
-        """Name on the bar what goes on inside a step."""
+        """Show on the bar what the job is doing, such as sampling."""
         if self._bar is not None:
             self._bar.show(name)
 
@@ -126,12 +126,12 @@ class Reporter:
             LOG.info(message)
 
     def warn(self, message: str) -> None:
-        """Write a line on what the user should know before it costs more; `message` has the numbers."""
+        """Write a warning to the log and the console; `message` has the numbers."""
         if self.main:
             LOG.warning(f"warning: {message}")
 
     def progress(self, message: str, *, force: bool = False) -> None:
-        """Write a line to the log, and to a console without a bar where none was written for some seconds."""
+        """Write a line to the log, and to a console without a bar: always where `force`, else at most every 5 s."""
         if self.main:
             LOG.debug(message)
             self._line(message, force=force)
@@ -169,9 +169,9 @@ def start_log(run_dir: Path, *, main: bool) -> None:
 
 
 def keep_metrics_up_to(run_dir: Path, step: int) -> list[int]:
-    """Drop the lines of steps that a resumed run will take again; a fresh run (`step` 0) keeps none. The steps dropped.
+    """Drop the metrics of steps after `step`, which a resumed run takes again, and return these steps' numbers.
 
-    So is a line that a killed run left half written.
+    A fresh run (`step` 0) keeps none. A half-written last line of a killed run is dropped, too.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
@@ -185,7 +185,7 @@ def keep_metrics_up_to(run_dir: Path, step: int) -> list[int]:
 
 
 def utc_now() -> str:
-    """The time in UTC as ISO 8601 writes it, to the millisecond."""
+    """Return the time in UTC in ISO 8601, to the millisecond."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

@@ -17,7 +17,7 @@ from megalign.train.rounds import RoundFeed
 
 
 def position(cfg: JobConfig, feed: Feed, step: int) -> dict[str, float]:
-    """How far the data are used after `step` steps: `epoch`, and in rounds `round` (from 1; 0 before the first).
+    """Say how far the data are used after `step` steps: `epoch`, and in rounds `round` (from 1; 0 before the first).
 
     An epoch of rounds is every prompt sampled from once.
     """
@@ -32,7 +32,7 @@ def position(cfg: JobConfig, feed: Feed, step: int) -> dict[str, float]:
 def step_metrics(
     engine: Engine, batch: StepBatch, result: StepResult, *, rate: float, norm: float, seconds: float
 ) -> dict[str, Any]:
-    """Metrics of a step's global batch, the same on every rank but for the clock."""
+    """Collect the metrics of a step's global batch; the same on every rank, times excepted."""
     tokens = sum(len(sequence) for sequence in batch.sequences)
     return {
         "loss": result.loss,
@@ -52,7 +52,7 @@ def step_metrics(
 
 
 def _peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in 1e9 bytes: the device's on CUDA, else this process's resident memory."""
+    """Return the peak memory in 1e9 bytes: the device's on CUDA, else this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,4 +1,4 @@
-"""Sum a run up at its end: first, best and last evaluation, steps, time, and where its results are."""
+"""Summarise a finished run: first, best and last evaluation, steps, time, and where its results are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megalign.config import JobConfig
 from megalign.train.checkpoint import latest
-from megalign.train.console import SHOWN, duration, shown
+from megalign.train.console import SHOWN, counted, duration, shown
 from megalign.train.report import Reporter
 
 Line = Mapping[str, Any]
@@ -21,7 +21,7 @@ Row = tuple[str, Line, str]  # name, line of metrics, prefix of its metrics
 
 
 def report_summary(report: Reporter, cfg: JobConfig, *, step: int, begun_at: int, seconds: float) -> None:
-    """Report what a finished run came to and where its results are.
+    """Report a finished run's summary table, its time, and where model and checkpoints are.
 
     step: finished ones. begun_at: those before this start. seconds: since this start.
     """
@@ -44,13 +44,13 @@ def report_summary(report: Reporter, cfg: JobConfig, *, step: int, begun_at: int
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Every line of a run's metrics, of what came before a resume too."""
+    """Read every line of a run's metrics, those from before a resume included."""
     path = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def best_evaluation(lines: Sequence[Line]) -> tuple[Line | None, str]:
-    """The evaluation with the highest reward in rounds, else with the lowest loss, and which of these it is."""
+    """Return the evaluation with the highest reward (rounds) or the lowest loss, and which of the two that is."""
     for key, sign, why in (("eval_reward", -1.0, "highest reward"), ("eval_loss", 1.0, "lowest loss")):
         having = [line for line in lines if line.get(key) is not None]
         if having:
@@ -59,7 +59,7 @@ def best_evaluation(lines: Sequence[Line]) -> tuple[Line | None, str]:
 
 
 def summary_rows(lines: Sequence[Line]) -> list[Row]:
-    """The rows of the table: evaluations, then the training steps that the run began and ended with."""
+    """Return the rows of the table: first, best and last evaluation, first and last training step."""
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if any(name.startswith("eval_") for name in line)]
     best, why = best_evaluation(evaluations)
@@ -74,7 +74,7 @@ def summary_rows(lines: Sequence[Line]) -> list[Row]:
 
 
 def summary_table(rows: Sequence[Row], *, title: str | None) -> Table:
-    """The rows with a column for each number that one of them has; without a title and rules it is plain text."""
+    """Build the table, with a column for each number that some row has; without a title it has no rules, either."""
     keys = {"loss": ["loss"]}
     for key, name in SHOWN.items():
         keys.setdefault(name, []).append(key)
@@ -98,7 +98,7 @@ def summary_table(rows: Sequence[Row], *, title: str | None) -> Table:
 
 
 def as_text(table: Table) -> str:
-    """The table as plain text, whatever the console is."""
+    """Format the table as plain text, independent of the console."""
     console = Console(file=io.StringIO(), width=200, color_system=None, force_terminal=False)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
@@ -106,7 +106,7 @@ def as_text(table: Table) -> str:
 
 
 def time_line(lines: Sequence[Line], *, step: int, begun_at: int, seconds: float) -> str:
-    """Say how many steps were taken in which time, and which parts of it had clocks of their own."""
+    """Say how many steps were taken in which time, and how much of it was sampling, scoring, steps and evaluation."""
     mine = [line for line in lines if line["step"] > begun_at or begun_at == 0]
 
     def total(name: str) -> float:
@@ -120,6 +120,8 @@ def time_line(lines: Sequence[Line], *, step: int, begun_at: int, seconds: float
         "evaluation": total("eval_seconds"),
     }
     parts = ", ".join(f"{name} {duration(spent)}" for name, spent in clocks.items() if spent)
-    steps = f"{step} steps" if begun_at == 0 else f"{step} steps, {step - begun_at} of them in this start,"
+    steps = (
+        counted(step, "step") if begun_at == 0 else f"{counted(step, 'step')}, {step - begun_at} of them in this start,"
+    )
     speed = f"; {total('tokens') / trained:.0f} tokens/s in training steps" if trained else ""
     return f"{steps} in {duration(seconds)}" + (f" ({parts})" if parts else "") + speed

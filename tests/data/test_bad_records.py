@@ -107,7 +107,7 @@ BAD = [
     (
         PREFERENCE,
         {"chosen": [user("u"), assistant("a")], "rejected": [user("u"), assistant("a")]},
-        "field chosen is []",
+        "field rejected is the same conversation as chosen",
     ),
     (CONTRAST, {"prompt": "p", "responses": [TWO[0], TWO[0]]}, "field responses is [1.0, 1.0]; allowed: a response"),
     (EPA, {**GOOD["contrast"], "weak": [[0]]}, "field weak[0] is [0]; allowed: [record, response]"),

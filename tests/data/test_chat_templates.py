@@ -173,6 +173,22 @@ def test_a_tag_that_the_generation_prompt_opens_is_not_opened_again():
         assert tokenizer.decode(response.ids) == text.removeprefix("<think>\n") + "<|im_end|>"
 
 
+def test_reasoning_that_was_cut_follows_the_generation_prompt_as_it_was_sampled():
+    # The template would write empty reasoning before it.
+    cut, notes = "<think>\nfor", Counter()
+    record = {"prompt": [user("what")], "responses": [{"text": cut, "reward": 0.0}, {"text": REASONED, "reward": 1.0}]}
+    assert encode("thinking", record, notes=notes)[1:] == ["<think>\nfor<|im_end|>\n", REASONED + "<|im_end|>\n"]
+    assert notes.total() == 1
+    assert encode("chatml_tools", record, notes=notes)[1:] == [cut + "<|im_end|>\n", REASONED + "<|im_end|>\n"]
+    assert notes.total() == 1
+
+
+def test_reasoning_in_a_field_that_the_template_drops_says_where_to_write_it():
+    record = {"messages": [user("what"), assistant("four") | {"reasoning_content": "for"}]}
+    with pytest.raises(BadRecord, match="such as the reasoning inside content, as <think>...</think> before the"):
+        encode("opens_think", record)
+
+
 def test_what_was_decided_is_counted():
     notes = Counter()
     encode("opens_think", {"prompt": [user("what")], "chosen": REASONED, "rejected": "four"}, notes=notes)
@@ -215,10 +231,53 @@ def test_tools_and_calls(template, given, called):
     assert called.removesuffix("</s>") in prompt and "It is two" in response
 
 
+def test_calls_without_function_or_arguments_and_arguments_that_are_no_object():
+    def answer(**inner):
+        return encode("chatml_tools", {"messages": [user("sum"), {"role": "assistant", "tool_calls": [inner]}]})[1]
+
+    for arguments in ({"a": 1}, IN_JSON):
+        assert answer(name="add", arguments=arguments) == CHATML_CALL
+        assert answer(function={"name": "add", "arguments": arguments}) == CHATML_CALL
+    for inner in ({"name": "add"}, {"name": "add", "arguments": ""}, {"name": "add", "arguments": {}}):
+        assert answer(function=inner) == CHATML_CALL.replace(IN_JSON, "{}")
+    # The template would quote it: "arguments": "[1]".
+    for arguments in ("[1]", "{a: 1}"):
+        with pytest.raises(
+            BadRecord, match="field messages: arguments of tool_calls is .*; allowed: an object, or one"
+        ):
+            answer(function={"name": "add", "arguments": arguments})
+
+
+def test_a_template_that_joins_strings_gets_arguments_as_json():
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + (m.content or '') }}{% for c in m.tool_calls or [] %}"
+    template += "{{ c.function.name + ': ' + c.function.arguments }}{% endfor %}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    tokenizer, notes = chat_tokenizer(template), Counter()
+    for arguments in ({"a": 1}, IN_JSON):
+        record = {"messages": [user("sum"), call(arguments)]}
+        _, (response,) = encode_record(record, tokenizer, format="messages", notes=notes)
+        assert tokenizer.decode(response.ids) == "add: " + IN_JSON
+    told = "records whose tool-call arguments were written as JSON strings, because the template takes no objects"
+    assert notes == {told: 1}
+
+
 def test_calls_without_the_tools_field_and_content_beside_them():
     assert encode("chatml_tools", {"messages": [user("sum"), call(content="I add.")]})[1] == "I add." + CHATML_CALL
     with pytest.raises(BadRecord, match=r"field messages: the chat template drops 'I add\.' of the answer"):
         encode("dated_tools", {"messages": [user("sum"), call(content="I add.")]})
+
+
+def test_a_dropped_turn_is_told_from_the_same_words_elsewhere():
+    # The result stands in the question, the function and its argument among the tools and in the question.
+    asked = user("add a = 1 to 1, is it two?")
+    with pytest.raises(BadRecord, match=r"field messages\[1\].content: the chat template does not write what the tool"):
+        encode("separated", {"messages": [asked, RESULT, assistant("yes")]})
+    only_tools = "{{ tools | tojson }}{% for m in messages %}{{ '<|' + m.role + '|>' + (m.content or '') }}{% endfor %}"
+    record = {"tools": TOOLS, "messages": [asked, call(), RESULT, assistant("yes")]}
+    for turns in (record["messages"], [asked, call({}), RESULT, assistant("yes")]):
+        with pytest.raises(BadRecord, match=r"field messages\[1\].tool_calls: the chat template does not write 'add'"):
+            encode_record({**record, "messages": turns}, chat_tokenizer(only_tools), format="messages")
+    assert "Action" in encode("listed", record)[0]
 
 
 SUM, FOUR = user("sum"), assistant("four")
@@ -249,6 +308,10 @@ DROPPED = [
     ("chatml_tools", told(enable_thinking=False), f"{VARIABLE}enable_thinking: {NOT_READ} it"),
     ("thinking", told(add_generation_prompt=True), f"{VARIABLE}add_generation_prompt is True"),
     ("thinking", told(chat_template="x"), f"{VARIABLE}chat_template is 'x'"),
+    # Words of the template that are no variables of it.
+    ("thinking", told(content="x"), f"{VARIABLE}content: {NOT_READ} it"),
+    ("marked", told(generation=True), f"{VARIABLE}generation: {NOT_READ} it"),
+    ("channels", told(strftime_now="x"), f"{VARIABLE}strftime_now is 'x'"),
     ("listed", told(documents=[]), f"{VARIABLE}documents: {NOT_READ} it"),
     ("listed", told(chat_template="rags"), f"{VARIABLE}chat_template is 'rags'; allowed: default, rag, tool_use"),
     ("thinking", {"prompt": "what", "completion": "four", "tools": TOOLS}, "field tools is"),
@@ -309,6 +372,23 @@ def test_a_prompt_that_ends_with_the_assistant_is_continued(template, start, pro
     assert TOKENIZERS[template].decode(sampled) == encoded[0]
     sides = encode(template, {"prompt": asked, "chosen": " four", "rejected": " five"})
     assert sides[:2] == encoded and sides[2] == response.replace("four", "five")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_empty_beginning_begins_nothing(template):
+    empty = {"prompt": [user("what"), assistant("")], "completion": "four"}
+    assert encode(template, empty) == encode(template, {"prompt": [user("what")], "completion": "four"})
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_reasoning_of_a_beginning_is_written_or_refused(template):
+    asked = {"prompt": [user("what"), assistant("It is") | {"reasoning_content": "for"}]}
+    if template in ("thinking", "channels"):
+        prompt = TOKENIZERS[template].decode(encode_prompt(asked, TOKENIZERS[template], options=OPTIONS))
+        assert "for" in prompt and prompt.endswith("It is")
+    else:
+        with pytest.raises(BadRecord, match=r"field prompt\[1\] is .*; allowed: a beginning that the chat template"):
+            encode_prompt(asked, TOKENIZERS[template], options=OPTIONS)
 
 
 def test_prefill_of_a_talk_with_several_answers():

@@ -6,11 +6,14 @@ from pathlib import Path
 import datasets
 import pytest
 from chat_templates import TEMPLATES, TOOLS, chat_tokenizer
+from tokenizers import processors
 from toy_tokenizer import ASSISTANT, EOS, USER, VOCAB_SIZE, assistant, ids_of, toy_tokenizer, user
 
 from megalign.data.config import DataConfig
-from megalign.data.dataset import from_records, load_dataset, load_prompts
+from megalign.data.dataset import from_records, load_dataset
 from megalign.data.group import Pairing
+from megalign.data.prompts import load_prompt_groups
+from megalign.data.report import Report
 from megalign.schema import UserError
 
 SINGLE = Pairing("single")
@@ -127,7 +130,7 @@ def test_teacher_scores_can_come_later():
 def test_prompts_keep_what_the_reward_needs(tmp_path):
     records = [{"prompt": "1+1=", "answer": "2"}, {"prompt": [user("q")], "answer": "a"}, {"prompt_ids": [7, 8]}]
     path = write(tmp_path / "prompts.jsonl", records)
-    prompts = load_prompts(path, toy_tokenizer(), max_length=4, vocab_size=VOCAB_SIZE)
+    prompts = load_prompt_groups(path, toy_tokenizer(), max_length=4, vocab_size=VOCAB_SIZE)
     assert [list(one.prompt_ids) for one in prompts] == [ids_of("1+1="), [USER, *ids_of("q"), EOS, ASSISTANT], [7, 8]]
     assert prompts[0].raw["answer"] == "2" and prompts[0].responses == ()
 
@@ -136,7 +139,7 @@ def test_prompts_of_messages_bring_tools_variables_and_a_beginning_of_the_answer
     given = {"prompt": [user("what"), assistant("It is")], "tools": TOOLS, "chat_template_kwargs": {"mood": "kind"}}
     template = "{{ mood }}" + TEMPLATES["chatml_tools"]
     tokenizer = chat_tokenizer(template)
-    (prompt,) = load_prompts(write(tmp_path / "a.jsonl", [given]), tokenizer, max_length=999, vocab_size=999)
+    (prompt,) = load_prompt_groups(write(tmp_path / "a.jsonl", [given]), tokenizer, max_length=999, vocab_size=999)
     text = f"kind<|im_start|>system\n<tools>{json.dumps(TOOLS)}</tools><|im_end|>\n"
     text += "<|im_start|>user\nwhat<|im_end|>\n<|im_start|>assistant\nIt is"
     assert tokenizer.decode(prompt.prompt_ids) == text
@@ -147,8 +150,8 @@ def test_prompts_of_messages_bring_tools_variables_and_a_beginning_of_the_answer
     # A field that no template reads is refused unless it is said to be ignored.
     path = write(tmp_path / "c.jsonl", [{"prompt": [user("what") | {"note": 1}]}])
     with pytest.raises(UserError, match=r"c.jsonl:1: field prompt\[0\].note is not known"):
-        load_prompts(path, tokenizer, max_length=999, vocab_size=999)
-    assert load_prompts(path, tokenizer, max_length=999, vocab_size=999, extra_fields="ignore")
+        load_prompt_groups(path, tokenizer, max_length=999, vocab_size=999)
+    assert load_prompt_groups(path, tokenizer, max_length=999, vocab_size=999, extra_fields="ignore")
 
 
 def test_the_report_tells_what_was_decided_about_texts(tmp_path):
@@ -157,6 +160,33 @@ def test_the_report_tells_what_was_decided_about_texts(tmp_path):
     data = load_dataset(cfg, chat_tokenizer(None), pairing=SINGLE, seed=0, vocab_size=999)
     decided = "1 responses tokenised apart from their prompt, because tokens would merge across the border"
     assert data.report.line() == f"2 of 2 records kept; {decided}"
+
+
+def test_the_report_of_prompts_tells_what_was_decided_about_kept_ones(tmp_path):
+    beginning = [user("what"), assistant("<think>\n")]
+    path = write(tmp_path / "a.jsonl", [{"prompt": beginning}, {"prompt": [*beginning[:1], assistant("<think>" * 99)]}])
+    report = Report()
+    tokenizer = chat_tokenizer(TEMPLATES["thinking"])
+    load_prompt_groups(path, tokenizer, max_length=60, vocab_size=999, on_bad_record="skip", report=report)
+    decided = "1 prompts whose last message stands behind the generation prompt as it is"
+    assert report.line() == f"1 of 2 records kept; skipped: too long 1; {decided}"
+
+
+def test_a_start_token_in_the_text_beside_the_tokenizers_own_is_counted(tmp_path):
+    records = [{"prompt": "<s>a", "completion": "b"}, {"prompt": "a<s>", "completion": "b"}]
+    path = write(tmp_path / "a.jsonl", records)
+    tokenizer = chat_tokenizer(None)
+    start = tokenizer.bos_token_id
+    frame = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    tokenizer.backend_tokenizer.post_processor = frame
+    told = "1 prompts that begin with <s> twice: in their text and, by data.special_tokens: auto, before it"
+    data = load_dataset(config(path=path), tokenizer, pairing=SINGLE, seed=0, vocab_size=999)
+    assert data.groups[0].prompt_ids[:2] == (start, start) and data.report.line() == f"2 of 2 records kept; {told}"
+    report = Report()
+    load_prompt_groups(path, tokenizer, max_length=9, vocab_size=999, report=report)
+    assert report.line() == data.report.line()
+    plain = load_dataset(config(path=path, special_tokens="none"), tokenizer, pairing=SINGLE, seed=0, vocab_size=999)
+    assert plain.report.line() == "2 of 2 records kept" and plain.groups[0].prompt_ids == data.groups[0].prompt_ids[1:]
 
 
 def test_the_day_and_special_tokens_of_the_configuration_reach_the_texts(tmp_path):
@@ -180,7 +210,7 @@ def test_the_day_and_special_tokens_of_the_configuration_reach_the_texts(tmp_pat
 def test_bad_prompts(tmp_path, record, message):
     path = write(tmp_path / "prompts.jsonl", [record])
     with pytest.raises(UserError) as error:
-        load_prompts(path, toy_tokenizer(), max_length=4, vocab_size=VOCAB_SIZE)
+        load_prompt_groups(path, toy_tokenizer(), max_length=4, vocab_size=VOCAB_SIZE)
     assert str(error.value).startswith(f"{path}:1: {message}")
 
 

@@ -6,9 +6,10 @@ import pytest
 from toy_tokenizer import ASSISTANT, EOS, SYSTEM, USER, VOCAB_SIZE, assistant, ids_of, toy_tokenizer, user
 
 from megalign.data.config import DataConfig
-from megalign.data.dataset import load_dataset, load_prompts
+from megalign.data.dataset import load_dataset
 from megalign.data.formats import recognise
 from megalign.data.group import Pairing
+from megalign.data.prompts import load_prompt_groups
 from megalign.schema import UserError
 
 SINGLE, SAMPLES, PREFERENCE = Pairing("single"), Pairing("samples"), Pairing("preference")
@@ -107,6 +108,9 @@ READ.append(
 )
 
 
+READ.append(({"conversations": [HUMAN, GPT], "tools": ""}, {"messages": TALK}, "ShareGPT, without tools"))
+
+
 @pytest.mark.parametrize(("record", "ours", "told"), READ)
 def test_read_in_the_one_way_there_is(record, ours, told, tmp_path):
     reading = recognise(record)
@@ -165,6 +169,15 @@ REFUSED = [
     ),
     (
         PREFERENCE,
+        {
+            "prompt": "\n\nHuman: q\n\nAssistant: ",
+            "chosen": "\n\nHuman: q\n\nAssistant: a",
+            "rejected": "\n\nHuman: q\n\nAssistant: b",
+        },
+        ["fields chosen and rejected are whole dialogues that begin with the field prompt", "must be what follows"],
+    ),
+    (
+        PREFERENCE,
         {"prompt": "something else", "chosen": TALK, "rejected": OTHER},
         ["field prompt is 'something else'", "chosen and rejected both hold"],
     ),
@@ -187,6 +200,7 @@ REFUSED = [
     ),
     (SINGLE, {"conversations": []}, ["field conversations is not known", "rename conversations to messages"]),
     (SINGLE, {"conversations": ["q", "a"]}, ["field conversations is not known", "rename conversations to messages"]),
+    (SINGLE, {"": 0, "prompt": "q", "completion": "a"}, ["field '' is not known"]),
     (SINGLE, {"conversations": [HUMAN, GPT], "lang": "en"}, ["field lang is not known", "read as ShareGPT"]),
     (SINGLE, {"instruction": "q", "input": 3, "output": "a"}, ["field input is 3", "a string"]),
     (SINGLE, {"instruction": "q", "input": "", "output": ""}, ["field output is ''"]),
@@ -235,6 +249,28 @@ def test_what_could_mean_two_things_says_what_to_write(pairing, record, parts, t
         assert part in message
 
 
+def test_no_advice_to_rename_what_is_there(tmp_path):
+    message = refusal(tmp_path, [{"source": "x", "prompt": "q", "chosen": TALK, "rejected": OTHER}], PREFERENCE)
+    assert "field source is not known" in message and "rename source" not in message
+
+
+def test_unknown_fields_that_are_null_say_nothing(tmp_path):
+    answer = assistant("a") | {"refusal": None, "audio": None, "tool_calls": None}
+    (group,) = load(tmp_path, [{"messages": [user("q"), answer], "split": None}]).groups
+    assert (group.prompt_ids, group.responses) == tuple(
+        getattr(load(tmp_path, [{"messages": TALK}]).groups[0], name) for name in ("prompt_ids", "responses")
+    )
+    message = refusal(tmp_path, [{"messages": [user("q"), assistant("a") | {"refusal": "no"}]}])
+    assert "field messages[1].refusal is not known" in message
+
+
+def test_responses_that_repeat_their_prompt_are_counted(tmp_path):
+    asked = "0123456789abcdef"
+    rows = [{"prompt": asked, "completion": asked + "a"}, {"prompt": "q", "completion": "qa"}]
+    told = "1 responses that begin with the whole text of their prompt, which stands there twice then"
+    assert load(tmp_path, rows).report.line() == f"2 of 2 records kept; {told}"
+
+
 def test_all_faults_of_a_record_are_told_at_once(tmp_path):
     record = {"score": 1, "source": "x", "promt": "q", "responses": [{"txt": "a", "reward": "1"}] * 3, "weak": 1}
     message = refusal(tmp_path, [record], SAMPLES)
@@ -279,7 +315,7 @@ def test_prompts_of_rounds_say_what_to_rename(tmp_path):
     with pytest.raises(
         UserError, match="field prompt is missing; allowed: prompt or prompt_ids; rename question to prompt"
     ):
-        load_prompts(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)
+        load_prompt_groups(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)
     path.write_text(json.dumps({"messages": TALK}))
     with pytest.raises(UserError, match="field prompt is missing; .* the messages before the answer are the prompt"):
-        load_prompts(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)
+        load_prompt_groups(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from megalign.data.reading import read_raw
+from megalign.data.records import BadRecord
 from megalign.schema import UserError
 
 ROWS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": 'a, "b"\nc', "completion": "d"}]
@@ -82,8 +83,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         ("a.jsonl", b"\x89PNG\x00\x01", ["a binary file"]),
         ("a.json", json.dumps({"version": 1, "data": ROWS}, indent=1).encode(), ["over several lines", "under 'data'"]),
         ("a.json", ARRAY[:-5], ["a list in JSON that is not valid"]),
-        ("a.csv", b"prompt,completion\n1,2,3\n", [":2: the row has not as many cells", "must be 2"]),
-        ("a.csv", b"prompt,completion\n1\n", [":2: the row has not as many cells"]),
+        ("a.jsonl", LINES.decode().encode("utf-32"), ["UTF-32", "iconv"]),
+        ("a.csv", b"prompt,completion,completion\n1,2,3\n", ["header names the column 'completion' twice"]),
         ("a.csv", b"prompt,completion\n\xe9,b\n", ["not valid CSV in UTF-8"]),
         ("a.csv", b'prompt,completion\n"1,2\n', ["not valid CSV"]),
     ],
@@ -97,6 +98,21 @@ def test_what_holds_no_records_is_told_in_a_line(name, content, parts, tmp_path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("row", [b"1,2,3", b"1"])
+def test_a_row_of_other_length_is_one_bad_record(row, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\n" + row + b"\na,b\n")
+    first, second = read_raw(str(path))
+    with pytest.raises(BadRecord, match="the row has not as many cells as the header; must be 2"):
+        first.fields()
+    assert first.origin == f"{path}:2" and second.fields() == {"prompt": "a", "completion": "b"}
+
+
+def test_a_long_text_in_csv(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt,completion\na," + b"b" * 200_000 + b"\n")
+    assert len(read(tmp_path / "a.csv")[1][0]["completion"]) == 200_000
 
 
 def test_archives_inside_gzip_are_told_too(tmp_path):

@@ -107,6 +107,17 @@ FILES = {
     "same best and worst by reward": (
         [*SAMPLES[:6], alike(SAMPLES[6]), SAMPLES[7]], "dpo", [], [["1 of 8 records", "data.jsonl:7"]],
     ),
+    "equal rewards where others' responses are negatives": (
+        [equal(one) for one in SAMPLES], "epa", [],
+        [["equal in 8 of 8 records", f"all 0.5 over {NUM_SAMPLES} responses", "first response", "other prompts"]],
+    ),
+    "equal rewards in some groups of EPA": ([equal(one) for one in SAMPLES[:3]] + SAMPLES[3:], "epa", [], []),
+    "single steps of equal rewards": (
+        [equal(one) for one in SAMPLES[:3]] + SAMPLES[3:], "grpo", ["data.groups_per_step=1", "run.steps=8"], [],
+    ),
+    "one record": (
+        PAIRS[:1], "dpo", [], [["data.groups_per_step is 3 and an epoch has 1 group:"]],
+    ),
     "most records skipped": (
         [*PAIRS[:3], *({**one, "chosen_ids": [1] * 40} for one in PAIRS[3:])], "dpo", ["data.on_bad_record=skip"],
         [["5 of 8 records are skipped", "too long (5)", "data.jsonl:4", "allowed: at most 32"]],
@@ -126,6 +137,26 @@ def test_doubts_about_files(name, folder, tmp_path, capfd):
         assert all(word in warning for word in words), warning
     seen = capfd.readouterr().err
     assert all(seen.count(f"warning: {warning}") == 1 for warning in found)
+
+
+@pytest.mark.parametrize("num_seen", [4, 5])
+def test_held_out_records_that_are_trained_on_are_counted(num_seen, folder, tmp_path):
+    write_lines(tmp_path / "data.jsonl", PAIRS)
+    others = [{**one, "chosen_ids": [*one["chosen_ids"], 1]} for one in PAIRS[num_seen:]]
+    write_lines(tmp_path / "held_out.jsonl", [*PAIRS[:num_seen], *others])
+    config = write_config(tmp_path, model={"path": str(folder / "model")}, loss={"name": "dpo"})
+    assert train(config, f"eval.path={tmp_path}/held_out.jsonl") == 0
+    found = warnings_of(tmp_path / "run")
+    assert len(found) == (num_seen == 5)
+    assert all("5 of 8 held-out records of eval.path are also trained on" in warning for warning in found)
+
+
+def test_held_out_prompts_that_are_sampled_from_are_counted(folder, tmp_path):
+    sections = round_sections(tmp_path, rounds=1)
+    config = write_config(tmp_path, model={"path": str(folder / "model")}, **sections)
+    assert train(config, f"eval.path={tmp_path}/prompts.jsonl", "rollout.max_new_tokens=6") == 0
+    found = [one for one in warnings_of(tmp_path / "run") if "held-out" in one]
+    assert len(found) == 1 and "7 of 7 held-out prompts" in found[0]
 
 
 def always_one(prompt, response, record):
@@ -217,21 +248,12 @@ def config_of_rounds(loss):
     )  # fmt: skip
 
 
-def test_a_step_of_equal_rewards_is_said_once_though_others_follow():
+def test_a_step_whose_groups_are_equal_by_chance_raises_no_doubt():
+    """Steps of few groups meet it in healthy runs; it explains a gradient of zero, too."""
     doubts = Doubts(config_of_rounds("gvpo"))
-
-    def step(number, rewards, norm=0.0):
-        sequences = [
-            Sequence(0, group, "response", (1,), Response((2,), reward)) for group, reward in enumerate(rewards)
-        ]
-        return doubts.of_step(number, StepBatch([*sequences, *sequences], len(rewards)), norm)
-
-    assert step(1, [0.0, 1.0], norm=0.5) == [
-        "the rewards inside each group are equal in all 2 groups of step 1 (0 to 1 over 4 responses): such groups "
-        "teach nothing; the reward or the sampling must make a difference"
-    ]
-    assert step(2, [0.0, 1.0], norm=0.5) == []
-    assert step(3, [0.0], norm=0.0) == []  # equal rewards explain it
+    for norm in (0.5, 0.0):
+        sequences = [Sequence(0, group, "response", (1,), Response((2,), float(group))) for group in (0, 1)]
+        assert doubts.of_step(1, StepBatch([*sequences, *sequences], 2), norm) == []
 
 
 def test_a_gradient_of_zero_is_said_once():

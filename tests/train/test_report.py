@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import sys
 from datetime import datetime
 
 import pytest
-from rich.console import Console
+from rich.console import Console, Group
 from tiny_jobs import (
     metrics,
     records,
@@ -25,7 +26,7 @@ from tiny_jobs import (
 )
 
 from megalign.config import load_config
-from megalign.train.console import clock, duration, evaluation_numbers, step_numbers
+from megalign.train.console import StepBar, clock, duration, evaluation_numbers, step_numbers
 from megalign.train.evaluation import evaluation_due
 from megalign.train.plan import evaluation_plan
 from megalign.train.report import Reporter, keep_metrics_up_to, start_log
@@ -322,3 +323,14 @@ def test_numbers_that_json_lacks_are_null(tmp_path):
         report.step({**STEP, "step": 1, "epoch": 0.5, "loss": float("nan"), "grad_norm": float("inf")})
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["loss"] is None and line["grad_norm"] is None
+
+
+def test_numbers_under_the_bar_are_whole_where_a_line_is_printed_above(tmp_path):
+    """Lines are printed unwrapped, and the bar is drawn again below them by the same settings."""
+    console = Console(file=io.StringIO(), width=80, color_system=None, force_terminal=False)
+    bar = StepBar(console)
+    bar.begin("training", 0, 3)
+    bar.show(numbers=f"{'loss 1.25 ' * 8}819 tok/s")
+    console.print(Group(*bar.get_renderables()), no_wrap=True, overflow="ignore", crop=True)
+    assert "819 tok/s" in console.file.getvalue()
+    assert all(len(line) <= 80 for line in console.file.getvalue().splitlines())

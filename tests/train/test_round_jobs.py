@@ -185,7 +185,7 @@ def test_bad_prompts_are_skipped_where_the_job_says_so(folder, tmp_path):
     assert train(config, *more, "data.on_bad_record=skip") == 0
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "prompts: 7 of 11 records kept; skipped: " in log and "the first problem: " in log
-    assert "held out: prompts: 1 of 2 records kept; skipped: wrong type 1" in log
+    assert "held-out prompts: 1 of 2 records kept; skipped: wrong type 1" in log
     seen = [line["prompt_ids"] for step in range(1, 8) for line in _dumped(tmp_path, step)[::3]]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     assert sorted(map(tokenizer.decode, seen)) == sorted([line["prompt"] for line in good] * 2)
