@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import logging
 import re
-import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from typing import Any
 
 from megalign.rollout.guard import TimeIsUp, time_limit
+from megalign.rollout.spelling import plainer
 
 LONGEST = 200  # characters of an answer
 LONGEST_WORDS = 40  # characters of an answer of words
@@ -47,28 +47,6 @@ OPENING, CLOSING = "([{", ")]}"
 # What ends before an answer.
 VARIABLE = r"(?<![<>!])=|\\approx|\u2248|\\in(?![a-zA-Z])|\u2208|^\([A-Za-z]\)(?=.*\d)|^[A-Za-z][:)]\s"  # x =, (B), A:
 UNTAMED = re.compile(r"\d{31}|(?:\^|\*\*)\s?[({]?\s?[-+]?\d{4}|\^[^\s+*/-]*\^|\*\*.*\*\*|\d{3}!|\\(?:int|sum|prod|lim)")
-SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
-# LaTeX that says the same in plain text; order matters.
-PLAINER = (
-    (r"\\(?:left|right|displaystyle|,|!|;|:)", ""),
-    (r"\{,\}", ","),
-    (r"\\(?:text|mathrm|mbox|textbf|mathbf)\s?\{([^{}]*)\}", r" \1 "),
-    (r"(?<=\d)\\[dt]?frac\s?\{\s?(\d+)\s?\}\s?\{\s?(\d+)\s?\}", r" \1/\2"),
-    (r"\\[dt]?frac\s?\{\s?(-?\d+)\s?\}\s?\{\s?(\d+)\s?\}", r"\1/\2"),
-    (r"\\[dt]?frac\s?(\d)\s?(\d)", r"\1/\2"),
-    (r"\\(?:times|cdot)(?![a-zA-Z])", "*"),
-    (r"\\pm(?![a-zA-Z])", "+-"),
-    (r"\\infty", "\u221e"),
-    (r"\\?\^\s?\{?\s?\\circ\s?\}?|\\degree|\u00b0", " "),
-    (r"\\ |\\quad|~", " "),
-    (r"\\([%{}#&_])", r"\1"),
-    (r"\\?[$\u20ac\u00a3\u00a5]|\b[A-Z]{3}(?=\d)", ""),
-    (r"\\[()\[\]]", ""),
-    (r"`|(?<![\w}\\])_+(?=[-+]?\d)|(?<=\d)_+(?!\w)", ""),  # code and emphasis of Markdown
-    (r"(?<=\d)_(?=\d{3}(?!\d))", ""),
-    (r"(?<=\d)\u2019(?=\d{3}(?!\d))", "'"),
-    (r"(?<=\d)\s*,?\s+(?:and|or)\s+(?=[-+]?\.?\d)", "; "),  # a list too
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,19 +95,6 @@ def final_answer(text: str) -> Answer | None:
     return _last_in(plain) or _words(plain)
 
 
-def plainer(text: str) -> str:
-    """Normalise minus signs, digits, fractions, powers and blanks to one spelling, and drop currencies."""
-    text = re.sub(r"(?<=[\d)])([\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+)", _power, text)
-    text = re.sub(r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]", "", text)
-    text = re.sub(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)
-    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
-    text = re.sub(r"[\u2212\u2010-\u2013]", "-", text)
-    text = re.sub(r"[\u00d7\u00b7\u22c5]", "*", text).replace("\u00f7", "/").replace("\u00b1", "+-")
-    for pattern, plain in PLAINER:
-        text = re.sub(pattern, plain, text)
-    return re.sub(r"[^\S\n]+", " ", text).strip()
-
-
 def read(text: str) -> Answer | None:
     """Parse the whole text as one answer, after dropping a leading `x =` and a unit at its end; None for words."""
     text = text.strip().strip("*").rstrip(".,;:!?").strip()
@@ -164,10 +129,6 @@ def _without_unit(text: str) -> str:
     if match is None or re.search(r"[^\w^(-]\d", match[0]):
         return text
     return text[: match.start()]
-
-
-def _power(match: re.Match[str]) -> str:
-    return "^" + match[1].translate(SUPERSCRIPTS)
 
 
 def _last_boxed(text: str) -> str | None:
@@ -285,6 +246,8 @@ def _list(text: str) -> Answer | None:
         members = [_member(part) for part in re.split(separator, text)]
         if len(members) > 1 and all(member is not None for member in members):
             numbers = tuple(member for member in members if member is not None)
+            if separator == ";" and not brackets and len(set(numbers)) == 1:
+                return _number(text.split(";")[0])  # one number in two forms: 3/8, or 37.5%
             return Answer(re.sub(r"\s", "", text).replace(";", ","), members=numbers, brackets=brackets)
     return None
 
