@@ -25,7 +25,7 @@ THINK = re.compile(r"(</?think>|\[/?THINK\])")
 
 
 def prompt_text(chat: Chat, field: str, turns: Sequence[Turn], *, continued: bool, notes: Counter[str]) -> str:
-    """Render what a response is sampled from. `continued`: a last turn of the assistant's is continued."""
+    """Render the prompt that a response is sampled from; continued: leave a last assistant turn open."""
     if continued and turns[-1]["role"] == "assistant":
         text = _continued_text(chat, field, turns, notes)
     else:
@@ -46,17 +46,20 @@ def _continued_text(chat: Chat, field: str, turns: Sequence[Turn], notes: Counte
     if not start.strip():  # nothing is begun: templates differ in what they leave of the turn
         return chat.text(field, turns[:-1], generation_prompt=True) + start
     if not _is_half(chat, start):
-        try:
-            return chat.text(field, turns, continued=True)
-        except BadRecord:
-            pass
+        with contextlib.suppress(BadRecord):
+            text, head = chat.text(field, turns, continued=True), chat.text(field, turns[:-1])
+            if not lost(last, text[len(os.path.commonprefix([head, text])) :]):
+                return text
+    if any(last.get(name) for name in REASONING):
+        allowed = "a beginning that the chat template writes whole, or one with its reasoning inside content"
+        raise refuse(where, last, allowed, reason="chat template")
     text = behind(chat.text(field, turns[:-1], generation_prompt=True), start)
     notes["prompts whose last message stands behind the generation prompt as it is"] += 1
     return text
 
 
 def _is_half(chat: Chat, text: str) -> bool:
-    """Whether text opens reasoning without an end, which a template that parses reasoning cannot parse."""
+    """Whether `text` opens <think> and never closes it while the template parses reasoning by </think>."""
     return "<think>" in text and "</think>" not in text and "</think>" in chat.template
 
 
@@ -109,7 +112,7 @@ def _last_turn(
     continued: bool,
     notes: Counter[str],
 ) -> str:
-    """Return one answer as it stands behind the prompt, whole."""
+    """Return the text of one answer behind the prompt; refuse the record if the template drops a part of it."""
     head = before[:-1] if continued else before
     whole = chat.text(field, [*head, _merged(before[-1], own) if continued else own])
     if whole.startswith(prompt):
@@ -161,7 +164,7 @@ def _closing(chat: Chat, field: str, before: Sequence[Turn]) -> str | None:
 def _locate(
     chat: Chat, field: str, turns: Sequence[Turn], owns: Sequence[Turn], whole: str, *, start: int
 ) -> list[Span]:
-    """Find each assistant turn of `owns`, the last of `turns`, in the whole text, from its first own character."""
+    """Return (start, end) in `whole` of each assistant turn in `owns`, which are the last of `turns`."""
     first = len(turns) - len(owns)
     places = [place for place in range(first, len(turns)) if turns[place]["role"] == "assistant"]
     starts = [start]
@@ -219,7 +222,7 @@ def _rewritten(field: str, detail: str) -> BadRecord:
 
 
 def check_written(chat: Chat, field: str, turns: Sequence[Turn], places: Sequence[int], text: str) -> None:
-    """Refuse turns that the template leaves out. Earlier answers' own words are the template's to shorten."""
+    """Refuse turns and tool calls that the template leaves out; it may shorten earlier answers of the assistant."""
     for place in places:
         turn, where = turns[place], f"{field}[{place}]"
         dropped = _lost_call(turn, text)
@@ -252,7 +255,7 @@ def _mark(place: int) -> str:
 
 
 def _marked(turn: Turn, place: int) -> dict[str, Any]:
-    """Return the turn with a mark of its own behind its content and each called function's name."""
+    """Append a marker to the turn's content and to each called function's name."""
     marked = dict(turn)
     if turn["role"] != "assistant" and turn.get("content"):
         marked["content"] = f"{turn['content']} {_mark(place)}content"
@@ -277,7 +280,7 @@ def _unwritten_call(where: str, dropped: str) -> BadRecord:
 
 
 def _same(field: str, turns: Sequence[Turn], chat: Chat, other: Chat, changed: Sequence[Turn] | None = None) -> bool:
-    """Whether another chat, or other turns, give the same text; what one of them refuses is not the same."""
+    """Return whether both chats render the same text; False if one of them refuses the turns."""
     try:
         return chat.text(field, turns) == other.text(field, changed or turns)
     except BadRecord:

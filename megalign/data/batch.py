@@ -1,4 +1,4 @@
-"""Sequences laid end to end as a model sees them; the only code that shifts targets.
+"""Pack sequences end to end into micro-batches; the only code that shifts targets.
 
 Axes: T token positions of a micro-batch, N its scored tokens; L and M those of them that one context rank computes.
 """
@@ -17,7 +17,7 @@ from megalign.data.group import Sequence
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Whole sequences end to end. All tensors are on the CPU until an engine moves them.
+    """Packed sequences with their scored positions and targets. Tensors are on the CPU until an engine moves them.
 
     Alignment and row padding belong to a sequence's slot in `cu_seqlens` (or to a slot of its own at the end)
     and come after its real tokens, so causal attention never lets them touch a number.
@@ -38,14 +38,14 @@ class MicroBatch:
 
     @property
     def length_T(self) -> Tensor:
-        """int64, how many tokens the sequence has that a position is of."""
+        """For each position, the length of its sequence (int64)."""
         counted = torch.cat((torch.zeros(1, dtype=torch.int64), self.real_T.cumsum(0)))[self.cu_seqlens.long()]
         return counted.diff().repeat_interleave(self.cu_seqlens.diff())
 
 
 @dataclass(frozen=True, slots=True)
 class ContextPart:
-    """What one context rank computes of a micro-batch, in the row's order."""
+    """The positions and targets of a micro-batch that one context-parallel rank computes, in the row's order."""
 
     token_L: Tensor  # int64
     position_L: Tensor  # int64
@@ -57,7 +57,7 @@ class ContextPart:
 
 
 def slot_sizes(lengths: Seq[int], *, pad_rows: bool, multiple_of: int, slot_multiple_of: int) -> list[int]:
-    """Token positions of each sequence's slot, and of a last one for what is left to the row's own multiple."""
+    """Return the padded length of each sequence's slot, and of a last slot that fills the row to `multiple_of`."""
     longest = max(lengths, default=0) if pad_rows else 0
     slots = [-(-max(longest, length) // slot_multiple_of) * slot_multiple_of for length in lengths]
     tail = -sum(slots) % multiple_of if slots else multiple_of
@@ -109,7 +109,7 @@ def pack(
 
 
 def context_part(batch: MicroBatch, rank: int, size: int) -> ContextPart:
-    """A context rank's part: of each slot, cut into 2 x size runs, the rank's own and its mirror image.
+    """Cut each slot into 2 x size chunks and return the rank's chunk and its mirror image.
 
     Causal attention then costs every rank the same (the zigzag of ring attention, arXiv 2311.09431).
     """

@@ -1,4 +1,4 @@
-"""A conversation as text: a tokenizer's chat template with the tools, variables and day that a record gives it."""
+"""Render conversations with a tokenizer's chat template and the tools, variables and date of one record."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DAY_CODES = "aAbBcCdDeFgGhHIjkmMpPrRSTuUVwWxXyYzZ"
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """What renders one record's conversations."""
+    """A chat template with the tools and variables of one record."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -89,7 +89,7 @@ class Chat:
 def open_chat(
     field: str, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, date: str | None = None
 ) -> Chat:
-    """Choose the template and check what the record gives it. `date` is the day that `strftime_now` tells."""
+    """Choose the template and check the record's tools and variables; `strftime_now` returns `date`."""
     tools = record.get("tools")
     if isinstance(tools, str):
         tools = json.loads(tools)
@@ -118,7 +118,7 @@ def template_words(template: Any) -> frozenset[str]:
 
 
 def _variables(template: str) -> Collection[str]:
-    """Return the variables that a template reads from outside; every word of one that is not valid."""
+    """Return the variables that a template reads without setting them; all its words if it does not parse."""
     plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)  # a tag of transformers' own
     try:
         return find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
@@ -169,7 +169,7 @@ def _with_day(template: str, date: str | None) -> str:
 
 
 def without_nulls(turn: Turn) -> dict[str, Any]:
-    """Return the turn's fields that say something; transformers leaves null ones out, too."""
+    """Return the turn without null fields and empty tool_calls, as transformers does."""
     return {name: value for name, value in turn.items() if value is not None and (name != "tool_calls" or value)}
 
 
@@ -230,12 +230,12 @@ def _whole_calls(turn: dict[str, Any], change: str) -> dict[str, Any]:
 
 
 def without_tools(chat: Chat) -> Chat:
-    """Return the same chat for a record that had no tools."""
+    """Return the chat without tools."""
     return replace(chat, tools=None)
 
 
 def behind(prompt: str, text: str) -> str:
-    """Put text behind a generation prompt; a tag that the prompt has just opened is not opened again."""
+    """Append text to a generation prompt; a tag that the prompt ends with, such as <think>, is not opened twice."""
     opened = OPENED.search(prompt)
     if opened and text.lstrip().startswith(opened[1]):
         return prompt + text.lstrip().removeprefix(opened[1]).removeprefix(opened[2])

@@ -31,7 +31,7 @@ class TeacherFilter(Strict):
 
 
 class DataConfig(Strict):
-    """`path` or `sources`; with rounds neither, because the rounds make the records."""
+    """Settings of the training records: `path` or `sources`; neither with rounds, which make the records."""
 
     path: Annotated[PathText | None, NoneWord] = None
     sources: Annotated[list[Source], Field(min_length=1)] | None = None
@@ -58,7 +58,7 @@ class DataConfig(Strict):
     @field_validator("date", mode="before")
     @classmethod
     def _day(cls, value: Any) -> Any:
-        """YAML reads 2026-01-31 without quotes as a date."""
+        """Accept a date that YAML parsed (2026-01-31 without quotes) as well as text."""
         if value is None or value == "none":
             return None
         text = value.isoformat() if type(value) is date else value
@@ -72,7 +72,7 @@ class DataConfig(Strict):
 
     @property
     def text_options(self) -> TextOptions:
-        """The settings that change what text becomes which tokens."""
+        """Return the settings that change which tokens a text becomes."""
         return TextOptions(special_tokens=self.special_tokens, date=self.date)
 
     @field_validator("filter", mode="before")

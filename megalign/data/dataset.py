@@ -1,4 +1,4 @@
-"""Records as groups, checked before the first step, and the flat sequences that a step trains on."""
+"""Load records into groups before the first step, and flatten a step's groups into sequences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupDataset:
-    """The records that passed, in file order, and how a loss pairs their responses."""
+    """Groups of all accepted records, in file order, with the settings of how a loss pairs their responses."""
 
     groups: list[Group]
     spans: tuple[Span, ...]  # how many of `groups` each source gave
@@ -44,15 +44,15 @@ class GroupDataset:
 
     @property
     def epoch_size(self) -> int:
-        """How many groups one epoch takes."""
+        """Number of groups in one epoch."""
         return sum(span.per_epoch for span in self.spans)
 
     def step_items(self, step: int, *, groups_per_step: int, shuffle: bool) -> list[Item]:
-        """(epoch, index) of the groups of step `step`, from 0."""
+        """Return (epoch, index) of each group that step `step` (from 0) trains on."""
         return step_items(step, self.spans, groups_per_step=groups_per_step, seed=self.seed, shuffle=shuffle)
 
     def sequences(self, items: Sequence[Item]) -> tuple[list[FlatSequence], int]:
-        """The items' sequences, groups numbered from 0 in the step, and the number of groups."""
+        """Return the sequences of the step's items, their groups numbered from 0, and the number of groups."""
         flat = []
         for number, (epoch, index) in enumerate(items):
             group = self.groups[index]
@@ -69,12 +69,12 @@ class GroupDataset:
         return flat, len(items)
 
     def with_teacher_scores(self, scores: Sequence[Mapping[str, float]]) -> GroupDataset:
-        """The same records with these scores, one mapping for each group, in place of their own."""
+        """Return a copy whose groups have these teacher scores, one mapping for each group."""
         groups = [replace(group, teacher_scores=dict(one)) for group, one in zip(self.groups, scores, strict=True)]
         return replace(self, groups=groups)
 
     def keep_highest(self, share: float) -> GroupDataset:
-        """`filter.teacher_score_keep`: floor(share * records) with the highest mean teacher score, at least one.
+        """Keep the floor(share * records) groups with the highest mean teacher score, at least one.
 
         Ties go to what comes first in the file, and the file's order stays.
         """
@@ -132,7 +132,7 @@ def from_records(
     vocab_size: int,
     origin: str = "record",
 ) -> GroupDataset:
-    """The same for records in memory, such as a round's; messages call them `origin:number`."""
+    """Check and tokenise records in memory, such as a round's; messages name them `origin:number`."""
     loader = _Loader(cfg, tokenizer, pairing=pairing, seed=seed, vocab_size=vocab_size)
     raw = (RawRecord(f"{origin}:{number}", record) for number, record in enumerate(records))
     loader.add_source(raw, name=origin, weight=1.0)
@@ -183,7 +183,7 @@ class _Loader:
         self.sources.append((first, self.report.num_records - first, weight))
 
     def finish(self) -> GroupDataset:
-        """Check what needs all records at once."""
+        """Check weak negatives, which need all records, and return the data set."""
         pool = None
         kept: Sequence[int] = range(len(self.groups))
         if self.pairing.kind == "contrast" and self.pairing.weak:
@@ -210,7 +210,7 @@ class _Loader:
         )
 
     def _shared(self, bad: BadRecord, rest: Iterator[RawRecord], *, num_good: int, first: int) -> str:
-        """How many of the source's other records have the faults of `bad`; nothing where it is the only one.
+        """Say how many of the source's other records have the same faults as `bad`; empty if none has.
 
         Faults that tokens show are looked for by tokenising the others, which a load without faults does as well.
         """
@@ -234,7 +234,7 @@ class _Loader:
         self.report.reject(origin, bad, on_bad_record=self.cfg.on_bad_record, shared=shared)
 
     def _checked(self, raw: RawRecord) -> tuple[Reading, str]:
-        """The record with our own fields, and its format, or `BadRecord` with everything that is wrong with it."""
+        """Return the record with our own field names and its format; raise `BadRecord` with all its faults."""
         reading = recognise(raw.fields(), format=self.cfg.format)
         try:
             name = check_record(
@@ -280,7 +280,7 @@ class _Loader:
         return group
 
     def _check_temperature(self, group: Group) -> None:
-        """Refuse log-probs that are to be the old policy's and are of another distribution than the one trained."""
+        """Refuse behaviour log-probs of another temperature where the loss takes them as the old policy's."""
         place = next((at for at, one in enumerate(group.responses) if one.behaviour_logp is not None), None)
         if self.old_temperature is None or place is None:
             return

@@ -43,11 +43,11 @@ class Reading:
     left_out: tuple[str, ...] = ()
 
     def told(self) -> str:
-        """How the record was read, for a log."""
+        """Return the name of the format and the fields left out, for a log."""
         return f"{self.name}{', without ' + ', '.join(self.left_out) if self.left_out else ''}"
 
     def named(self, error: BadRecord | UserError) -> BadRecord | UserError:
-        """The refusal with the format that the record was read as, whose fields are not those of the message."""
+        """Return the refusal with the format that the record was read as, since its own fields have other names."""
         if not self.name:
             return error
         message = f"{error} (the record was read as {self.name})"
@@ -57,7 +57,7 @@ class Reading:
 
 
 def recognise(record: Mapping[str, Any], *, format: str = "auto") -> Reading:
-    """The record with our own fields; `format`: what `data.format` says it is, which a rewriting must give."""
+    """Rewrite the record with our own fields where it is of a known other format that gives `format`."""
     if OURS_ALONE & record.keys():
         return Reading(dict(record))
     if format in ("auto", "preference"):
@@ -77,7 +77,7 @@ def _target(record: Mapping[str, Any]) -> str:
 
 
 def _left_out(record: Mapping[str, Any], *names: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Which of the named fields the record has, and the record without them."""
+    """Return the named fields that the record has, and the record without them."""
     present = tuple(name for name in names if name in record)
     return present, {name: value for name, value in record.items() if name not in present}
 
@@ -87,7 +87,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _says(value: Any) -> bool:
-    """Whether these are ShareGPT's turns, or one of them: from and value, or its names of roles."""
+    """Return whether value is a ShareGPT turn or a list of them: from and value, or its names of roles."""
     turns = [value] if isinstance(value, Mapping) else value
     return _is_chat(turns) and any(("from" in turn and "value" in turn) or _speaker(turn) for turn in turns)
 
@@ -98,7 +98,7 @@ def _speaker(turn: Mapping[str, Any]) -> str | None:
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Reading | None:
-    """`conversations` (or `conversation`), and turns with from and value under any of our own names."""
+    """Read `conversations` (or `conversation`), and turns with from and value under any of our own fields."""
     key = next((name for name in ("conversations", "conversation") if name in record), None)
     if not any(_says(record.get(name)) for name in TEXTS) and (key is None or not _is_chat(record[key])):
         return None
@@ -136,7 +136,7 @@ def _turns(field: str, value: Any) -> list[dict[str, Any]]:
 
 
 def _alpaca(record: Mapping[str, Any]) -> Reading | None:
-    """instruction with output, or chosen and rejected; system and history (earlier turns) as LLaMA-Factory has them."""
+    """Read instruction with output, or chosen and rejected; system and history as LLaMA-Factory has them."""
     answers = ("output",) if "output" in record else SIDES
     if "instruction" not in record or any(name not in record for name in answers):
         return None
@@ -163,14 +163,14 @@ def _alpaca(record: Mapping[str, Any]) -> Reading | None:
 
 
 def _renders(record: Mapping[str, Any]) -> bool:
-    """Whether `text` only repeats the instruction and the output, as in the first published file."""
+    """Return whether `text` only repeats instruction and output, as in the first published file."""
     text = record.get("text")
     parts = (record["instruction"], record.get("output"))
     return isinstance(text, str) and all(isinstance(part, str) and part in text for part in parts)
 
 
 def _ultrafeedback_pair(record: Mapping[str, Any]) -> Reading | None:
-    """A prompt beside chosen and rejected that begin with it: the prompt is what both begin with."""
+    """Read a prompt beside chosen and rejected that are whole conversations and begin with it."""
     chosen, rejected, prompt = (record.get(name) for name in (*SIDES, "prompt"))
     if not (isinstance(chosen, list) and isinstance(rejected, list) and _is_chat(chosen) and _is_chat(rejected)):
         return None
@@ -200,7 +200,7 @@ def _ultrafeedback_pair(record: Mapping[str, Any]) -> Reading | None:
 
 
 def _chat_with_prompt(record: Mapping[str, Any]) -> Reading | None:
-    """messages beside a prompt string that is one of the user's messages."""
+    """Read messages beside a prompt string that is one of the user's messages."""
     prompt, messages = record.get("prompt"), record.get("messages")
     if not isinstance(prompt, str) or not _is_chat(messages) or {"completion", "responses", *SIDES} & record.keys():
         return None
@@ -212,7 +212,7 @@ def _chat_with_prompt(record: Mapping[str, Any]) -> Reading | None:
 
 
 def _openai_pair(record: Mapping[str, Any]) -> Reading | None:
-    """input, preferred_output and non_preferred_output, as preference fine-tuning takes them."""
+    """Read input, preferred_output and non_preferred_output, as OpenAI's preference fine-tuning takes them."""
     given = record.get("input")
     if not {"preferred_output", "non_preferred_output"} <= record.keys() or not isinstance(given, Mapping):
         return None
@@ -226,7 +226,7 @@ def _openai_pair(record: Mapping[str, Any]) -> Reading | None:
 
 
 def _text_parts(record: Mapping[str, Any]) -> Reading | None:
-    """Messages whose content is a list of one text part, {"type": "text", "text": ...}."""
+    """Read messages whose content is a list of one text part, {"type": "text", "text": ...}."""
     rewritten = {name: [_one_part(turn) for turn in record[name]] for name in TEXTS if _is_chat(record.get(name))}
     if all(record[name] == turns for name, turns in rewritten.items()):
         return None
@@ -242,7 +242,7 @@ def _one_part(turn: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _refuse_dialogue_strings(record: Mapping[str, Any]) -> None:
-    """HH-RLHF: two dialogues as strings can be trained on as they are or as messages; the record has to say which."""
+    """Refuse HH-RLHF's dialogues as strings: they could be trained on as they are or as messages."""
     sides = [record.get(side) for side in SIDES]
     if "prompt_ids" in record or not all(isinstance(side, str) for side in sides):
         return

@@ -19,7 +19,7 @@ SAME_REWARD = 8 * sys.float_info.epsilon
 
 
 def without_rounding(rewards: Seq[float]) -> list[float]:
-    """The rewards of a group, those that only rounding tells apart made equal to the lowest of them."""
+    """Return a group's rewards; those that differ by rounding alone become the lowest of them."""
     near = SAME_REWARD * max(map(abs, rewards), default=0.0)
     lowest, found = math.nan, [0.0] * len(rewards)
     for place in sorted(range(len(rewards)), key=rewards.__getitem__):
@@ -30,13 +30,13 @@ def without_rounding(rewards: Seq[float]) -> list[float]:
 
 
 def same_rewards(rewards: Seq[float]) -> bool:
-    """Whether a group's rewards are all equal; none are not."""
+    """Return whether a group's rewards are all equal; False for no rewards."""
     return len(set(without_rounding(rewards))) == 1
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Which sequences a loss wants from a record.
+    """The kind and number of sequences that a loss takes from a record.
 
     single: one response (SFT, PoFT). preference: chosen and rejected (DPO). contrast: one positive, `strong`
     worse responses to the same prompt and `weak` responses of other prompts (EPA). samples: all responses
@@ -61,7 +61,7 @@ class Response:
 
     @property
     def scored_behaviour_logp(self) -> list[float] | None:
-        """`behaviour_logp` of the tokens that count in a loss."""
+        """Behaviour log-probs of the scored tokens alone."""
         if self.behaviour_logp is None or self.scored is None:
             return None if self.behaviour_logp is None else list(self.behaviour_logp)
         return [logp for logp, counts in zip(self.behaviour_logp, self.scored, strict=True) if counts]
@@ -96,5 +96,5 @@ class Sequence:
 
     @property
     def num_scored(self) -> int:
-        """How many of its tokens count in a loss."""
+        """Number of scored response tokens."""
         return len(self.response.ids) if self.response.scored is None else sum(self.response.scored)

@@ -33,7 +33,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def advice(record: Mapping[str, Any], *, missing: Collection[str], unknown: Collection[str]) -> str:
-    """The end of the line: "; ..." that says what to rename or write, or nothing where that cannot be told.
+    """Return "; ..." that says what to rename or write, for the end of an error line; empty if nothing fits.
 
     missing: fields that the record lacks, in the order they are needed; unknown: those of it that nobody knows.
     """

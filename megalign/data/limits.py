@@ -20,7 +20,10 @@ def check_tokens(
     max_length: int,
     vocab_size: int,
 ) -> None:
-    """Refuse an empty prompt, ids outside the vocabulary, and what is too long. `fields`: prompt, responses."""
+    """Refuse an empty prompt, ids outside the vocabulary and sequences that are too long.
+
+    fields: where the record holds the prompt, then each response.
+    """
     if not group.prompt_ids:
         message = f"field {fields[0]} has no tokens; allowed: at least one, or the first response token has no score"
         raise BadRecord("empty prompt", message)

@@ -1,4 +1,4 @@
-"""Check the shape of messages and of what a record gives its chat template; their text is the template's to judge."""
+"""Check the fields of messages, tools and template variables; whether the template takes them shows later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOOLS = "a list of JSON schemas of functions, or the same as JSON text"
 
 
 def check_messages(field: str, value: Any) -> None:
-    """A list of messages, each with a role and text, or for the assistant tool calls."""
+    """Refuse what is not a list of messages, each with a role and text (the assistant: or tool calls)."""
     if not isinstance(value, list) or not value:
         raise refuse(field, value, "a list of messages", reason="messages")
     run_all(check for place, message in enumerate(value) for check in _checks(f"{field}[{place}]", message))
@@ -74,7 +74,7 @@ def _check_calls(where: str, message: Mapping[str, Any]) -> None:
 
 
 def check_context(record: Mapping[str, Any]) -> None:
-    """`tools` and `chat_template_kwargs`, and that there are messages for a chat template to write them with."""
+    """Check `tools` and `chat_template_kwargs`; a prompt of plain text takes neither."""
     tools, variables = record.get("tools"), record.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:
@@ -95,7 +95,7 @@ def check_context(record: Mapping[str, Any]) -> None:
 
 
 def check_unicode(field: str, value: str) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+    """Refuse half a surrogate pair, which JSON can spell and no tokenizer takes."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -103,14 +103,14 @@ def check_unicode(field: str, value: str) -> None:
 
 
 def check_answers(field: str, messages: Sequence[Mapping[str, Any]], *, first: int = 0) -> None:
-    """What is trained on (from message `first`) is the assistant's at both ends."""
+    """Refuse an answer whose first message (`first`) or last one is not the assistant's."""
     for place in (first, len(messages) - 1):
         if messages[place]["role"] != "assistant":
             raise refuse(f"{field}[{place}].role", messages[place]["role"], "assistant", reason="messages")
 
 
 def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
-    """A whole conversation begins before the first answer and ends with one."""
+    """Refuse a conversation that begins with the assistant or does not end with it."""
     if messages[0]["role"] == "assistant":
         raise refuse("messages[0].role", "assistant", "system or user before the first answer", reason="messages")
     check_answers("messages", messages, first=len(messages) - 1)

@@ -1,4 +1,4 @@
-"""The endless order of records: which of them the n-th step takes, on every layout alike."""
+"""Order records over epochs: step n takes the same ones on every parallel layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Span(NamedTuple):
 
 
 def step_items(step: int, spans: Sequence[Span], *, groups_per_step: int, seed: int, shuffle: bool) -> list[Item]:
-    """What step `step` (from 0) trains on: the next items of the epochs laid end to end.
+    """Return the items of step `step` (from 0): the next ones of the epochs laid end to end.
 
     A step may straddle epochs; nothing but the step's number is needed to resume.
     """
@@ -43,7 +43,7 @@ def step_items(step: int, spans: Sequence[Span], *, groups_per_step: int, seed: 
 
 @lru_cache(maxsize=4)
 def epoch_order(epoch: int, spans: tuple[Span, ...], *, seed: int, shuffle: bool) -> np.ndarray:
-    """Indices of one epoch, a function of (seed, epoch).
+    """Return the record indices of one epoch, a function of (seed, epoch).
 
     A source is itself an endless stream of its permutations, of which each epoch takes the next `per_epoch`:
     whatever the weight, no record comes a second time before every other one of its source has come.

@@ -1,4 +1,4 @@
-"""Which sequences of a group a loss sees, and in which role; EPA's weak negatives are drawn here.
+"""Choose which sequences of a group a loss gets, and their roles; draw EPA's weak negatives.
 
 Everything drawn is a function of (seed, epoch, record) alone, so neither layout nor resume can change it.
 """
@@ -30,7 +30,7 @@ NO_NEGATIVE = (
 
 
 def generator(stream: str, seed: int, *, epoch: int, place: int) -> np.random.RandomState:
-    """Numbers of one purpose. RandomState, because its streams never change between versions of numpy."""
+    """Return a random generator for one purpose. RandomState: its streams never change between numpy versions."""
     entropy = np.random.SeedSequence([STREAMS[stream], seed, epoch, place])
     return np.random.RandomState(np.random.MT19937(entropy))
 
@@ -67,17 +67,17 @@ def _field(format: str) -> str:
 
 
 def rewards(group: Group) -> list[float]:
-    """Rewards of all responses, as they compare; a loader has made sure that they are there."""
+    """Return the rewards of all responses, without differences of rounding; the loader has checked that they exist."""
     return without_rounding([response.reward for response in group.responses if response.reward is not None])
 
 
 def positive(group: Group) -> int:
-    """Which response is chosen or positive: the first of a pair, else the first with the highest reward."""
+    """Return the index of the chosen or positive response: the first of a pair, else the first of highest reward."""
     return 0 if group.paired else int(np.argmax(rewards(group)))
 
 
 def own_sequences(group: Group, pairing: Pairing, *, seed: int, epoch: int) -> Picked:
-    """The group's own responses in the roles the loss gives them, weak negatives excepted."""
+    """Return the group's own responses with their roles in the loss, without weak negatives."""
     if pairing.kind in ("single", "samples"):
         return [("response", response) for response in group.responses]
     best = positive(group)
@@ -121,7 +121,7 @@ class WeakPool:
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     def draw(self, group: Group, *, epoch: int, num_strong: int) -> list[Response]:
-        """The first pins, then draws until there are enough; fewer where the data holds no more."""
+        """Return weak negatives: pinned ones first, then drawn ones; fewer than wanted if the data holds no more."""
         taken = {response.ids for response in group.responses}
         weak = []
         for record, place in group.weak[: self.pairing.weak]:
@@ -141,7 +141,7 @@ class WeakPool:
                         break
         if not weak and not num_strong:
             raise UserError(f"record {group.record}: {NO_NEGATIVE.format(max_length=self.max_length)}")
-        # What is known of a response under its own prompt says nothing of it under this one.
+        # Drop reward and behaviour log-probs: they belong to the response's own prompt.
         return [replace(response, reward=None, behaviour_logp=None) for response in weak]
 
     def check_pins(self, group: Group, *, first_record: int, num_records: int) -> None:

@@ -1,4 +1,4 @@
-"""Which sequences share a micro-batch, and which rank runs it. Nothing here may change a number of the result."""
+"""Assign sequences to micro-batches and ranks. No assignment may change a number of the result."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class RawRecord:
     content: Any  # bytes of a line, what a row or an element of a list holds, or why there is no record
 
     def fields(self) -> dict[str, Any]:
-        """The record as a dict; a line that is not a JSON object is a bad record."""
+        """Return the record as a dict; a line that is not a JSON object is a bad record."""
         if isinstance(self.content, Mapping):
             return dict(self.content)
         if isinstance(self.content, BadRecord):
@@ -77,7 +77,7 @@ class RawRecord:
 
 
 def read_raw(path: str, *, field: str = "data.path") -> Iterator[RawRecord]:
-    """Records of a file (lines count from 1; blank lines are none) or of a directory or table (rows from 0)."""
+    """Yield the records of a file (lines count from 1, blank ones are skipped), directory or table (rows from 0)."""
     place = Path(path)
     if not place.exists():
         hub = ""
@@ -92,7 +92,7 @@ def read_raw(path: str, *, field: str = "data.path") -> Iterator[RawRecord]:
 
 
 def foreign_kind(head: bytes) -> str | None:
-    """What a file that begins with `head` is, if it holds no records: such as a Git LFS pointer or an archive."""
+    """Return what a file that begins with `head` is if it holds no records, such as a Git LFS pointer."""
     start = head.lstrip()[:20].lower()
     for mark, kind in FOREIGN.items():
         if head.startswith(mark) or (mark.startswith(b"<") and start.startswith(mark)):
@@ -142,7 +142,7 @@ def _lines(path: str, stream: IO[bytes], *, field: str) -> Iterator[RawRecord]:
 
 
 def _list_or_lines(path: str, stream: IO[bytes], *, field: str) -> Iterator[RawRecord]:
-    """Records of a file that is one list in JSON; where its first line is a list of other things, its lines."""
+    """Yield the elements of a file that is one list in JSON, or its lines if the list is no list of objects."""
     data = stream.read()
     try:
         rows = json.loads(data.removeprefix(BOM).decode("utf-8"))
@@ -158,7 +158,7 @@ def _list_or_lines(path: str, stream: IO[bytes], *, field: str) -> Iterator[RawR
 
 
 def _parsed(text: bytes) -> Any:
-    """The JSON value of `text`; None where it is none."""
+    """Parse JSON; None if `text` is not valid."""
     try:
         return json.loads(text.removeprefix(BOM).decode("utf-8"))
     except (ValueError, RecursionError):
@@ -232,7 +232,7 @@ def _looks_like_data(file: Path) -> bool:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives every row every field; null is its way to say that the record has none."""
+    """Drop null fields: Arrow gives every row every field, and null where the record has none."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Check everything about a record for which tokens need not be known.
+"""Check the fields of a record before it is tokenised.
 
 A record's field names follow the TRL dataset formats:
     messages            {"messages": [...]}
@@ -41,7 +41,7 @@ SLOTS: dict[str, tuple[tuple[str, str | None], ...]] = {
 
 
 def detect_format(record: Mapping[str, Any]) -> str:
-    """The format whose fields the record has; fields of two formats are a bad record."""
+    """Return the format whose fields the record has; fields of two formats are a bad record."""
     found = []
     for name, slots in SLOTS.items():
         marks = {form for slot in slots for form in slot if form} - {"prompt", "prompt_ids"}
@@ -118,7 +118,7 @@ def _texts(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def check_message_fields(texts: Mapping[str, Any], known: frozenset[str]) -> None:
-    """Refuse fields of messages that nobody reads."""
+    """Refuse fields of messages that neither this code nor the chat template reads."""
     for field, turns in texts.items():
         for place, turn in enumerate(turns if isinstance(turns, list) else []):
             names = [name for name in turn if name not in known] if isinstance(turn, dict) else []
@@ -130,7 +130,7 @@ def check_message_fields(texts: Mapping[str, Any], known: frozenset[str]) -> Non
 
 
 def _check_implicit(side: str, messages: Any) -> None:
-    """chosen or rejected as a whole conversation, without a prompt field."""
+    """Check chosen or rejected as a whole conversation, without a prompt field."""
     check_messages(side, messages)
     check_answers(side, messages, first=len(messages) - 1)
 
@@ -148,14 +148,14 @@ def _check_known(
 
 
 def _not_known(names: Sequence[str]) -> str:
-    """Fields nobody knows, at most six of them by name."""
+    """Say which fields are not known, at most six of them by name."""
     names = [name or "''" for name in names]
     more = f" and {len(names) - 6} more" if names[6:] else ""
     return f"field {names[0]} is not known" if len(names) == 1 else f"fields {', '.join(names[:6])}{more} are not known"
 
 
 def check_slot(record: Mapping[str, Any], text: str, ids: str | None, *, strict: bool, is_prompt: bool) -> None:
-    """What must be there is there once, as text or as ids, and not empty."""
+    """Refuse a field that is missing, empty, or there both as text and as ids."""
     if ids in record:
         if text in record:
             raise BadRecord("text and ids", f"fields {text} and {ids} are both there; allowed: one of them")
@@ -174,7 +174,7 @@ def check_slot(record: Mapping[str, Any], text: str, ids: str | None, *, strict:
 
 
 def check_ids(field: str, ids: Any) -> None:
-    """A non-empty list of integers >= 0; the vocabulary's end is checked where it is known."""
+    """Refuse what is not a non-empty list of integers >= 0; the vocabulary's size is checked later."""
     if not isinstance(ids, list):
         raise refuse(field, ids, "a list of token ids", reason="token ids")
     if not ids:
@@ -187,7 +187,7 @@ def check_ids(field: str, ids: Any) -> None:
 
 
 def check_text(field: str, value: Any, *, is_prompt: bool) -> None:
-    """A string or a list of messages, with something in it; a response begins and ends with the assistant."""
+    """Refuse what is not a non-empty string or list of messages; a response begins and ends with the assistant."""
     if not isinstance(value, (str, list)):
         raise refuse(field, value, "a string or a list of messages", reason="wrong type")
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
@@ -257,5 +257,5 @@ def _check_pins(pins: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """A finite int or float; bool is neither. The comparison refuses NaN and integers no float can hold, too."""
+    """Return whether value is a finite int or float, not bool. The comparison is False for NaN and huge integers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e308 <= value <= 1e308

@@ -1,4 +1,4 @@
-"""The refusal of one record: its reason, the field, the value that came and what is allowed."""
+"""Refuse a record with the reason, the field, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MISSING = object()
 
 
 class BadRecord(Exception):
-    """One record is refused; `reason` is what a report counts it under, `field` where the fault lies.
+    """Refusal of one record; the report counts it under `reason`, and `field` is where the fault lies.
 
     kinds: a name for each fault, the same in every record with that fault; empty for what tokenising finds.
     size: tokens of what is too long.
@@ -29,13 +29,13 @@ class BadRecord(Exception):
 
 
 def refuse(field: str, value: Any, allowed: str, *, reason: str) -> BadRecord:
-    """The one shape of such messages: field, the value that came, what is allowed."""
+    """Make a refusal that tells the field, its value and what is allowed."""
     shown = "missing" if value is MISSING else shorten(value)
     return BadRecord(reason, f"field {field} is {shown}; allowed: {allowed}", field=field)
 
 
 def joined(faults: Sequence[BadRecord]) -> BadRecord:
-    """One refusal for all the faults of a record; faults of one kind, such as of each response, are told once."""
+    """Join all faults of a record into one refusal; faults of one kind, such as of each response, appear once."""
     by_kind: dict[str, list[BadRecord]] = {}
     for fault in faults:
         by_kind.setdefault(f"{fault.reason}: {re.sub('[0-9]+', '', fault.field)}", []).append(fault)

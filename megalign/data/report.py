@@ -1,4 +1,4 @@
-"""Counts what becomes of records while they are read."""
+"""Count the records that are kept, skipped and noted while a file is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megalign.schema import UserError
 
 @dataclass
 class Report:
-    """What became of the records: how many were read, and how many were skipped for which reason."""
+    """Counts of the records read, kept, and skipped by reason, and of decisions about their texts."""
 
     num_records: int = 0
     num_kept: int = 0
@@ -29,11 +29,11 @@ class Report:
         self.first_bad.setdefault(bad.reason, message)
 
     def first_problem(self) -> str:
-        """The message of the first bad record."""
+        """Return the message of the first bad record."""
         return next(iter(self.first_bad.values()))
 
     def line(self) -> str:
-        """One line for a log."""
+        """Return all counts in one line for a log."""
         kept = f"{self.num_kept} of {self.num_records} records kept"
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad.items()))
         notes = "".join(f"; {count} {note}" for note, count in sorted(self.notes.items()))

@@ -1,4 +1,4 @@
-"""Text to token ids, one way for every loss.
+"""Turn the texts of records into token ids, in one way for every loss.
 
 Plain strings never pass through a chat template: the prompt has the special tokens that the tokenizer itself puts in
 front, the response is what tokenising prompt and response together adds behind the prompt, and the end-of-sequence
@@ -29,7 +29,7 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """Settings of `data` that change what text becomes which tokens."""
+    """Settings of `data` that change which tokens a text becomes."""
 
     special_tokens: Literal["auto", "none"] = "auto"  # around plain strings: the tokenizer's own, or none
     date: str | None = None  # YYYY-MM-DD that chat templates take for today; None: the day of the call
@@ -74,7 +74,7 @@ def encode_record(
 
 
 def token_fields(record: Mapping[str, Any], format: str) -> list[str]:
-    """Which field the prompt's ids came from, then each response's, for messages."""
+    """Return the field that the prompt's ids came from, then each response's, for messages."""
     if format == "messages":
         return ["messages", "messages"]
     prompt = next((field for field in ("prompt_ids", "prompt") if field in record), "chosen")
@@ -116,7 +116,7 @@ def retokenize(
     origin: str = "",
     options: TextOptions = DEFAULT,
 ) -> tuple[Ids, Response]:
-    """The record's single response under another model's tokenizer and chat template, for teachers."""
+    """Encode the record's single response with a teacher's tokenizer and chat template."""
     where = origin or f"record {group.record}"
     name = detect_format(group.raw) if format == "auto" else format
     ids = [field for field in ("prompt_ids", "response_ids") if field in group.raw]
@@ -136,7 +136,7 @@ def retokenize(
 
 
 def _split(record: Mapping[str, Any], format: str) -> tuple[Any, list[tuple[str, Any, Mapping[str, Any]]]]:
-    """The prompt, and (field, text or {"ids"}, what else is said of it) of each response."""
+    """Return the prompt, and (field, text or {"ids"}, reward and logp) of each response."""
     prompt = {"ids": record["prompt_ids"]} if "prompt_ids" in record else record.get("prompt")
     if format == "responses":
         return prompt, [
@@ -160,7 +160,7 @@ def _content(entry: Mapping[str, Any]) -> Any:
 
 
 def _implicit_prompt(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Turn], dict[str, Any]]:
-    """The messages both sides begin with are the prompt."""
+    """Return the messages both sides begin with as the prompt, and the rest of each side."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -201,7 +201,7 @@ class _Text:
         self.changed = False  # whether the arguments of tool calls were changed for the template
 
     def prompt(self, field: str, turns: Sequence[Turn], *, continued: bool) -> _Prompt:
-        """Encode messages as what a response to them is sampled from."""
+        """Encode messages as the prompt that a response is sampled from."""
         tokenizer = _required(field, self.tokenizer)
         chat = open_chat(field, self.record, tokenizer, date=self.options.date)
         turns = self._given(chat, field, (), turns)
@@ -210,7 +210,7 @@ class _Text:
         return _Prompt(_encode(tokenizer, text), text, turns, continued, chat)
 
     def turns(self, field: str, before: _Prompt, answer: Sequence[Turn], *, num_before: int = 0) -> Response:
-        """Encode the turns behind a prompt; of several only the assistant's are scored."""
+        """Encode the turns behind a prompt; of several turns only the assistant's are scored."""
         for place, turn in enumerate(answer, start=num_before):
             said = any(turn.get(name) for name in ("content", "tool_calls", *REASONING))
             if turn["role"] == "assistant" and not said:
@@ -246,10 +246,13 @@ class _Text:
             ids = _encode_apart(tokenizer, text)
         else:
             ids = self._behind(field, before.text, _encode(tokenizer, before.text), text)[0]
+        if not ids:
+            message = f"field {field} has no tokens; allowed: text of which the tokenizer keeps something"
+            raise BadRecord("empty response", message)
         return Response(ids if ids[-1:] == (end,) else (*ids, end))
 
     def _behind(self, field: str, prompt: str, prompt_ids: Ids, rest: str) -> tuple[Ids, Callable[[str], Ids]]:
-        """Encode what follows a prompt, and return with it how to encode a beginning of it alike."""
+        """Encode `rest` behind a prompt; return its ids and a function that encodes a beginning of it the same way."""
         tokenizer = _required(field, self.tokenizer)
         whole = _encode(tokenizer, prompt + rest)
         if whole[: len(prompt_ids)] == prompt_ids:
@@ -287,7 +290,7 @@ def _encode_answer(answer: tuple[str, Any, Mapping[str, Any]], text: _Text, befo
 
 
 def _scored(ids: Ids, spans: Sequence[Span], rest: str, encode_start: Callable[[str], Ids]) -> tuple[bool, ...]:
-    """Which tokens lie in the spans of characters; one that crosses a span's end is out, one its beginning is in."""
+    """Return which tokens lie in the spans; a token across a span's end is out, one across its beginning is in."""
 
     def tokens_before(position: int) -> int:
         return len(os.path.commonprefix([encode_start(rest[:position]), ids])) if position < len(rest) else len(ids)

@@ -1,4 +1,4 @@
-"""What a loss sees of a step's global batch or of one micro-batch of it.
+"""Builds the tensors that a loss reads, for a step's global batch or for one of its micro-batches.
 
 Axes: S sequences, T scored tokens, N scored tokens of a micro-batch.
 """
@@ -19,18 +19,18 @@ from megalign.losses.base import LossConfig, Scores
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """A step's global batch, the same on every rank, with what is known of it before the step."""
+    """A step's global batch, the same on every rank, with the scores computed before the step."""
 
     sequences: Sequence[FlatSequence]
     num_groups: int
     reference: Sequence[Scored] | None = None
     old: Sequence[Scored] | None = None
-    current: Sequence[Scored] | None = None  # under the weights as they are, log-probs and lse by token
-    on_policy: bool = False  # the present weights sampled the responses, so `old` is None and the policy stands for it
+    current: Sequence[Scored] | None = None  # under the current weights, log-probs and log-sum-exps by token
+    on_policy: bool = False  # sampled by the current weights: `old` is None, detached policy log-probs are used
 
 
 def batch_scores(batch: StepBatch, loss: LossConfig) -> Scores:
-    """The whole global batch's data; `policy_S` is still to come."""
+    """Return the loss's inputs for the whole global batch; `policy_S` is zeros until `with_sums`."""
     sequences = batch.sequences
     rewards = [sequence.response.reward for sequence in sequences]
     teachers = [sequence.teacher_score for sequence in sequences]
@@ -56,7 +56,7 @@ def batch_scores(batch: StepBatch, loss: LossConfig) -> Scores:
 
 
 def part_scores(scores: Scores, members: Sequence[int]) -> Scores:
-    """The same for some of the sequences; divisors stay those of the whole."""
+    """Select the rows of `members`; num_groups, num_sequences and num_tokens stay those of the global batch."""
     index = torch.tensor(list(members), dtype=torch.int64)
     by_sequence = ("policy_S", "group_S", "length_S", "reference_S", "old_S", "reward_S", "teacher_S")
     sliced: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def part_scores(scores: Scores, members: Sequence[int]) -> Scores:
 
 
 def with_tokens(scores: Scores, batch: StepBatch, members: Sequence[int], policy_T: Tensor | None) -> Scores:
-    """Token fields for the given sequences, for losses that work by token."""
+    """Add the token-level fields of `members`, whose policy log-probs are policy_T; unchanged where that is None."""
     if policy_T is None:
         return scores
     sizes = torch.tensor([batch.sequences[place].num_scored for place in members], dtype=torch.int64)
@@ -87,7 +87,7 @@ def _old_tokens(batch: StepBatch, members: Sequence[int], policy_T: Tensor) -> T
 
 
 def with_sums(scores: Scores, batch: StepBatch, policy_S: Tensor) -> Scores:
-    """The policy's sums filled in, and on policy the old policy's."""
+    """Set policy_S, and on policy old_S to the same values, detached."""
     old_S = policy_S.detach() if batch.on_policy else scores.old_S
     return replace(scores, policy_S=policy_S, old_S=old_S)
 
@@ -103,7 +103,7 @@ def need(value: Tensor | None) -> Tensor:
 
 
 def mismatch(sequences: Sequence[FlatSequence], logp_T: Tensor) -> tuple[float, float]:
-    """(sum, maximum) over tokens of |log-prob - behaviour log-prob|; responses without the latter count as zero."""
+    """Return (sum, maximum) over tokens of |log-prob - behaviour log-prob|; responses without it add nothing."""
     total, largest, first = 0.0, 0.0, 0
     for sequence in sequences:
         last = first + sequence.num_scored
@@ -116,6 +116,6 @@ def mismatch(sequences: Sequence[FlatSequence], logp_T: Tensor) -> tuple[float, 
 
 
 def mismatch_metrics(sequences: Sequence[FlatSequence], total: float, largest: float) -> dict[str, float]:
-    """How far the sampler's log-probs are from the engine's, in nats a token; nothing where no response has any."""
+    """Return metrics of |engine - sampler log-prob|, in nats a token: mean, maximum; {} without sampler log-probs."""
     count = sum(one.num_scored for one in sequences if one.response.behaviour_logp is not None)
     return {"rollout_mismatch": total / count, "rollout_mismatch_max": largest} if count else {}

@@ -1,4 +1,4 @@
-"""What torch's AdamW has and lacks for Megatron's way of saving the distributed optimizer."""
+"""Adapts the state of torch's AdamW to the way Megatron saves and loads its distributed optimizer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-NO_PARAMETERS: Any = "no parameters on this rank"  # a key that stands for one; torch keeps state under any key
+NO_PARAMETERS: Any = "no parameters on this rank"  # stands in for a parameter as key of the state; torch allows any key
 
 
 def load_optimizer(part: Any, state: dict[str, Any]) -> None:
-    """Load the distributed optimizer; torch's AdamW counts steps by parameter, which Megatron's own load misses."""
-    parameter_state = state.pop("param_state", {})  # without parameters it is left out
+    """Load the distributed optimizer and restore AdamW's step of each parameter, which Megatron's load leaves out."""
+    parameter_state = state.pop("param_state", {})  # absent on a rank without parameters
     groups = part.optimizer.param_groups
     kept = [{key: group[key] for key in ("weight_decay", "betas", "eps") if key in group} for group in groups]
     part.load_state_dict(state)
@@ -28,10 +28,11 @@ def load_optimizer(part: Any, state: dict[str, Any]) -> None:
 
 
 def fill_optimizers(optimizer: Any, *, most: Callable[[float], float]) -> None:
-    """Give optimizers without state one that Megatron can read a step count from.
+    """Initialise optimizers that have no state yet, so that Megatron can read a step count from each of them.
 
-    They have none before their first step, and none on a stage that has no such parameters: the count there is the
-    other stages', because the first rank's is what a checkpoint keeps. most: the maximum over all ranks.
+    AdamW has no state before its first step, and never on a pipeline stage without such parameters (an expert optimizer
+    where no layer has experts). The latter takes the other stages' count, because a checkpoint keeps the first rank's.
+    most: returns the maximum of a number over all ranks.
     """
     inner = [part.optimizer for part in optimizer.chained_optimizers]
     groups = [group for one in inner for group in one.param_groups]

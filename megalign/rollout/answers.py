@@ -84,7 +84,7 @@ class Answer:
 
 
 def equal_answers(found: str, wanted: str) -> bool:
-    """Whether the final answers of two texts are the same; False where one of them has none."""
+    """Tell whether the final answers of two texts are equal; False where one of them has none."""
     left, right = final_answer(found), final_answer(wanted)
     if left is None or right is None:
         return False
@@ -101,7 +101,7 @@ def equal_answers(found: str, wanted: str) -> bool:
 
 
 def final_answer(text: str) -> Answer | None:
-    """The answer that a text ends in, or None."""
+    """Return the final answer of a text, or None."""
     boxed = _last_boxed(text)
     if boxed is None and "####" in text:
         boxed = text[text.rindex("####") + 4 :].strip().partition("\n")[0]
@@ -118,7 +118,7 @@ def final_answer(text: str) -> Answer | None:
 
 
 def plainer(text: str) -> str:
-    """The text with one spelling of minus signs, digits, fractions, powers and blanks, and without currencies."""
+    """Normalise minus signs, digits, fractions, powers and blanks to one spelling, and drop currencies."""
     text = re.sub(r"(?<=[\d)])([\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+)", _power, text)
     text = re.sub(r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]", "", text)
     text = re.sub(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)
@@ -131,7 +131,7 @@ def plainer(text: str) -> str:
 
 
 def read(text: str) -> Answer | None:
-    """An answer that is the whole text, a variable before it and a unit behind it aside; None for words."""
+    """Parse the whole text as one answer, after dropping a leading `x =` and a unit at its end; None for words."""
     text = text.strip().strip("*").rstrip(".,;:!?").strip()
     text = re.sub(r"^-\s+(?=[\d.])", "-", re.split(VARIABLE, text)[-1].strip())
     if not text or len(text) > LONGEST or "\n" in text:
@@ -146,7 +146,7 @@ def read(text: str) -> Answer | None:
 
 
 def _words(text: str) -> Answer | None:
-    """An answer of words alone, whatever their case; None for more than a short line of them."""
+    """Parse a short line of words without digits as an answer, in lower case; else None."""
     text = text.strip(" *.,;:!?\"'()").casefold()
     if not _has_words(text) or len(text) > LONGEST_WORDS or re.search(r"[\d\n\\]", text):
         return None
@@ -154,12 +154,12 @@ def _words(text: str) -> Answer | None:
 
 
 def _has_words(text: str) -> bool:
-    """Whether two letters or more stand together, which variables do not."""
+    """Tell whether the text has a word of two letters or more; variables have one."""
     return any(sum(map(str.isalpha, one[0])) > 1 for one in TOKEN.finditer(text) if one["word"])
 
 
 def _without_unit(text: str) -> str:
-    """Without words behind a number, such as km/h, m^2 or apples; x, y, z and n are no units, nor is the e of 1e9."""
+    """Drop a unit or noun behind a number, such as km/h, m^2 or apples; not x, y, z or n, nor the e of 1e9."""
     match = re.search(r"(?<=[\d)])\s?(?![xyzn]$|[eE][-+]?\d)/?[^\W\d_][\w./^() -]*$", text)
     if match is None or re.search(r"[^\w^(-]\d", match[0]):
         return text
@@ -171,7 +171,7 @@ def _power(match: re.Match[str]) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}` that is closed."""
+    r"""Return the content of the last `\boxed{...}` if its brace is closed."""
     start = text.rfind("\\boxed")
     opened = text.find("{", start) if start >= 0 else -1
     depth = 0
@@ -183,7 +183,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _last_formula(tail: str) -> str | None:
-    r"""What stands in the last `$...$`, `\(...\)` or `\[...\]`, where it holds LaTeX and no number comes after it."""
+    r"""Return the content of the last `$...$`, `\(...\)` or `\[...\]` if it holds LaTeX and no number follows it."""
     found = None
     for match in re.finditer(r"\$([^$\n]{1,400})\$|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", tail, re.DOTALL):
         found = match
@@ -194,7 +194,7 @@ def _last_formula(tail: str) -> str | None:
 
 
 def _last_in(text: str) -> Answer | None:
-    """The last run of numbers and signs between words that is an answer."""
+    """Return the last stretch of numbers and signs between words that parses as an answer."""
     for run in reversed(_runs(text)):
         for piece in (run, *reversed(run.split(" "))):
             piece = _trimmed(piece)
@@ -205,7 +205,7 @@ def _last_in(text: str) -> Answer | None:
 
 
 def _runs(text: str) -> list[str]:
-    """What stands between words, equals signs and ends of sentences."""
+    """Split a text at words, equals signs and ends of sentences; return the stretches between them."""
     runs, run, glued = [], "", False
     for token in TOKEN.finditer(text):
         if token["word"] or token["other"] or (token[0] == ":" and text[token.end() : token.end() + 1] in ("", " ")):
@@ -220,7 +220,7 @@ def _runs(text: str) -> list[str]:
 
 
 def _trimmed(run: str) -> str:
-    """Without signs that belong to no number: bullets, emphasis, commas, brackets without their other side."""
+    """Strip signs that belong to no number: bullets, emphasis, commas, unmatched brackets."""
     before = ""
     while run != before:
         before = run
@@ -242,7 +242,7 @@ def _opens(run: str) -> bool:
 
 
 def _number(text: str) -> Answer | None:
-    """A number in one of the forms people write it, or None."""
+    """Parse a number in one of FORMS, with or without a percent sign; else None."""
     text = text.strip()
     if re.fullmatch(r"\([^()]*\)|\{[^{}]*\}", text):
         text = text[1:-1].strip()
@@ -257,7 +257,7 @@ def _number(text: str) -> Answer | None:
 
 
 def _value(parts: dict[str, str]) -> Fraction | None:
-    """The number of a match of FORMS; None where it is too large to be meant, or divides by zero."""
+    """Evaluate a match of FORMS; None where it is absurdly large or divides by zero."""
     top, bottom = _decimal(parts["a"]), _decimal(parts.get("b") or "1")
     power = int(parts.get("e") or "0")
     if top is None or not bottom or abs(power) > LARGEST_EXPONENT:
@@ -277,7 +277,7 @@ def _decimal(text: str) -> Fraction | None:
 
 
 def _list(text: str) -> Answer | None:
-    """Two or more numbers between commas, with or without brackets, or None."""
+    """Parse two or more numbers between commas, with or without brackets; else None."""
     brackets = ""
     if text[:1] in ("(", "[", "{") and text[-1:] in (")", "]", "}"):
         brackets, text = text[0] + text[-1], text[1:-1]
@@ -290,7 +290,7 @@ def _list(text: str) -> Answer | None:
 
 
 def _member(part: str) -> Fraction | str | None:
-    """A number of a list, or an infinity as text; None for anything else."""
+    """Parse one element of a list: a number, or an infinity as text; else None."""
     endless = re.fullmatch(r"([-+]?)\s?(?:\u221e|inf(?:inity)?)", part.strip())
     if endless:
         return "-inf" if endless[1] == "-" else "inf"
@@ -303,7 +303,7 @@ def _is_joined(answer: Answer) -> bool:
 
 
 def _equal_numbers(left: Answer, right: Answer) -> bool:
-    """Exactly, but 75% is 75 too, and a fraction that no decimal is equal to is met by six digits of it."""
+    """Compare exactly, except that 75% equals 75 too and six digits of a recurring decimal equal its fraction."""
     assert left.number is not None and right.number is not None
     if (
         left.percent != right.percent
@@ -324,7 +324,7 @@ def _is_decimal(number: Fraction) -> bool:
 
 
 def _equal_lists(left: Answer, right: Answer) -> bool:
-    """In order, sets aside; brackets count where both have them."""
+    """Compare in order, but sets in any order; brackets must agree where both lists have them."""
     if left.brackets and right.brackets and left.brackets != right.brackets:
         return False
     if "{}" in (left.brackets, right.brackets):
@@ -333,7 +333,7 @@ def _equal_lists(left: Answer, right: Answer) -> bool:
 
 
 def _equal_mathematics(left: Answer, right: Answer) -> bool:
-    """What math-verify says; False for what is too large, or takes too long, to be compared."""
+    """Ask math-verify; False for expressions that are too large, or take too long, to compare."""
     if any(len(one.text) > LONGEST or UNTAMED.search(one.text) for one in (left, right)):
         return False
     try:
@@ -353,7 +353,7 @@ def _parsed(answer: Answer) -> list[Any]:
 
 @cache
 def _library() -> tuple[Any, Any, Any]:
-    """(parse, verify, LaTeX as what is parsed) of math-verify, whose own time limits work in main threads alone."""
+    """Import math-verify: (parse, verify, its LaTeX configuration). Ours replaces its own time limits."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):

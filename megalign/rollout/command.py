@@ -1,4 +1,4 @@
-"""The command `rollout`: responses and rewards of a Hugging Face checkpoint as JSONL groups, without any training."""
+"""Runs the command `rollout`: samples and rewards responses of a Hugging Face checkpoint and writes them as JSONL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLLOUT_FILE = "rollout.jsonl"
 
 
 def load_sampler(hf_dir: Path, *, dtype: str, device: torch.device) -> Any:
-    """The checkpoint as a plain `transformers` model; dtype as in `run.dtype`."""
+    """Load the checkpoint as a plain `transformers` model; dtype as in `run.dtype`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -37,7 +37,7 @@ def load_sampler(hf_dir: Path, *, dtype: str, device: torch.device) -> Any:
 
 
 def sampler_config(hf_dir: Path) -> Any:
-    """The checkpoint's `transformers` configuration, without its padding token: an added one may have no embedding."""
+    """Read the checkpoint's `transformers` configuration without padding token, which may have no embedding."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(hf_dir), local_files_only=True, trust_remote_code=False)
@@ -58,8 +58,8 @@ def write_rollouts(
 ) -> Path:
     """Sample all rounds with the same weights and write `RUN_DIR/rollout.jsonl`, which `data.path` accepts.
 
-    Draws are those of `train` with the same seed in its first round. Rank 0 writes, after the last round; an earlier
-    file of that name is kept as `rollout.<n>.jsonl`.
+    The same seed draws the same samples as in the first round of `train`. Rank 0 writes, after the last round; an
+    earlier file of that name is kept as `rollout.<n>.jsonl`.
     """
     rollout = cfg.rollout
     if rollout is None:

@@ -1,4 +1,4 @@
-"""Which tokens end a response, read and checked before any model is built."""
+"""Checks the end-of-sequence tokens of the tokenizer and of the generation settings before any model is built."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ NO_END = "the tokenizer has no end-of-sequence token; sampling needs one to know
 
 
 def check_ends(hf_dir: Path, tokenizer: Any, *, vocab_size: int) -> None:
-    """Refuse end-of-sequence tokens that the model cannot produce, of the tokenizer and of generation settings.
+    """Refuse end-of-sequence tokens that are outside the model's vocabulary, and models that have none at all.
 
-    The settings are those of generation_config.json, and those of config.json where there is no such file.
+    They come from the tokenizer and from generation_config.json, or config.json where there is no such file.
     """
     path = hf_dir / "generation_config.json"
     path = path if path.is_file() else hf_dir / "config.json"

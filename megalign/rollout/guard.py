@@ -1,7 +1,8 @@
-"""Calls a user's function so that whatever it raises, and a call that never returns, is an ordinary error."""
+"""Calls a user's function and turns whatever it raises, and a call that takes too long, into an ordinary error."""
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 import sysconfig
 import threading
@@ -14,6 +15,8 @@ from types import FrameType
 from typing import Any, TypeVar
 
 LONGEST_MESSAGE = 200
+STDERR = 2  # faulthandler writes to a file descriptor
+PATIENCE_S = 10.0  # more, and half the limit: until a call that holds the interpreter ends the process
 PACKAGE = Path(__file__).resolve().parents[1]
 Result = TypeVar("Result")
 
@@ -23,15 +26,15 @@ class TimeIsUp(BaseException):
 
 
 class CallFailed(Exception):
-    """What the user's code did instead of returning, in a few words."""
+    """Says in a few words what the user's function did instead of returning a result."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[Callable[[], bool]]:
-    """Raise `TimeIsUp` in the block after `seconds`, and each second from then on; yields whether it has been.
+    """Raise `TimeIsUp` in the block after `seconds` and again every second; yields a function: has it been raised yet?
 
-    By a signal, which also ends sleeps, regular expressions and products of huge integers. Signals reach only the main
-    thread: elsewhere there is no limit. Blocks may be nested.
+    Uses SIGALRM, which also interrupts sleeps, regular expressions and products of huge integers, but reaches only the
+    main thread: in other threads there is no limit. Blocks may be nested.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -59,12 +62,31 @@ def time_limit(seconds: float) -> Iterator[Callable[[], bool]]:
 
 
 def call(function: Callable[..., Result], *arguments: Any, limit_s: float) -> Result:
-    """The function's result; `CallFailed` where it raises, exits or takes longer than `limit_s` seconds."""
-    with _interrupts() as interrupted, _told(interrupted, limit_s), time_limit(limit_s) as rung:
+    """Call the function and return its result; `CallFailed` where it raises, exits or takes longer than `limit_s`."""
+    with (
+        _backstop(1.5 * limit_s + PATIENCE_S),
+        _interrupts() as interrupted,
+        _told(interrupted, limit_s),
+        time_limit(limit_s) as rung,
+    ):
         result = function(*arguments)
         if rung():  # it caught what should have ended it
             raise TimeIsUp
         return result
+
+
+@contextmanager
+def _backstop(seconds: float) -> Iterator[None]:
+    """Print every thread's stack and end the process with code 1 where the block takes longer.
+
+    For one builtin that loops for ever, as sum(itertools.repeat(0)): Python then handles no signal and runs no other
+    thread, and an abrupt end is all that keeps the job from waiting for ever.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager
@@ -86,7 +108,7 @@ def _told(interrupted: Callable[[], bool], limit_s: float) -> Iterator[None]:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Yields whether somebody pressed Ctrl-C in the block, which only looks like an error of the user's code."""
+    """Yield a function that tells whether Ctrl-C was pressed in the block: user code may raise the same error."""
     pressed = False
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
@@ -107,7 +129,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line: its class, its message, and the last line that it passed in a file of the user's."""
+    """Format an error in one line: its class, its message, and the innermost line of the user's own code."""
     try:
         text = " ".join(str(error).split())
     except Exception:  # a class of the user's, whose own code fails

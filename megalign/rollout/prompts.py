@@ -1,4 +1,4 @@
-"""Prompts of the rounds: records with `prompt` (text or messages) or `prompt_ids`; other fields are the reward's."""
+"""Reads the prompts of rounds: `prompt` (text or messages) or `prompt_ids`; all other fields go to the reward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megalign.schema import UserError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt: its tokens, and its text and record for the reward. `where` is `path:line`."""
+    """One prompt: its tokens, and the text and record that its reward reads; `where` is `path:line`."""
 
     where: str
     ids: tuple[int, ...]
@@ -40,8 +40,8 @@ def load_prompts(
 ) -> list[Prompt]:
     """Read every prompt in file order; one that is wrong stops the job with its line and field, or is left out.
 
-    max_length: of the prompt, in tokens; what `data.max_length` leaves when the response has its room. report: is
-    filled with what became of the records.
+    max_length: of the prompt, in tokens: `data.max_length` less `rollout.max_new_tokens`. report: filled with the
+    counts of kept and skipped records.
     """
     if tokenizer is None:
         raise UserError("model.path has no tokenizer: rounds need one, because rewards read text")
@@ -74,11 +74,11 @@ def load_prompts(
 
 
 def plain_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The tokens' text without special tokens and without any tidying of blanks."""
+    """Decode without special tokens and without cleaning up blanks."""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def round_prompts(prompts: Sequence[Prompt], *, seed: int, round_number: int, prompts_per_round: int) -> list[Prompt]:
-    """The prompts of a round (from 0): the next ones of an endless stream of the epochs' permutations."""
+    """Return a round's prompts: the next ones of an endless stream, shuffled anew every epoch; rounds count from 0."""
     items = step_items(round_number, [Span(len(prompts))], groups_per_step=prompts_per_round, seed=seed, shuffle=True)
     return [prompts[index] for _, index in items]

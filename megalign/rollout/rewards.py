@@ -1,4 +1,4 @@
-"""Verifiable rewards: a function of prompt text, response text and the prompt's record.
+"""Finds and calls rewards: functions of the prompt's text, the response's text and the prompt's record.
 
 `rollout.reward` is the name of a registered function or `module:function`. The response text has no special tokens.
 """
@@ -28,13 +28,13 @@ LIMIT_S = 300.0  # for one call, where nobody says otherwise: long enough for a 
 
 
 def call_limit_s(timeout_s: float) -> float:
-    """Seconds for one call of a reward: half of what the other ranks wait before they give this one up."""
+    """Return the time limit of one reward call: half of the collectives' timeout, in which the other ranks wait."""
     return timeout_s / 2
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A named reward and the fields its records must have, dots going inside."""
+    """A named reward and the text fields its records must have; dots reach into nested ones (`metadata.source`)."""
 
     name: str
     function: RewardFunction
@@ -47,7 +47,7 @@ class Reward:
             raise UserError(f"{where}: {problem}")
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
-        """Which field that this reward reads the record lacks, if any."""
+        """Name the first field that this reward reads and the record lacks, or return None."""
         for dotted in self.needs:
             value: Any = record
             for key in dotted.split("."):
@@ -59,7 +59,7 @@ class Reward:
     def __call__(
         self, prompt: str, response: str, record: Mapping[str, Any], where: str, *, limit_s: float = LIMIT_S
     ) -> float:
-        """The reward as a finite float; whatever else the function does is an error that names record and reward.
+        """Call the function and return a finite float; anything else it does is an error that names record and reward.
 
         The function gets a copy of the record, so that no call depends on an earlier one's changes.
         """
@@ -71,7 +71,7 @@ class Reward:
             raise UserError(f"{where}: reward {self.name!r} {failed}; a finite number is needed") from None
 
     def _number(self, prompt: str, response: str, record: Mapping[str, Any]) -> float:
-        """What the function returns, numbers of numpy and torch included."""
+        """Call the function and convert its result, which may be a number of numpy or torch, to float."""
         value: Any = self.function(prompt, response, deepcopy(dict(record)))
         if inspect.iscoroutine(value):
             value.close()  # else Python warns that nobody awaited it
@@ -99,7 +99,7 @@ def reward(name: str, *, needs: tuple[str, ...] = ()) -> Callable[[RewardFunctio
 
 
 def choose_reward(spec: str) -> Reward:
-    """The registered reward of that name, or the function that `module:function` names."""
+    """Return the registered reward of that name, or the function that `module:function` names."""
     if ":" not in spec:
         if spec not in REWARDS:
             raise UserError(f"rollout.reward is {spec!r}; known: {', '.join(sorted(REWARDS))}, or module:function")
@@ -125,7 +125,7 @@ def choose_reward(spec: str) -> Reward:
 
 
 def _module_folders() -> str:
-    """The folders that modules are imported from, as an error shows them; Python's own are one word."""
+    """List the folders of sys.path for an error message, those of Python itself in three words."""
     own = sysconfig.get_path("stdlib"), sys.prefix, sys.base_prefix
     folders = [folder or str(Path.cwd()) for folder in sys.path if not folder.startswith(own)]
     return ", ".join([*dict.fromkeys(folders), "the installed packages"])

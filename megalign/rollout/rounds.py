@@ -1,7 +1,7 @@
-"""One round: every rank samples its share of the prompts and rewards it, and all ranks end with the same groups.
+"""Runs one round: each rank samples and rewards its share of the prompts, then all ranks gather the same groups.
 
-A round's record is training data as it stands: `prompt_ids`, `responses` with `response_ids`, `reward`, `logp` (under
-`temperature`) and `finished`. For people it holds the texts too, and the prompt's own record under `record`.
+Each gathered record is valid training data: `prompt_ids`, and `responses` with `response_ids`, `reward`, `logp` (at
+`temperature`) and `finished`. For readers it also holds the texts, and the prompt's own record under `record`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def rollout_round(
 
 
 def without_texts(record: dict[str, Any]) -> dict[str, Any]:
-    """A round's record with what training reads alone."""
+    """Strip a round's record to the fields that training reads."""
     responses = [
         {name: value for name, value in response.items() if name != "response_text"} for response in record["responses"]
     ]
@@ -102,7 +102,7 @@ def without_texts(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's, and those of the model's generation settings (end of turn)."""
+    """Return the ids that end a response: the tokenizer's EOS and those of the generation settings (end of turn)."""
     more = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
     if not ends:
@@ -113,7 +113,7 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 def _reward_group(
     prompt: Prompt, group: Sequence[Sampled], tokenizer: Any, reward: Reward, *, limit_s: float
 ) -> list[dict[str, Any]]:
-    """The group's responses as records hold them."""
+    """Reward a prompt's responses and return them as `responses` of a record."""
     responses = []
     for response in group:
         text = plain_text(tokenizer, response.ids)

@@ -1,4 +1,4 @@
-"""Exact temperature sampling that does not depend on how prompts are spread over batches or ranks.
+"""Samples at a temperature, exactly, and with the same draws however prompts are spread over batches and ranks.
 
 Axes: B rows of a batch (one row is one response in the making), V vocabulary.
 """
@@ -18,9 +18,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One response: its token ids, end-of-sequence included where it was produced, and their log-probs.
+    """One response: its token ids, including the end-of-sequence token if it was sampled, and their log-probs.
 
-    `logp` is that of the policy that sampled, its logits divided by the temperature (by 1 for greedy).
+    `logp` is taken from the sampling distribution: the logits divided by the temperature (by 1 for greedy).
     """
 
     ids: tuple[int, ...]
@@ -40,10 +40,10 @@ def sample(
     pad_id: int,
     token_budget: int = 65536,
 ) -> list[list[Sampled]]:
-    """`k` responses to each prompt from a plain `transformers` model, in prompt order; temperature 0 is greedy.
+    """Sample `k` responses to each prompt from a plain `transformers` model, in prompt order; temperature 0 is greedy.
 
-    The draw for a token is a function of (its prompt's seed, its sample's index, its own index) alone.
-    token_budget: positions of one batch, prompt padding and room for the response included.
+    The uniform number that draws a token depends on (the prompt's seed, the sample's index, the token's index) alone.
+    token_budget: positions of one batch, including prompt padding and `max_new_tokens` a row.
     """
     rows = [(place, index) for place in range(len(prompts)) for index in range(k)]
     rows.sort(key=lambda row: (len(prompts[row[0]]), row))
@@ -67,14 +67,14 @@ def sample(
 
 
 def uniforms(seed: tuple[int, ...], count: int) -> np.ndarray:
-    """`count` float64 numbers in [0, 1); a longer stream begins with the shorter one."""
+    """Draw `count` float64 numbers in [0, 1); the first ones are the same whatever `count` is."""
     return np.random.default_rng([part % 2**64 for part in seed]).random(count)
 
 
 def pick(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Token and its log-prob by row: inversion of the cumulative distribution, in float64 to the last token.
+    """Draw each row's token by inverting the cumulative distribution in float64; return (tokens, log-probs).
 
-    One uniform number a token makes the draw independent of every other row, and of the vocabulary's size.
+    One uniform number a token keeps the draw independent of the other rows and of the vocabulary's size.
     """
     logp_BV = torch.log_softmax(logits_BV.double() / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -90,7 +90,7 @@ def pick(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
 
 
 class _Picker(LogitsProcessor):
-    """Turns greedy generation into sampling: leaves only the drawn token, and keeps its log-prob."""
+    """Turns greedy generation into sampling: sets every logit but the drawn token's to -inf, and keeps its log-prob."""
 
     def __init__(self, uniform_BT: np.ndarray, *, temperature: float, device: torch.device) -> None:
         self.uniform_BT = torch.from_numpy(uniform_BT).to(device)
@@ -141,7 +141,7 @@ def _generate(
     eos_ids: Sequence[int],
     pad_id: int,
 ) -> Tensor:
-    """New tokens by row, [B, steps]; what follows a row's end is padding."""
+    """Generate and return the new tokens, [B, steps], padded after a row's end-of-sequence token."""
     longest = max(len(prompt) for prompt in prompts)
     token_BT = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -162,7 +162,7 @@ def _generate(
 
 
 def _cut(ids: list[int], logp: list[float], eos_ids: Sequence[int]) -> Sampled:
-    """The response up to its first end-of-sequence token, which belongs to it."""
+    """Cut a row after its first end-of-sequence token."""
     end = next((place + 1 for place, token in enumerate(ids) if token in eos_ids), None)
     length = len(ids) if end is None else end
     return Sampled(ids=tuple(ids[:length]), logp=tuple(logp[:length]), finished=end is not None)

@@ -1,4 +1,4 @@
-"""Scores that a round's updates need: under the weights that sampled its responses, and under a fixed reference."""
+"""Computes the log-probs that a round's updates need: of the policy that sampled it, and of a fixed reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Update = tuple[list[FlatSequence], int]  # its sequences and its number of group
 
 @dataclass
 class RoundScores:
-    """What was scored at a round's start; each update's sequences were packed as its own step packs them."""
+    """Log-probs computed at a round's start, with each update's sequences packed exactly as its step will pack them."""
 
     start: list[list[Scored]] = field(default_factory=list)  # by update; empty where no update needs them
     reference: ScoreStore | None = None  # of a reference that is not the policy at the round's start
@@ -30,7 +30,7 @@ class RoundScores:
     current: list[Scored] | None = None  # of update 0, with log-sum-exps and entropy
 
     def batch(self, cfg: JobConfig, update: int, sequences: list[FlatSequence], num_groups: int) -> StepBatch:
-        """The update's global batch. Update 0 is on policy, so its old log-probs are the step's own."""
+        """Return the update's global batch. Update 0 is on policy: the step takes its own log-probs as the old ones."""
         traits = cfg.loss.traits()
         reference = None
         if traits.reference:
@@ -40,7 +40,7 @@ class RoundScores:
         return StepBatch(sequences, num_groups, reference, old, current, on_policy=update == 0)
 
     def plain(self) -> dict[str, Any]:
-        """Everything that updates after the first need, as plain values for a checkpoint."""
+        """Return the scores that updates after the first need, as plain values for a checkpoint."""
         start = [
             [(one.total, None if one.logp_N is None else one.logp_N.tolist()) for one in scored]
             for scored in self.start
@@ -50,7 +50,7 @@ class RoundScores:
 
     @classmethod
     def from_plain(cls, state: dict[str, Any], *, by_token: bool) -> RoundScores:
-        """The scores that `plain` described."""
+        """Rebuild the scores from the result of `plain`."""
         start = [
             [Scored(total, None if logp is None else torch.tensor(logp, dtype=torch.float32)) for total, logp in scored]
             for scored in state["start"]
@@ -61,10 +61,10 @@ class RoundScores:
 
 
 def score_round(cfg: JobConfig, engine: Engine, fixed: Scorer | None, updates: Sequence[Update]) -> RoundScores:
-    """Score a round before its first update; `fixed` scores the reference where that is not the round's policy.
+    """Compute a round's scores before its first update; `fixed` scores a reference other than the round's policy.
 
-    The policy itself is scored where it is the reference, or the old policy of updates after the first: of the first
-    the step's own log-probs are the old ones.
+    The policy is scored only where it is the reference (round_start), or where later updates need old log-probs: the
+    first update takes its own step's, detached.
     """
     traits = cfg.loss.traits()
     round_start = traits.reference and cfg.reference.source == "round_start"
@@ -80,7 +80,7 @@ def score_round(cfg: JobConfig, engine: Engine, fixed: Scorer | None, updates: S
 
 
 def _score_start(cfg: JobConfig, engine: Engine, updates: Sequence[Update], scores: RoundScores) -> None:
-    """Score every update under the present weights, and compare with the sampler's log-probs."""
+    """Score every update's sequences under the current weights and compare with the sampler's log-probs."""
     traits = cfg.loss.traits()
     for update, (sequences, _) in enumerate(updates):
         first = update == 0

@@ -1,4 +1,4 @@
-"""Rounds inside one job: the live policy samples, responses are rewarded and scored, and updates follow."""
+"""Feeds training steps from rounds: the live policy samples, responses are rewarded and scored, updates follow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ATTEMPTS = 8  # samplings of one round before it counts as hopeless
 
 
 def live_sampler(cfg: JobConfig, inputs: Inputs, device: torch.device) -> Any:
-    """A `transformers` model of the policy's shape, whose weights `refresh` fills; one on every rank."""
+    """Build a `transformers` model of the policy's configuration on every rank; `refresh` fills in its weights."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = sampler_config(inputs.hf_dir)
@@ -49,7 +49,7 @@ def refresh(sampler: Any, engine: Engine, inputs: Inputs) -> None:
 
 
 def _home(own: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """Where the sampler holds a checkpoint's tensor: transformers stacks what checkpoints store expert by expert."""
+    """Find the sampler's tensor for a checkpoint's name; transformers stacks experts, checkpoints do not."""
     name = name.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's checkpoints
     match = EXPERT.fullmatch(name)
     if match is None:
@@ -63,7 +63,7 @@ def _home(own: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
 
 @dataclass
 class RoundTimes:
-    """A clock that starts with the round."""
+    """Measures a round: the seconds of sampling, of scoring and since its start, and the tokens trained on."""
 
     began: float = field(default_factory=time.perf_counter)
     tokens: int = 0  # trained on so far, as the metric of a step counts them
@@ -71,19 +71,19 @@ class RoundTimes:
     scoring: float = 0.0
 
     def seconds(self) -> float:
-        """Since the round began, everything that happens between its steps included."""
+        """Return the seconds since the round began, including saves and evaluations between its steps."""
         return time.perf_counter() - self.began
 
     def sampled(self) -> None:
-        """Note that sampling and rewarding, which come first, are done."""
+        """Record the sampling time; called when sampling and rewarding, which come first, are done."""
         self.sampling = self.seconds()
 
     def scored(self) -> None:
-        """Note that scoring, which comes next, is done."""
+        """Record the scoring time; called when scoring, which comes next, is done."""
         self.scoring = self.seconds() - self.sampling
 
     def metrics(self, *, first: bool) -> dict[str, float]:
-        """Times to report with a step; what was sampled and scored goes with the round's first one alone."""
+        """Return the times to report with a step; sampling and scoring count for the round's first step only."""
         seconds = self.seconds()
         return {
             "round_seconds": seconds,
@@ -95,7 +95,7 @@ class RoundTimes:
 
 @dataclass
 class RoundFeed:
-    """Steps over the rounds' own samples; `fixed` scores the reference where that is not the round's policy."""
+    """Supplies steps with the rounds' samples; `fixed` scores a reference other than the round's policy."""
 
     cfg: JobConfig
     inputs: Inputs
@@ -124,14 +124,14 @@ class RoundFeed:
         return self._scores.batch(self.cfg, update, sequences, num_groups)
 
     def _sequences(self, update: int) -> Update:
-        """The next `groups_per_step` groups of the round, in order, from its start again after its end."""
+        """Return the update's `groups_per_step` groups: the round's next ones, starting over after its last."""
         count = self.cfg.data.groups_per_step
         assert count is not None and self._dataset is not None
         places = range(update * count, (update + 1) * count)
         return self._dataset.sequences([divmod(place, len(self._dataset)) for place in places])
 
     def _sample(self, number: int) -> None:
-        """Sample the round's groups; where chance left none that the loss can use, sample again with other draws."""
+        """Sample the round's groups; if the loss can use none of them, sample again with other random draws."""
         rollout = self.cfg.rollout
         assert rollout is not None
         refresh(self.sampler, self.engine, self.inputs)
@@ -158,7 +158,7 @@ class RoundFeed:
         )
 
     def _read(self) -> None:
-        """Sampled groups that a loss cannot use, such as all-equal rewards for DPO, are left out and counted."""
+        """Make training data of the round's groups; those the loss cannot use (DPO: equal rewards) are counted."""
         data = self.cfg.data.model_copy(update={"on_bad_record": "skip"})
         self._dataset = on_every_rank(
             lambda: from_records(
@@ -174,15 +174,15 @@ class RoundFeed:
         self._stats["rollout_skipped_groups"] = float(self._dataset.report.num_records - self._dataset.report.num_kept)
 
     def stats(self, step: int) -> Mapping[str, float]:
-        """Metrics of the round, and the times up to the end of `step`, which was the last one taken."""
+        """Return the round's metrics and its times; `step` is the one just taken."""
         assert self.cfg.rollout is not None
         update = step % self.cfg.rollout.updates_per_round
-        # The first update's mismatch is the step's own to tell.
+        # The first update's step reports its own mismatch.
         mismatch = self._scores.mismatch[update] if update and self._scores.mismatch else {}
         return {**self._stats, **mismatch, **self._times.metrics(first=update == 0)}
 
     def state(self) -> dict[str, Any]:
-        """The round in progress: its samples and scores, so that a resume in its middle trains on the same numbers."""
+        """Return the round in progress for a checkpoint: a resume trains on the same samples and scores."""
         # Rank 0's clocks: what a checkpoint holds of the job must be the same on every rank.
         stats, seconds = gather((self._stats, self._times.seconds()))[0]
         return {
@@ -206,7 +206,7 @@ class RoundFeed:
 
 
 def evaluate_reward(feed: RoundFeed, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Mean reward of greedy responses to held-out prompts under the live weights."""
+    """Sample greedy responses to held-out prompts with the live weights and return their mean reward."""
     refresh(feed.sampler, feed.engine, feed.inputs)
     done = _rollout(feed, prompts, k=1, temperature=0.0, round_number=0)
     return {"eval_reward": done.stats["reward_mean"]}
@@ -216,7 +216,7 @@ def _rollout(feed: RoundFeed, prompts: Sequence[Prompt], *, k: int, temperature:
     rollout = feed.cfg.rollout
     assert rollout is not None
     reward = choose_reward(rollout.reward)
-    # A reward that refuses its record is heard of by every rank, and told by one.
+    # An error of one rank's reward is raised on every rank and printed by one.
     return on_every_rank(
         lambda: rollout_round(
             feed.sampler,
@@ -243,7 +243,7 @@ def fixed_reference(
     build: Callable[[ModelConfig], MegatronEngine],
     load_initial: Callable[[MegatronEngine], None],
 ) -> Scorer | None:
-    """What scores a reference that is not the round's policy: its own engine, or the policy without its adapters."""
+    """Build the scorer of a reference other than the round's policy: its own engine, or the policy without adapters."""
     if not cfg.loss.traits().reference or cfg.reference.source == "round_start":
         return None
     if inputs.reference is None and cfg.lora is not None:

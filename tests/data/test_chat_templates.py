@@ -380,6 +380,17 @@ def test_an_empty_beginning_begins_nothing(template):
     assert encode(template, empty) == encode(template, {"prompt": [user("what")], "completion": "four"})
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_reasoning_of_a_beginning_is_written_or_refused(template):
+    asked = {"prompt": [user("what"), assistant("It is") | {"reasoning_content": "for"}]}
+    if template in ("thinking", "channels"):
+        prompt = TOKENIZERS[template].decode(encode_prompt(asked, TOKENIZERS[template], options=OPTIONS))
+        assert "for" in prompt and prompt.endswith("It is")
+    else:
+        with pytest.raises(BadRecord, match=r"field prompt\[1\] is .*; allowed: a beginning that the chat template"):
+            encode_prompt(asked, TOKENIZERS[template], options=OPTIONS)
+
+
 def test_prefill_of_a_talk_with_several_answers():
     record = {"prompt": [user("what"), assistant("It is")], "completion": [assistant(" four"), *TWO[2:]]}
     prompt, response = encode("chatml_tools", record)

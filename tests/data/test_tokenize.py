@@ -4,12 +4,13 @@ from collections import Counter
 
 import pytest
 from chat_templates import chat_tokenizer
+from tokenizer_kinds import word_piece
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toy_tokenizer import ASSISTANT, EOS, SYSTEM, TEMPLATE, USER, assistant, ids_of, toy_tokenizer, user
 from transformers import PreTrainedTokenizerFast
 
 from megalign.data.group import Group
-from megalign.data.records import check_record
+from megalign.data.records import BadRecord, check_record
 from megalign.data.tokenize import TextOptions, encode_prompt, encode_record, retokenize
 from megalign.schema import UserError
 
@@ -87,6 +88,11 @@ def test_a_response_that_would_merge_with_its_prompt_is_tokenised_apart_and_coun
     assert notes == {"responses tokenised apart from their prompt, because tokens would merge across the border": 1}
     assert encode({"prompt": "a", "completion": "\n\n"}, tokenizer, notes=notes)[1] == [([*both, end], None)]
     assert notes.total() == 1
+
+
+def test_a_response_that_the_tokenizer_drops_whole_is_refused():
+    with pytest.raises(BadRecord, match="field completion has no tokens; allowed: text of which the tokenizer keeps"):
+        encode({"prompt": "a", "completion": " \n"}, word_piece())
 
 
 def test_last_assistant_turn(tokenizer):

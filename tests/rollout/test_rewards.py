@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -215,6 +217,17 @@ def test_a_time_limit_inside_another_leaves_the_outer_one_running():
         time.sleep(5)
     assert 0.4 <= time.monotonic() - began < 4
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_builtin_that_never_returns_ends_the_process():
+    """No signal is handled inside one, so nothing but the stack can be told, and the job must not wait for ever."""
+    script = (
+        "import itertools; from megalign.rollout import guard; guard.PATIENCE_S = 0.5\n"
+        "def endless(): return sum(itertools.repeat(0))\n"
+        "guard.call(endless, limit_s=0.2)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith("Timeout") and "in endless" in done.stderr
 
 
 def test_ctrl_c_is_not_an_error_of_the_reward():
