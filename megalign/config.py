@@ -177,9 +177,7 @@ def _without_unset(tree: dict[str, Any]) -> dict[str, Any]:
     """Leave out sections that are null and have defaults, as if they were not written."""
     fields = JobConfig.model_fields
     unset = {key for key, value in tree.items() if value is None and key in fields}
-    return {
-        key: value for key, value in tree.items() if not (key in unset and isinstance(fields[key].default, Strict))
-    }
+    return {key: value for key, value in tree.items() if not (key in unset and isinstance(fields[key].default, Strict))}
 
 
 def _with_run_dir(value: Any, run: Any, keys: tuple[str, ...] = ()) -> Any:
