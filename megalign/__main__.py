@@ -51,16 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(parser: argparse.ArgumentParser, arguments: list[str] | None, args: argparse.Namespace) -> int:
     """Join the ranks and run the command; fills `args`."""
-    _, num_ranks, _ = launched()
     problem: UserError | None = None
     cfg: JobConfig | None = None
     try:
         parser.parse_args(arguments, args)
         cfg = load_config(args.config, args.overrides)
     except UserError as error:
-        if num_ranks == 1:
-            raise
         problem = error
+    _, num_ranks, _ = launched()  # after the command line, which says where the status belongs
+    if problem is not None and num_ranks == 1:
+        raise problem
 
     def work(world: World) -> int:
         from megalign.train.session import on_every_rank

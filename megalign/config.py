@@ -188,7 +188,8 @@ def _with_run_dir(value: Any, run: Any, keys: tuple[str, ...] = ()) -> Any:
         return [_with_run_dir(inner, run, (*keys, str(place))) for place, inner in enumerate(value)]
     if not isinstance(value, str):
         return value
-    for name in re.findall(r"\{run\b[^{}]*\}", value):
+    exported = keys == ("export", "hf_dir")  # where another key in braces would become a directory
+    for name in re.findall(r"\{(?:run\w*|\w+\.[\w.]+)\}|\{run\b[^{}]*\}" if exported else r"\{run\b[^{}]*\}", value):
         if name != RUN_DIR or keys == ("run", "dir"):
             allowed = "be a path without braces" if keys == ("run", "dir") else f"have {RUN_DIR} or no braces"
             raise UserError(f"{'.'.join(keys)} is {shorten(value)}: {name} stands for nothing; must {allowed}")

@@ -156,8 +156,8 @@ def _apply(tree: dict[str, Any], override: str, takes_text: TakesText, given: se
     """Put one `key.sub=value` into the tree, and what it set or began into `given`."""
     dotted, equals, text = override.partition("=")
     parts = dotted.split(".")
-    if not equals or not all(parts):
-        raise UserError("must look like key.sub=value")
+    if not equals or not all(parts) or any(part != part.strip() for part in parts):
+        raise UserError("must look like key.sub=value, without blanks around the dots and before the =")
     value: Any
     if takes_text(parts):
         value = None if text in NULLS else text

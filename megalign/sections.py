@@ -268,7 +268,8 @@ class CheckpointConfig(Strict):
     @field_validator("resume")
     @classmethod
     def _known(cls, resume: str) -> str:
-        if resume in ("auto", "never") or Path(resume).is_dir():
+        named = Path(resume)
+        if resume in ("auto", "never") or named.is_dir() or (named.name == "latest" and named.is_file()):
             return resume
         raise ValueError("must be auto, never or an existing checkpoint directory")
 

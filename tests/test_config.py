@@ -268,6 +268,8 @@ BAD = [
     ("trackers=[mlflow]", "trackers.0 is 'mlflow'", "must be 'tensorboard' or 'wandb'"),
     ("watchdog.timeout_s=0", "watchdog.timeout_s is 0", "greater than 0"),
     ("run.seed", "override 'run.seed'", "must look like key.sub=value"),
+    (" run.seed=1", "override ' run.seed=1'", "must look like key.sub=value, without blanks"),
+    ("run.seed =1", "override 'run.seed =1'", "must look like key.sub=value, without blanks"),
     ("run..seed=1", "override 'run..seed=1'", "must look like key.sub=value"),
     ("run.dump_steps=[1", "override 'run.dump_steps=[1'", "not valid YAML"),
 ]

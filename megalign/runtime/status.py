@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -76,6 +76,7 @@ class Ending:
 
     run_dir: str | None = None
     taken: bool = False
+    began: float = field(default_factory=time.time)
 
     def take_over(self) -> None:
         """Note that the run directory is this job's and holds no earlier status; called on every rank."""
@@ -98,7 +99,12 @@ class Ending:
             write_result(code, replace=False)
             return
         with suppress(OSError, ValueError):  # what is printed and the exit code say it already
-            write_status(self.run_dir, code, reason, step, replace=not self.taken)
+            write_status(self.run_dir, code, reason, step, replace=not self.taken and not self._told_since())
+
+    def _told_since(self) -> bool:
+        """Whether a status has been written since this process began: another rank's, which failed first."""
+        status = Path(str(self.run_dir), "status.json")
+        return status.exists() and status.stat().st_mtime >= self.began
 
     def _written(self) -> list[Path]:
         result = os.environ.get(RESULT_FILE)
@@ -115,7 +121,9 @@ def is_of_another_run(run_dir: str | Path) -> bool:
         held = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return not isinstance(held, dict) or held.get("code") != BAD_INPUT or held.get("step") is not None
+    if not isinstance(held, dict) or held.get("step") is not None:
+        return True
+    return held.get("code") not in (FAILED, BAD_INPUT)  # as of ranks that did not meet, which took nothing over
 
 
 def write_status(run_dir: str | Path, code: int, reason: str, step: int | None, *, replace: bool = True) -> None:

@@ -113,7 +113,10 @@ def find_checkpoint(run_dir: Path, resume: str) -> Found | None:
     named = Path(resume)
     if own is not None and started_from(own) == str(named.resolve()):
         return Found(own, own=True, named=named, since=True)
-    candidates = (named if (named / MARK).is_file() else None, latest(named), latest(named / "checkpoints"))
+    if named.name == "latest" and named.is_file():
+        candidates: tuple[Path | None, ...] = (latest(named.parent),)
+    else:
+        candidates = (named if (named / MARK).is_file() else None, latest(named), latest(named / "checkpoints"))
     found = next((folder for folder in candidates if folder is not None), None)
     if found is None:
         raise UserError(
@@ -132,6 +135,8 @@ def read_job(folder: Path) -> dict[str, Any] | None:
     try:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = about["format"]
+        if found == FORMAT and not (isinstance(job := about.get("job"), dict) and isinstance(job.get("data"), dict)):
+            raise TypeError("its job has no section data")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); must be as megalign wrote it") from None
     if found != FORMAT:
@@ -166,7 +171,10 @@ def latest(folder: Path) -> Path | None:
     if not known or not (folder / name).is_dir():
         # Beginning anew without a word would throw the run away.
         held = ", ".join(sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name))) or "none"
-        raise UserError(f"{pointer}: checkpoint is {name!r}; must be one that is there: {held}; or remove the file")
+        raise UserError(
+            f"{pointer}: checkpoint is {name!r}; must be one that is there: {held}; "
+            "to begin anew, checkpoint.resume=never"
+        )
     return folder / name
 
 
@@ -186,7 +194,11 @@ def check_whole(folder: Path, model: ModelConfig) -> None:
     if not listing.is_file():  # a converted one
         return
     found = _sizes(folder)
-    for name, size in json.loads(listing.read_text(encoding="utf-8")).items():
+    try:
+        written = dict(json.loads(listing.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{listing} cannot be read ({reason_of(error)}); must be as megalign wrote it") from None
+    for name, size in written.items():
         if found.get(name) != size:
             now = f"{found[name]} bytes long" if name in found else "missing"
             raise UserError(f"{folder}: {name} is {now}; must have the {size} bytes that were written")

@@ -195,7 +195,7 @@ def _names(tree: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
 
 
 def is_allowed(difference: Difference, allow: Iterable[str]) -> bool:
-    """Whether `checkpoint.allow` names the key, a section that it is in, or a key inside it."""
+    """Whether `checkpoint.allow` names the key or a section that it is in."""
     key = difference.key
     if key == "rollout":  # rounds or none: a checkpoint's place in the one means nothing in the other
         return False

@@ -16,7 +16,7 @@ from megalign.schema import UserError
 from megalign.train.check import Inputs, check_adapters
 from megalign.train.checkpoint import Found, check_whole, find_checkpoint, newer_than, read_job
 from megalign.train.fingerprint import Difference, describe, differences, is_allowed, job_digest, settings
-from megalign.train.run_dir import FILES, FOLDERS, check_run_dir, is_inside, nearest, probe
+from megalign.train.run_dir import check_config_file, check_run_dir, holds_own, is_inside, nearest, probe
 from megalign.train.schedule import keeps_last
 from megalign.train.session import dtype_of
 
@@ -72,6 +72,7 @@ def check_outputs(cfg: JobConfig, inputs: Inputs) -> Start:
     """Refuse what training cannot go on from or write to: checkpoints, run.dir, export.hf_dir and their disks."""
     start = _find_start(cfg, inputs)
     check_run_dir(Path(cfg.run.dir))
+    check_config_file(Path(cfg.run.dir))
     if cfg.export.hf_dir is not None:
         _check_export(cfg, inputs, start)
     _check_room(cfg, inputs, start)
@@ -158,7 +159,7 @@ def _check_export(cfg: JobConfig, inputs: Inputs, start: Start) -> None:
     """Refuse an export that must fail, or would replace what is not this run's."""
     target, run_dir = Path(str(cfg.export.hf_dir)), Path(cfg.run.dir)
     shown = f"export.hf_dir is {cfg.export.hf_dir!r}"
-    if is_inside(run_dir, target) or any(is_inside(target, run_dir / name) for name in (*FOLDERS, *FILES)):
+    if holds_own(run_dir, target):
         raise UserError(f"{shown}: the run's own files are there; must be another directory, such as {{run.dir}}/hf")
     read = {f"teachers.{place}.path": teacher.path for place, teacher in enumerate(cfg.teachers)}
     read["reference.source"] = cfg.reference.source or ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalign.config import JobConfig, dump_config
+from megalign.config import JobConfig, dump_config, load_config
 from megalign.convert.writer import is_export
 from megalign.schema import UserError
 from megalign.train.checkpoint import NAME, newer_than, write_latest
@@ -30,6 +31,23 @@ def check_run_dir(run_dir: Path) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{shown}: {reason}; must be a directory that can be written") from None
+
+
+def check_config_file(run_dir: Path) -> None:
+    """Refuse to write the run's configuration over a config.yaml that no run wrote, such as the user's own."""
+    path = run_dir / "config.yaml"
+    if not path.is_file() or (run_dir / "log.txt").exists():  # a run writes log.txt right after config.yaml
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        written = dump_config(load_config(str(path))) == text
+    except UserError:
+        written = False
+    if not written:
+        raise UserError(
+            f"run.dir is {str(run_dir)!r}: config.yaml in it was not written by a run, which would write its own over "
+            "it; must be another directory, or the file have another name"
+        )
 
 
 def probe(path: Path) -> None:
@@ -122,6 +140,14 @@ def _set_back(run_dir: Path, checkpoint: Path | None) -> list[str]:
         write_latest(aside / "checkpoints", newer[-1].name)
     names = ", ".join(["metrics.jsonl", "config.yaml", *(path.name for path in newer)])
     return [f"what the run had before it goes on from here is kept in {aside}: {names}"]
+
+
+def holds_own(run_dir: Path, path: Path) -> bool:
+    """Whether a path is the run directory, is around it, or belongs to what this or an earlier run keeps in it."""
+    if is_inside(run_dir, path):
+        return True
+    inside = path.resolve().relative_to(run_dir.resolve()).parts[0] if is_inside(path, run_dir) else ""
+    return inside in (*FOLDERS, *FILES, "rollout.jsonl") or re.fullmatch(r"earlier_\d+", inside) is not None
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -12,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalign.__main__ import main
 from megalign.runtime.distributed import MeetingError, _await_ranks, free_port, launched, process_group, spawn
+from megalign.runtime.status import write_status
 from megalign.schema import UserError
 
 
@@ -93,6 +96,17 @@ def set_launcher(monkeypatch, settings) -> None:
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
+
+
+def test_a_wrong_launcher_is_told_in_the_status(monkeypatch, tmp_path, capsys):
+    """Also of the variables that are read first, and in the place of an earlier refusal."""
+    config = tmp_path / "job.yaml"
+    config.write_text(f"run: {{dir: {tmp_path}/run}}\n")
+    write_status(tmp_path / "run", 1, "rank 1 did not come", None)
+    set_launcher(monkeypatch, {"RANK": "x", "WORLD_SIZE": "2"})
+    assert main(["train", str(config)]) == 2
+    assert "RANK is 'x'" in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("settings", "expected"), WRONG, ids=[wrong[1] for wrong in WRONG])

@@ -86,10 +86,23 @@ def test_refusal_writes_nothing_beside_a_job_that_is_running(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_refusal_takes_the_place_of_a_refusal(tmp_path):
-    write_status(tmp_path, 2, "another mistake", None)
+@pytest.mark.parametrize("code", [1, 2])
+def test_refusal_takes_the_place_of_what_began_no_run(code, tmp_path):
+    """Neither a refusal nor ranks that did not meet have taken the directory over."""
+    write_status(tmp_path, code, "another mistake", None)
     assert guarded(refuse, lambda: str(tmp_path)) == 2
     assert json.loads((tmp_path / "status.json").read_text())["reason"] == "data.path: no such file"
+
+
+def test_the_first_of_ranks_that_do_not_meet_is_told(tmp_path):
+    """Rank 0 finds its port busy at once, which the others notice when their time is over."""
+    (tmp_path / "status.json").write_text(json.dumps({"code": 2, "reason": "of yesterday", "step": None}))
+    os.utime(tmp_path / "status.json", (0, 0))
+    ranks = [Ending(str(tmp_path)) for _ in range(2)]
+    time.sleep(0.02)  # more than a tick of the file system's clock
+    ranks[0].write(2, "MASTER_PORT is 29500: another process uses it", None)
+    ranks[1].write(1, "rank 0 does not answer", None)
+    assert "MASTER_PORT" in json.loads((tmp_path / "status.json").read_text())["reason"]
 
 
 @pytest.mark.parametrize(

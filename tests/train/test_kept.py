@@ -249,7 +249,7 @@ def test_beginning_anew_keeps_the_earlier_run_whole(job, tmp_path):
     assert steps_in(run / "checkpoints") == [1] and steps_in(run / "earlier_1" / "checkpoints") == [1, 2, 3]
     # It is a run directory of its own.
     other = f"run.dir={tmp_path}/other"
-    assert train(job, f"checkpoint.resume={run}/earlier_1", other, "run.steps=4") == 0
+    assert train(job, f"checkpoint.resume={run}/earlier_1/checkpoints/latest", other, "run.steps=4") == 0
     assert [line["step"] for line in metrics(tmp_path / "other")] == [4]
 
 
@@ -257,6 +257,21 @@ def test_an_attempt_that_trained_nothing_leaves_nothing_aside(folder, tmp_path):
     config = job_in(tmp_path, folder)
     assert train(config, "run.max_pass_gap=auto", "export.hf_dir=/proc/none") == 2
     assert train(config) == 0 and not (tmp_path / "run" / "earlier_1").exists()
+
+
+def test_a_config_file_of_the_users_is_not_written_over(folder, tmp_path, capfd):
+    """A job whose configuration is called config.yaml and whose run.dir is the directory around it."""
+    (tmp_path / "run").mkdir()
+    own = job_in(tmp_path, folder).rename(tmp_path / "run" / "config.yaml")
+    text = "# mine\n" + own.read_text()
+    own.write_text(text)
+    assert train(own, "run.steps=1") == 2
+    told = capfd.readouterr().err
+    assert "config.yaml in it was not written by a run" in told and told.count("\n") == 1
+    assert own.read_text() == text and not (tmp_path / "run" / "log.txt").exists()
+    # What a run wrote there starts it again.
+    assert train(own, "run.steps=1", f"run.dir={tmp_path}/other") == 0
+    assert train(tmp_path / "other" / "config.yaml", "run.steps=2") == 0
 
 
 # exports
@@ -292,11 +307,15 @@ BAD_TARGETS = {
     "{tmp}/file/hf": "Not a directory",
     "/proc/none/hf": "cannot be written",
     "/sys/none/hf": "cannot be written",
-    "{tmp}/" + "long" * 80: "name too long",
+    "{tmp}/" + "long" * 80: "names of up to 255 bytes",
     "{tmp}/run": "the run's own files",
     "{tmp}": "the run's own files",
     "{tmp}/run/checkpoints/hf": "the run's own files",
     "{tmp}/run/metrics.jsonl": "the run's own files",
+    "{tmp}/run/rollout.jsonl": "the run's own files",
+    "{tmp}/run/earlier_1/hf": "the run's own files",
+    "{{run_dir}}/hf": "{run_dir} stands for nothing",
+    "{{model.path}}/hf": "{model.path} stands for nothing",
     "{tmp}/readonly/deep/hf": "Read-only file system",
 }
 
@@ -315,6 +334,7 @@ def test_an_export_that_must_fail_is_refused_first(target, folder, tmp_path, cap
         if "readonly" in target:
             subprocess.run(["umount", str(tmp_path / "readonly")], check=True)
     told = capfd.readouterr().err
+    told = told.replace("command line: ", "")
     assert told.startswith("megalign: error: export.hf_dir is ") and told.count("\n") == 1
     assert BAD_TARGETS[target].lower() in told.lower(), told
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

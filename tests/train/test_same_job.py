@@ -187,9 +187,18 @@ def test_damaged_job_file(job, tmp_path, capfd):
     path.write_text("{" + path.read_text()[1:].replace('"', "'"))  # as long as before
     assert train(job) == 2
     assert "job.json cannot be read" in capfd.readouterr().err
+    for text in ('{"format": 1}', '{"format": 1, "job": {}}'):
+        path.write_text(text)
+        assert train(job) == 2
+        told = capfd.readouterr().err
+        assert "job.json cannot be read" in told and told.count("\n") == 1
     path.unlink()
     assert train(job) == 2
     assert "job.json is missing" in capfd.readouterr().err
+    path.with_name("files.json").write_text("[1")
+    assert train(job) == 2
+    told = capfd.readouterr().err
+    assert "files.json cannot be read" in told and told.count("\n") == 1
 
 
 def test_named_checkpoint_of_another_job(folder, job, tmp_path, capfd):
