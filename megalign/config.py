@@ -163,7 +163,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
     """Read a YAML file with `key.sub=value` on top; whatever is wrong is one line that begins with its source."""
     tree, origins = read_tree(path, overrides, is_text_key)
     try:
-        return JobConfig.model_validate(_with_run_dir(tree, tree.get("run")))
+        return JobConfig.model_validate(_with_run_dir(_without_unset(tree), tree.get("run")))
     except ValidationError as error:
         problems = find_problems(error, model=JobConfig)
         raise UserError(all_problems(problems, lambda problem: origins.of(problem.keys))) from None
@@ -171,6 +171,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
         raise UserError(f"{origins.of_message(str(error), tree)}: {error}") from None
     except RecursionError:
         raise UserError(f"{path}: a section holds itself by an alias; must be a tree") from None
+
+
+def _without_unset(tree: dict[str, Any]) -> dict[str, Any]:
+    """Leave out sections that are null and have defaults, as if they were not written."""
+    fields = JobConfig.model_fields
+    unset = {key for key, value in tree.items() if value is None and key in fields}
+    return {key: value for key, value in tree.items() if not (key in unset and isinstance(fields[key].default, Strict))}
 
 
 def _with_run_dir(value: Any, run: Any, keys: tuple[str, ...] = ()) -> Any:

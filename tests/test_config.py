@@ -526,3 +526,14 @@ def test_what_is_wrong_names_its_source(load, text: str, overrides: list[str], b
         begin
     )
     assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize("section", ["eval", "parallel", "engine", "checkpoint", "export", "watchdog", "reference"])
+def test_null_unsets_a_section_that_has_defaults(load, section: str):
+    assert load(f"{section}=null") == load()
+
+
+def test_null_takes_a_section_back(load):
+    given = ["eval.path=held_out.jsonl", "eval.every=5"]
+    assert load(*given).eval.every == 5
+    assert load(*given, "eval=null") == load()
