@@ -235,8 +235,12 @@ def test_ctrl_c_is_not_an_error_of_the_reward():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    with pytest.raises(KeyboardInterrupt):
-        Reward("waits", waits)("", "", {}, "here")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Reward("waits", waits)("", "", {}, "here")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
