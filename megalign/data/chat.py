@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, TemplateError, TemplateSyntaxError
@@ -95,35 +96,41 @@ def open_chat(
         tools = json.loads(tools)
     variables = {name: value for name, value in (record.get("chat_template_kwargs") or {}).items() if value is not None}
     template = _choose_template(field, tokenizer, variables.pop("chat_template", None), with_tools=bool(tools))
-    words, read = template_words(template), _variables(template)
     for name, value in variables.items():
         where = f"chat_template_kwargs.{name}"
         if name in NOT_VARIABLES:
             raise refuse(where, value, "variables of the chat template", reason="chat template")
-        if name not in read:
+        if name not in _variables(template):
             message = f"field {where}: the chat template does not read it; allowed: variables that it reads"
             raise BadRecord("chat template", message)
-    if tools and "tools" not in words:
+    if tools and "tools" not in _words(template):
         message = "field tools: the chat template does not read them; allowed: a model whose template takes tools"
         raise BadRecord("chat template", message)
-    return Chat(tokenizer, _with_day(template, date), tools or None, variables)
+    if "strftime_now" in template:
+        template = _with_day(template, date or datetime.now().date().isoformat())
+    return Chat(tokenizer, template, tools or None, variables)
 
 
 def template_words(template: Any) -> frozenset[str]:
     """Return every name and word that a template, or any of a list of templates, holds outside comments."""
     texts = template.values() if isinstance(template, Mapping) else [template or ""]
-    return frozenset(
-        word for text in texts for word in re.findall(r"\w+", re.sub(r"\{#.*?#\}", "", str(text), flags=re.S))
-    )
+    return frozenset().union(*(_words(str(text)) for text in texts))
 
 
+# A job has a template or two and may have millions of records.
+@lru_cache(maxsize=16)
+def _words(template: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", re.sub(r"\{#.*?#\}", "", template, flags=re.S)))
+
+
+@lru_cache(maxsize=16)
 def _variables(template: str) -> Collection[str]:
     """Return the variables that a template reads without setting them; all its words if it does not parse."""
     plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)  # a tag of transformers' own
     try:
         return find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
     except TemplateError:
-        return template_words(template)
+        return _words(template)
 
 
 def _choose_template(field: str, tokenizer: PreTrainedTokenizerBase, name: Any, *, with_tools: bool) -> str:
@@ -155,11 +162,10 @@ def _choose_template(field: str, tokenizer: PreTrainedTokenizerBase, name: Any, 
     return str(templates["default"])
 
 
-def _with_day(template: str, date: str | None) -> str:
+@lru_cache(maxsize=16)
+def _with_day(template: str, date: str) -> str:
     """Define `strftime_now` in front of the template: transformers' own reads the clock at each call."""
-    if "strftime_now" not in template:
-        return template
-    day = datetime.fromisoformat(date) if date else datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
+    day = datetime.fromisoformat(date)
     pairs = [("%%", "\0")]
     pairs += [(f"%{flag}{code}", day.strftime(f"%{flag}{code}")) for flag in ("", "-") for code in DAY_CODES]
     pairs.append(("\0", "%"))
