@@ -67,9 +67,11 @@ def encode_record(
         explicit = "prompt" in record
         before = text.prompt("prompt" if explicit else answers[0][0], prompt, continued=explicit)
         return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
-    own = {"prompt": prompt} if isinstance(prompt, str) else record
-    prompt_ids = encode_prompt(own, tokenizer, options=options, notes=text.notes)
-    before = _Prompt(prompt_ids, prompt if isinstance(prompt, str) else None, ())
+    if isinstance(prompt, str):
+        front, bare = _string_prompt(prompt, tokenizer, options, text.notes)
+        before = _Prompt(front + bare, prompt, (), num_front=len(front))
+    else:
+        before = _Prompt(tuple(record["prompt_ids"]), None, ())
     return before.ids, tuple(_encode_answer(answer, text, before) for answer in answers)
 
 
@@ -98,13 +100,21 @@ def encode_prompt(
     prompt = record["prompt"]
     if isinstance(prompt, list):
         return _Text(record, tokenizer, options, notes).prompt("prompt", prompt, continued=True).ids
+    front, bare = _string_prompt(prompt, tokenizer, options, notes)
+    return front + bare
+
+
+def _string_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizerBase | None, options: TextOptions, notes: Counter[str]
+) -> tuple[Ids, Ids]:
+    """Return the special tokens in front of a prompt, and its own ids."""
     tokenizer = _required("prompt", tokenizer)
-    front = _front(tokenizer, prompt) if options.special_tokens == "auto" else ()
-    ids = _encode(tokenizer, prompt)
-    if front and ids[: len(front)] == front:
+    bare = _encode(tokenizer, prompt)
+    front = _front(tokenizer, prompt, bare) if options.special_tokens == "auto" else ()
+    if front and bare[: len(front)] == front:
         start = "".join(tokenizer.convert_ids_to_tokens(list(front)))
         notes[f"prompts that begin with {start} twice: in their text and, by data.special_tokens: auto, before it"] += 1
-    return front + ids
+    return front, bare
 
 
 def retokenize(
@@ -185,6 +195,7 @@ class _Prompt:
     turns: Sequence[Turn]
     continued: bool = False  # the last turn is the assistant's and stays open
     chat: Chat | None = None
+    num_front: int = 0  # special tokens in front, which the text does not hold
 
 
 class _Text:
@@ -245,7 +256,7 @@ class _Text:
         if before.text is None:
             ids = _encode_apart(tokenizer, text)
         else:
-            ids = self._behind(field, before.text, _encode(tokenizer, before.text), text)[0]
+            ids = self._behind(field, before.text, before.ids[before.num_front :], text)[0]
         if not ids:
             message = f"field {field} has no tokens; allowed: text of which the tokenizer keeps something"
             raise BadRecord("empty response", message)
@@ -316,9 +327,9 @@ def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
     return _encode(tokenizer, text)
 
 
-def _front(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
-    """Return the special tokens that the tokenizer puts in front of a text, without those it puts at the end."""
-    bare, framed = _encode(tokenizer, text), _encode(tokenizer, text, special=True)
+def _front(tokenizer: PreTrainedTokenizerBase, text: str, bare: Ids) -> Ids:
+    """Return the special tokens that the tokenizer puts in front of a text (ids `bare`), without those at its end."""
+    framed = _encode(tokenizer, text, special=True)
     for num in range(len(framed) - len(bare) + 1):
         if framed[num : num + len(bare)] == bare:
             return framed[:num]
