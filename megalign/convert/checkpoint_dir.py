@@ -13,6 +13,11 @@ POINTER = "latest"  # in a run's `checkpoints`: a JSON file that names the newes
 MARK = "metadata.json"  # what every checkpoint has
 
 
+def replaced_path(final: Path) -> Path:
+    """Return the name that a checkpoint has while another of the same step takes its place."""
+    return final.with_name(f".{final.name}.replaced")
+
+
 def find_checkpoint_dir(path: Path) -> Path:
     """The checkpoint that `path` names: itself, or a run's newest where it is a run, its `checkpoints` or `latest`.
 
@@ -33,10 +38,10 @@ def find_checkpoint_dir(path: Path) -> Path:
         raise UserError(f"{pointer} is missing, which names the newest checkpoint; must be one of {steps}") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'{pointer} cannot be read; must be {{"checkpoint": one of {steps}}}') from None
-    aside = holder / f".{name}.replaced"  # where a save that took its place was killed
-    if name not in _steps(holder) and (aside / MARK).is_file():
-        return aside
-    if name not in _steps(holder):
+    known = name in _steps(holder)
+    if not known and isinstance(name, str) and (replaced_path(holder / name) / MARK).is_file():
+        return replaced_path(holder / name)  # a save was killed after it had renamed this one aside
+    if not known:
         raise UserError(f"{pointer}: checkpoint is {name!r}; must be one that is there: {steps}")
     return holder / name
 

@@ -1,4 +1,4 @@
-"""One exact step over any engine: sequences are cut into micro-batches, scored, and pulled on by their coefficients.
+"""One exact step over any engine: pack sequences into micro-batches and back-propagate sum(coefficient x log-prob).
 
 Axes: S sequences of the global batch, N scored tokens of a micro-batch. The gradient of any loss of sequence or token
 log-probs is sum(coefficient x grad log-prob), so a step needs the coefficients before, or while, it runs backward:
@@ -177,7 +177,7 @@ def _known(engine: Engine, cut: Cut, batch: StepBatch, mode: PassMode, traits: T
 
 
 def _sums(found: TokenLogp) -> tuple[float, float]:
-    """(entropy, correct tokens) of a micro-batch, NaN where not asked for."""
+    """Return (entropy, correct tokens) summed over a micro-batch, NaN where not asked for."""
     entropy, correct = (
         float("nan") if value_N is None else float(value_N.detach().double().sum())
         for value_N in (found.entropy_N, found.correct_N)
@@ -191,7 +191,7 @@ def _auxiliary(engine: Engine) -> dict[str, float]:
 
 
 def _totals(scored: Sequence[Scored]) -> tuple[float, float]:
-    """The same of whole sequences that were scored."""
+    """Return (entropy, correct tokens) summed over sequences that are scored already, NaN where not asked for."""
     nan = float("nan")
     return (
         sum(nan if one.entropy is None else one.entropy for one in scored),

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megalign.convert import ModelConfig, read_model_config
+from megalign.convert.checkpoint_dir import MARK, POINTER, replaced_path
 from megalign.convert.writer import sync
 from megalign.engines.engine import Engine
 from megalign.engines.megatron_state import HF_FILES
@@ -25,7 +26,6 @@ from megalign.schema import UserError, reason_of
 
 FORMAT = 1  # of JOB
 NAME = re.compile(r"step_(\d{8})")
-MARK = "metadata.json"  # with HF_FILES, what every checkpoint of ours has
 FILES = "files.json"  # the name and size of every other file, so that a copy cut short is seen
 JOB = "job.json"  # which job wrote it, and how long it meant to be
 
@@ -60,7 +60,7 @@ def save_checkpoint(
         _sync_tree(partial)
         replaced = None
         if final.exists():  # of a run that took this step before; under its other name it counts until the new one does
-            replaced = final.rename(_replaced(final))
+            replaced = final.rename(replaced_path(final))
         partial.rename(final)
         write_latest(folder, final.name)
         if replaced is not None:
@@ -68,10 +68,6 @@ def save_checkpoint(
         _drop_old(folder, step, keep=keep, keep_every=keep_every, spare=spare)
     dist.barrier()
     return final
-
-
-def _replaced(final: Path) -> Path:
-    return final.with_name(f".{final.name}.replaced")
 
 
 def _clear_leftovers(folder: Path) -> None:
@@ -113,7 +109,7 @@ def find_checkpoint(run_dir: Path, resume: str) -> Found | None:
     named = Path(resume)
     if own is not None and started_from(own) == str(named.resolve()):
         return Found(own, own=True, named=named, since=True)
-    if named.name == "latest" and named.is_file():
+    if named.name == POINTER and named.is_file():
         candidates: tuple[Path | None, ...] = (latest(named.parent),)
     else:
         candidates = (named if (named / MARK).is_file() else None, latest(named), latest(named / "checkpoints"))
@@ -158,7 +154,7 @@ def newer_than(checkpoint: Path) -> list[Path]:
 
 def latest(folder: Path) -> Path | None:
     """The checkpoint that `latest` names, or None where nothing was ever finished."""
-    pointer = folder / "latest"
+    pointer = folder / POINTER
     if not pointer.is_file():
         return None
     try:
@@ -166,8 +162,8 @@ def latest(folder: Path) -> Path | None:
     except (ValueError, KeyError, TypeError):
         name = None
     known = isinstance(name, str) and NAME.fullmatch(name) is not None
-    if known and not (folder / name).is_dir() and _replaced(folder / name).is_dir():
-        return _replaced(folder / name)  # a save was killed after it had renamed this one aside
+    if known and not (folder / name).is_dir() and replaced_path(folder / name).is_dir():
+        return replaced_path(folder / name)  # a save was killed after it had renamed this one aside
     if not known or not (folder / name).is_dir():
         # Beginning anew without a word would throw the run away.
         held = ", ".join(sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name))) or "none"
@@ -217,7 +213,7 @@ def write_latest(folder: Path, name: str) -> None:
         json.dump({"checkpoint": name}, file)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(folder / "latest")
+    partial.replace(folder / POINTER)
     sync(folder)
 
 
