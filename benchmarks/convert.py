@@ -1,14 +1,14 @@
-"""Time and memory of conversions in both directions, against a plain copy of the same files and against transformers.
+"""Measures time and memory of conversions in both directions, against a plain file copy and against transformers.
 
-    python benchmarks/convert.py [--quick] [--folder /scratch] [--rounds 6] [--workers 2]
+    python -m benchmarks.convert [--quick] [--folder /scratch] [--rounds 6] [--workers 2]
 
 A random Llama in bfloat16 (2.5 GB, its vocabulary not a multiple of what Megatron pads to) is converted to a Megatron
-checkpoint and back. The limit is a copy of the same files, each brought to the disk; `transformers` loads and saves the
-same checkpoint; a bare stream reads tensor by tensor and writes each where it belongs, without any layout. All in one
-run, turn by turn in rotating order (whoever comes first finds another machine), each in a fresh process that imports
-first and reads its input once, so that it lies in the page cache; outputs are on the disk when the clock stops, and are
-removed before the next turn. Memory is what the kernel says, sampled: the peak of RssAnon (mapped files do not count)
-over what the imports left, and of all resident memory.
+checkpoint and back. The limit is a copy of the same files, each synced to disk; `transformers` loads and saves the same
+checkpoint; a bare stream reads and writes tensor by tensor without changing any layout. All run in one job, in rotating
+order (the first of a round finds a different machine state), each in a fresh process that first imports everything and
+reads its input once, so that it is in the page cache; outputs are synced to disk when the clock stops, and removed
+before the next turn. Memory is sampled from the kernel: the peak of RssAnon (without mapped files) above its value
+after the imports, and the peak of all resident memory.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from logp_memory import resident_bytes
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from safetensors import safe_open
 
+from benchmarks.logp_memory import resident_bytes
 from megalign.convert import HFWriter, read_model_config
-from megalign.convert.partial import sync
-from megalign.convert.reader import HFSource
-from megalign.convert.safetensors_file import SafetensorsFile
-from megalign.convert.transfer import How, hf_to_megatron, megatron_to_hf
-from megalign.convert.writer import model_specs
+from megalign.convert.hf.reader import HFSource
+from megalign.convert.hf.safetensors_file import SafetensorsFile
+from megalign.convert.hf.writer import model_specs
+from megalign.convert.transfer import ConversionOptions, hf_to_megatron, megatron_to_hf
+from megalign.files import sync
 from megalign.runtime.quiet import quiet_libraries
 
 MODEL = {
@@ -62,7 +62,7 @@ MODEL = {
 }
 QUICK = {"vocab_size": 32037, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
 SHARD_BYTES = 1_000_000_000
-MOST_TIME, MOST_TENSORS, MOST_MORE = 1.3, 2, 500_000_000  # of the copy; times the largest tensor plus so many bytes
+MOST_TIME, MOST_TENSORS, MOST_MORE = 1.3, 2, 500_000_000  # x the copy's time; x the largest tensor, plus bytes
 SAMPLE_S = 0.002
 
 HF, MEGATRON, BACK = "hf", "megatron", "out"
@@ -73,7 +73,7 @@ LIMIT_OF = {STREAM: COPY, THERE: COPY, RETURN: COPY_BACK, PEER: COPY}
 
 
 def make_checkpoint(folder: Path, fields: dict[str, object]) -> None:
-    """Random weights, written a tensor at a time."""
+    """Write a checkpoint of random weights, tensor by tensor."""
     config = folder.with_name("config")
     config.mkdir()
     (config / "config.json").write_text(json.dumps(MODEL | fields))
@@ -84,7 +84,7 @@ def make_checkpoint(folder: Path, fields: dict[str, object]) -> None:
 
 
 def copy(source: Path, out: Path) -> None:
-    """Every file, brought to the disk."""
+    """Copy every file and sync it to disk."""
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         target = out / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def copy(source: Path, out: Path) -> None:
 
 
 def stream(source: Path, out: Path) -> None:
-    """Every tensor of every file to the same place in another."""
+    """Copy every tensor of every file to the same offset in a new file."""
     out.mkdir()
     for path in sorted(source.glob("*.safetensors")):
         model = model_specs(read_model_config(source), torch.bfloat16)
@@ -106,7 +106,7 @@ def stream(source: Path, out: Path) -> None:
 
 
 def load_and_save(source: Path, out: Path) -> None:
-    """What a script with transformers alone does; its files are brought to the disk too."""
+    """Load and save the checkpoint with transformers alone, and sync the files to disk."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -117,21 +117,21 @@ def load_and_save(source: Path, out: Path) -> None:
 
 
 def work(way: str, folder: Path, workers: int) -> Callable[[], None]:
-    """What is measured of a way."""
+    """Return the function that is timed for a contestant."""
     source, out = folder / SOURCE_OF[way], folder / BACK
-    how = How(workers, SHARD_BYTES)
+    options = ConversionOptions(workers, SHARD_BYTES)
     return {
         COPY: partial(copy, source, out),
         COPY_BACK: partial(copy, source, out),
         STREAM: partial(stream, source, out),
         PEER: partial(load_and_save, source, out),
-        THERE: partial(hf_to_megatron, str(source), out, how),
-        RETURN: partial(megatron_to_hf, source, out, how),
+        THERE: partial(hf_to_megatron, str(source), out, options),
+        RETURN: partial(megatron_to_hf, source, out, options),
     }[way]
 
 
 def measure(way: str, folder: Path, workers: int) -> tuple[float, int, int]:
-    """(seconds, most bytes of RssAnon over what there was, most resident bytes) of one run."""
+    """Run a contestant once; return (seconds, peak growth of RssAnon, peak resident memory), in bytes."""
     quiet_libraries()
     if way == PEER:
         import transformers.models.llama.modeling_llama  # noqa: F401
@@ -163,11 +163,11 @@ def measure(way: str, folder: Path, workers: int) -> tuple[float, int, int]:
 
 
 def tried(way: str, folder: Path, workers: int) -> tuple[float, int, int]:
-    """`measure` in a fresh process, with nothing left of it."""
+    """Call `measure` in a fresh process, and remove what it wrote."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        found = pool.submit(measure, way, folder, workers).result(timeout=1800)
+        result = pool.submit(measure, way, folder, workers).result(timeout=1800)
     shutil.rmtree(folder / BACK)
-    return found
+    return result
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -179,29 +179,29 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     rounds, console = 1 if args.quick else args.rounds, Console(width=max(Console().width, 120))
     quiet_libraries()
-    found: dict[str, list[tuple[float, int, int]]] = {way: [] for way in SOURCE_OF}
+    results: dict[str, list[tuple[float, int, int]]] = {way: [] for way in SOURCE_OF}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary, Progress(console=console) as progress:
         folder = Path(temporary)
-        task = progress.add_task("turns", total=rounds * len(found))
+        task = progress.add_task("turns", total=rounds * len(results))
         make_checkpoint(folder / HF, QUICK if args.quick else {})
-        hf_to_megatron(str(folder / HF), folder / MEGATRON, How(args.workers, SHARD_BYTES))
+        hf_to_megatron(str(folder / HF), folder / MEGATRON, ConversionOptions(args.workers, SHARD_BYTES))
         source = HFSource(folder / HF, read_model_config(folder / HF))
         sizes = [spec.num_bytes for spec in source.specs.values()]
         source.close()
-        ways = list(found)
+        ways = list(results)
         for number in range(rounds):
             first = number % len(ways)
             for way in ways[first:] + ways[:first]:
-                found[way].append(tried(way, folder, args.workers))
+                results[way].append(tried(way, folder, args.workers))
                 progress.advance(task)
-    report(console, found, sum(sizes), max(sizes), args.workers)
+    report(console, results, sum(sizes), max(sizes), args.workers)
     return 0
 
 
 def report(
-    console: Console, found: dict[str, list[tuple[float, int, int]]], total: int, largest: int, workers: int
+    console: Console, results: dict[str, list[tuple[float, int, int]]], total: int, largest: int, workers: int
 ) -> None:
-    """Medians and their ratios, with the range of the ratios in single rounds."""
+    """Print medians and their ratios to the copy, with the range of the ratios over rounds."""
     allowed = MOST_TENSORS * largest + MOST_MORE
     table = Table(
         title=f"{total / 1e9:.2f} GB of bfloat16, largest tensor {largest / 1e6:.0f} MB, {workers} workers; "
@@ -211,11 +211,11 @@ def report(
     )
     for column in ("", "seconds", "of the copy", "range", "anonymous MB", "resident MB"):
         table.add_column(column, justify="right" if column else "left", no_wrap=not column)
-    for way, runs in found.items():
+    for way, runs in results.items():
         seconds, anonymous, resident = zip(*runs, strict=True)
         ratio = span = ""
         if way in LIMIT_OF:
-            limit = [run[0] for run in found[LIMIT_OF[way]]]
+            limit = [run[0] for run in results[LIMIT_OF[way]]]
             ratios = [a / b for a, b in zip(seconds, limit, strict=True)]
             ratio = f"{statistics.median(seconds) / statistics.median(limit):.2f}"
             span = f"{min(ratios):.2f} - {max(ratios):.2f}"

@@ -1,22 +1,22 @@
-"""Time and memory from hidden states to the gradient of log-probs, against the three matrix products that it takes.
+"""Measures time and memory of the log-prob head, forward and backward, against the three matrix products it needs.
 
-    python benchmarks/logp.py [--quick] [--only NAME ...] [--rounds N]
+    python -m benchmarks.logp [--quick] [--only NAME ...] [--rounds N]
 
-Each case runs in processes of its own, one thread each, one for each tensor-parallel rank; contestants take turns,
-because a machine's speed drifts, after a round that does not count. With one rank, time is the thread's own, which is
-wall time on an idle machine and does not count what neighbours take. With two it is the slower rank's wall time,
-because waiting and gloo's own threads would not be seen: keep the machine idle. A ratio is to the products in the same
-round. The products write into memory that is there already, the harder limit.
+Each case runs in one single-threaded process per tensor-parallel rank. Contestants take turns, because a machine's
+speed drifts, after a warm-up round that does not count. With one rank, time is the thread's CPU time, which equals wall
+time on an idle machine and ignores other processes. With two ranks it is the slower rank's wall time, because CPU time
+would miss waiting and gloo's threads: keep the machine idle. Ratios are to the products in the same round. The products
+write into preallocated memory, which makes them a harder limit.
 
-Extra memory is the most that torch's allocator holds at once (its profiler's record of every allocation and free)
-without inputs, dH and dW, and it is the largest rank's. Vectors of length T are in it. What libraries take behind
-torch's back (scratch of oneDNN and MKL) is not: the growth of the process's resident memory shows it, with dH and dW
-in it as far as they are fresh memory. Ours add dW into an fp32 `main_grad` that is there already; others make `.grad`.
+Extra memory is the peak of torch's allocator (from its profiler's record of every allocation and free) without inputs,
+dH and dW, on the rank where it is largest. Vectors of length T count. Memory that libraries allocate themselves
+(scratch of oneDNN and MKL) does not; the growth of resident memory includes it, and dH and dW where they are newly
+allocated. Ours adds dW to an existing fp32 `main_grad`; the others create `.grad`.
 
-With bfloat16 inputs there are two rows of ours: gradient products in fp32, the default on a CPU, or in bfloat16, as a
-GPU does. Logits are fp32 in ours and rounded to bfloat16 in the others, which is why their losses differ;
-"dH off" is the distance to the fp32 result for the same inputs, as a share of it. A case names tokens x hidden x
-vocabulary. (e) needs the package `cut-cross-entropy`, and it and the fused (c) need g++ for torch.compile.
+With bfloat16 inputs ours has two rows: gradient products in fp32, the default on a CPU, or in bfloat16, as on a GPU.
+Logits are fp32 in ours and rounded to bfloat16 in the others, so their losses differ; "dH off" is the relative distance
+to the fp32 result for the same inputs. A case names tokens x hidden x vocabulary. (e) needs the package
+`cut-cross-entropy`, and it and the fused (c) need g++ for torch.compile.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from logp_memory import watch
-from logp_rivals import LIMIT, OTHERS, Inputs, Way, ways
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megalign.engines.groups import Groups, make_groups
+from benchmarks.logp_memory import watch
+from benchmarks.logp_rivals import LIMIT, OTHERS, Inputs, Way, ways
+from megalign.config.layout import Layout
+from megalign.engines.megatron.groups import Groups, make_groups
 from megalign.ops.linear_logp import linear_logp
 from megalign.ops.vocab import VocabShard, tile_rows
 from megalign.runtime import cpu_shims
@@ -50,13 +51,13 @@ from megalign.runtime.quiet import quiet_libraries
 
 TIMEOUT_S = 1800
 MB = 1e6
-# Nats a token, which catches another loss and no rounding: rivals round logits of about 4 to bfloat16, 8e-3 each.
+# In nats per token: detects a wrong loss, allows rounding (the others round logits of about 4 to bfloat16: 8e-3 each).
 LOSS_WITHIN = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape to run."""
+    """Describes one case: shape, dtype, ranks and rounds."""
 
     name: str
     num_tokens: int
@@ -68,7 +69,7 @@ class Case:
 
     @property
     def logits_bytes(self) -> int:
-        """Of one rank's logits in fp32."""
+        """Return the size of one rank's logits in fp32."""
         return 4 * self.num_tokens * self.vocabulary // self.ranks
 
 
@@ -80,7 +81,7 @@ CASES = (
     Case("152k-fp32-tp2", 1024, 2048, 152064, "float32", ranks=2),
     Case("152k-bf16-tp2", 1024, 2048, 152064, "bfloat16", ranks=2),
     Case("128k-fp32", 4096, 2048, 128256, "float32", rounds=1),
-    # Only for whether memory grows with the tokens: against small-fp32 and small-bf16.
+    # Only to measure how memory grows with the tokens, against small-fp32 and small-bf16.
     Case("long-fp32", 8192, 512, 32000, "float32", rounds=1),
     Case("long-bf16", 8192, 512, 32000, "bfloat16", rounds=1),
 )
@@ -90,7 +91,7 @@ GROWTH = {"small-fp32": "long-fp32", "small-bf16": "long-bf16"}
 
 @dataclass(frozen=True)
 class Row:
-    """What one contestant showed in one case."""
+    """Holds one contestant's measurements in one case."""
 
     name: str
     skipped: str = ""
@@ -105,7 +106,7 @@ class Row:
 
 
 def make_inputs(case: Case, groups: Groups) -> Inputs:
-    """Unit logits, random targets, coefficients of both signs."""
+    """Draw inputs: logits of unit variance, random targets, coefficients of both signs."""
     rows = case.vocabulary // case.ranks
     shard = VocabShard(groups.tensor_rank * rows, rows, case.vocabulary, groups.tensor)
     dtype = getattr(torch, case.dtype)
@@ -115,15 +116,15 @@ def make_inputs(case: Case, groups: Groups) -> Inputs:
     target_T = torch.randint(case.vocabulary, (case.num_tokens,), generator=same)
     coefficient_T = torch.randn(case.num_tokens, generator=same)
     exact_TH = hidden_TH.detach().float().requires_grad_()
-    found = linear_logp(exact_TH, weight_VH.detach().float(), target_T, shard)
-    (found.logp_N * coefficient_T).sum().backward()
+    exact = linear_logp(exact_TH, weight_VH.detach().float(), target_T, shard)
+    (exact.logp_N * coefficient_T).sum().backward()
     assert exact_TH.grad is not None
     weight_VH.main_grad = torch.zeros(weight_VH.shape)  # type: ignore[attr-defined]
-    return Inputs(hidden_TH, weight_VH, target_T, coefficient_T, found.lse_N.detach(), exact_TH.grad, shard, groups)
+    return Inputs(hidden_TH, weight_VH, target_T, coefficient_T, exact.lse_N.detach(), exact_TH.grad, shard, groups)
 
 
 def run_once(way: Way, inputs: Inputs) -> tuple[float, Tensor]:
-    """(seconds, loss)."""
+    """Run one contestant once; return (seconds, loss)."""
     forget_grads(inputs)
     alone = inputs.groups.tensor_size == 1
     clock = time.thread_time if alone else time.perf_counter
@@ -143,20 +144,20 @@ def results(inputs: Inputs) -> list[Tensor]:
 
 
 def slowest(number: float) -> float:
-    """The largest of all ranks' numbers."""
+    """Return the largest of all ranks' numbers."""
     number_1 = torch.tensor([number], dtype=torch.float64)
     dist.all_reduce(number_1, op=dist.ReduceOp.MAX)
     return number_1.item()
 
 
 def measure(case: Case, folder: str) -> None:
-    """One rank of a case; the first writes the rows."""
+    """Run one rank of a case; rank 0 writes the rows to `folder`."""
     quiet_libraries()
-    torch._inductor.config.compile_threads = 1  # its workers would stand in the way of the timing
+    torch._inductor.config.compile_threads = 1  # its worker processes would disturb the timing
     torch.set_num_threads(1)
     cpu_shims.install()
     with process_group(timeout_s=TIMEOUT_S) as world:
-        inputs = make_inputs(case, make_groups(tensor=case.ranks, pipeline=1, timeout_s=TIMEOUT_S))
+        inputs = make_inputs(case, make_groups(Layout(tensor=case.ranks), timeout_s=TIMEOUT_S))
         contestants = ways(inputs)
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         seen: dict[str, Row] = {}
@@ -164,7 +165,7 @@ def measure(case: Case, folder: str) -> None:
             for name, way in contestants.items():
                 if isinstance(way, str):
                     continue
-                if round_number == 1:  # the round before has compiled what has to be; watching costs microseconds
+                if round_number == 1:  # compilation happened in round 0; watching costs microseconds
                     took, seen[name] = run_watched(name, way, inputs)
                 else:
                     took, _ = run_once(way, inputs)
@@ -179,7 +180,7 @@ def measure(case: Case, folder: str) -> None:
 
 
 def run_watched(name: str, way: Way, inputs: Inputs) -> tuple[float, Row]:
-    """(seconds, what it showed but for them)."""
+    """Run one contestant once while recording memory; return (seconds, its row without times)."""
     forget_grads(inputs)
     (took, loss), peak = watch(partial(run_once, way, inputs), partial(results, inputs))
     off = 0.0
@@ -192,7 +193,7 @@ def run_watched(name: str, way: Way, inputs: Inputs) -> tuple[float, Row]:
 
 
 def run_case(case: Case) -> list[Row]:
-    """All contestants of a case, in fresh processes."""
+    """Run all contestants of a case in fresh processes and return their rows."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(measure, case.ranks, case, folder)
         return [Row(**row) for row in json.loads((Path(folder) / "rows.json").read_text(encoding="utf-8"))]
@@ -203,18 +204,18 @@ def check_losses(case: Case, rows: Sequence[Row]) -> None:
     reference = next(row for row in rows if row.name.startswith("ours, recompute"))
     for row in rows:
         if row.name != LIMIT and not row.skipped:
-            # The sum's own terms, not the sum, which coefficients of both signs make small.
+            # Relative to the number of terms, because coefficients of both signs make the sum itself small.
             off = abs(row.loss - reference.loss) / case.num_tokens
             assert off < LOSS_WITHIN[case.dtype], f"{case.name}: {row.name} gives {row.loss}, not {reference.loss}"
 
 
 def add_rows(table: Table, case: Case, rows: Sequence[Row]) -> None:
-    """A section of the table."""
+    """Add the rows of a case to the table, as a section."""
     limit = rows[0]
     shape = f"{case.num_tokens} x {case.hidden} x {case.vocabulary}"
     inputs = f"{case.dtype}, {case.ranks} rank{'s' if case.ranks > 1 else ''}"
-    for place, row in enumerate(rows):
-        case_text = {0: case.name, 1: shape, 2: inputs}.get(place, "")
+    for index, row in enumerate(rows):
+        case_text = {0: case.name, 1: shape, 2: inputs}.get(index, "")
         if row.skipped:
             table.add_row(case_text, row.name, row.skipped)
             continue
@@ -236,8 +237,8 @@ def add_rows(table: Table, case: Case, rows: Sequence[Row]) -> None:
 
 
 def verdicts(measured: dict[str, tuple[Case, list[Row]]]) -> list[tuple[bool, str]]:
-    """(holds, target with the numbers) of everything that was run."""
-    found: list[tuple[bool, str]] = []
+    """Return (whether it holds, description with numbers) of each target that the measured cases decide."""
+    lines: list[tuple[bool, str]] = []
     for case, rows in measured.values():
         speed = {row.name: statistics.median(row.ratios(rows[0])) for row in rows if not row.skipped}
         others = {name: ratio for name, ratio in speed.items() if name.startswith(OTHERS)}
@@ -248,34 +249,34 @@ def verdicts(measured: dict[str, tuple[Case, list[Row]]]) -> list[tuple[bool, st
             given, again = "given lse" in row.name, "recompute" in row.name and row.name.startswith("ours")
             if (given or again) and case.ranks == 1 and case.name not in GROWTH.values():
                 bound = 1.10 if given else 1.45
-                found.append((speed[row.name] <= bound, f"{head} {speed[row.name]:.2f} <= {bound:.2f} x the products"))
+                lines.append((speed[row.name] <= bound, f"{head} {speed[row.name]:.2f} <= {bound:.2f} x the products"))
             if given:
                 line = f"{head} {speed[row.name]:.2f}, not slower than {best} {others[best]:.2f}"
-                found.append((speed[row.name] <= others[best], line))
+                lines.append((speed[row.name] <= others[best], line))
             if again:
                 line = f"{head} {speed[row.name]:.2f}, not slower than (d) {chunks:.2f}"
-                found.append((speed[row.name] <= chunks, line))
+                lines.append((speed[row.name] <= chunks, line))
             if row.name.startswith("ours") and case.num_tokens == 4096:
                 share = row.extra / case.logits_bytes
-                found.append((share <= 1 / 16, f"{head} extra memory {share:.4f} <= 1/16 of the logits"))
+                lines.append((share <= 1 / 16, f"{head} extra memory {share:.4f} <= 1/16 of the logits"))
         if GROWTH.get(case.name) in measured:
             longer, long_rows = measured[GROWTH[case.name]]
-            # Vectors of length T: two statistics of each tile and, while neighbours merge, of each pair; ten others.
+            # Vectors of length T: two statistics per tile and, during the merge, per pair of tiles; ten others.
             num_tiles = -(-case.vocabulary // tile_rows(case.vocabulary))
             vectors = 4 * (3 * num_tiles + 10)
             for row, long_row in zip(rows, long_rows, strict=True):
                 if row.name.startswith("ours"):
                     growth = (long_row.extra - row.extra) / (longer.num_tokens - case.num_tokens)
                     line = f"{case.name}: {row.name} extra memory grows by {growth:.0f} bytes a token, <= {vectors}"
-                    found.append((growth <= vectors, f"{line} (vectors)"))
-    return found
+                    lines.append((growth <= vectors, f"{line} (vectors)"))
+    return lines
 
 
 def new_table(title: str) -> Table:
     table = Table(title=title)
     columns = ("case", "", "seconds", "x products", "range", "extra MB", "of logits", "resident MB", "loss", "dH off")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < 2 else "right")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < 2 else "right")
     return table
 
 

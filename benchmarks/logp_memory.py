@@ -1,4 +1,4 @@
-"""Peak memory of one call on a CPU, seen from torch's allocator and from the operating system."""
+"""Measures the peak memory of one call on a CPU, by torch's allocator and by the operating system."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes above what was there before the call: without the results, and of the process with everything."""
+    """Peak growth in bytes: of torch's allocations without the results, and of the process's resident memory."""
 
     extra: int
     resident: int | None
 
 
 def watch(run: Callable[[], Value], results: Callable[[], Iterable[Tensor]]) -> tuple[Value, Peak]:
-    """Run once: what it returned, and its peak. `results` are tensors it made that do not count in `extra`."""
+    """Call `run` once; return its value and its peak memory. Tensors of `results` do not count in `extra`."""
     before = settle()
     recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _no_chatter():
@@ -44,15 +44,15 @@ def watch(run: Callable[[], Value], results: Callable[[], Iterable[Tensor]]) -> 
         trace = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    allocations = sorted((one for one in events if one.get("name") == "[memory]"), key=lambda one: one["ts"])
-    moves = [(one["args"]["Addr"], one["args"]["Bytes"]) for one in allocations]
+    allocations = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    moves = [(event["args"]["Addr"], event["args"]["Bytes"]) for event in allocations]
     extra = _peak(moves, {tensor.untyped_storage().data_ptr() for tensor in results()})
     return value, Peak(extra, resident)
 
 
 @contextmanager
 def _no_chatter() -> Iterator[None]:
-    """The profiler's library writes a line to stderr whenever it starts or stops, at every log level."""
+    """Silence stderr inside the block: the profiler's library writes a line at each start and stop."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
@@ -65,14 +65,14 @@ def _no_chatter() -> Iterator[None]:
 
 
 def _peak(moves: list[tuple[int, int]], results: set[int]) -> int:
-    """Most bytes alive at once; frees of what is older than the run do not count, nor the last tenant of a result."""
-    made_last = {address: place for place, (address, size) in enumerate(moves) if size > 0 and address in results}
+    """Return the peak of allocated bytes, without frees of older memory and without the results' own allocations."""
+    made_last = {address: index for index, (address, size) in enumerate(moves) if size > 0 and address in results}
     alive: dict[int, int] = {}
     total = peak = 0
-    for place, (address, size) in enumerate(moves):
+    for index, (address, size) in enumerate(moves):
         if size < 0:
             total -= alive.pop(address, 0)
-        elif made_last.get(address) != place:
+        elif made_last.get(address) != index:
             alive[address] = size
             total += size
             peak = max(peak, total)
@@ -80,7 +80,7 @@ def _peak(moves: list[tuple[int, int]], results: set[int]) -> int:
 
 
 def settle() -> int | None:
-    """Give free memory back, forget the peak so far, and return the resident size; None where that cannot be done."""
+    """Release free memory, reset the kernel's peak, and return the resident size; None where not supported."""
     if not CLEAR.exists():
         return None
     gc.collect()
@@ -90,7 +90,7 @@ def settle() -> int | None:
 
 
 def resident_bytes(field: str) -> int | None:
-    """`VmRSS` (now) or `VmHWM` (the most since `settle`) of this process; None where the system does not say."""
+    """Return `VmRSS` (now), `VmHWM` (peak since `settle`) or `RssAnon` of this process; None where not supported."""
     if not STATUS.exists():
         return None
     line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(f"{field}:"))

@@ -1,8 +1,8 @@
-"""Ways from hidden states to the gradient of weighted log-probs: this project's, plain torch's and others'.
+"""Implements the contestants of `benchmarks.logp`: this project's log-prob head, plain torch's and other libraries'.
 
-Axes: T tokens, H hidden, V this rank's rows of the vocabulary, C tokens of a chunk. Every way computes
-loss = sum of coefficient x log-prob, leaves dH (summed over the ranks) in `hidden_TH.grad`, and dW in `weight_VH.grad`
-or, where it can, in `weight_VH.main_grad`.
+Axes: T tokens, H hidden, V this rank's vocabulary rows, C tokens of a chunk. Every contestant computes
+loss = sum(coefficient x log-prob), and stores dH (summed over the ranks) in `hidden_TH.grad` and dW in `weight_VH.grad`
+or, where supported, in `weight_VH.main_grad`.
 """
 
 from __future__ import annotations
@@ -21,57 +21,60 @@ from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalign.engines.groups import Groups
+from megalign.engines.megatron.groups import Groups
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.linear_logp import linear_logp, weighted_logp
 from megalign.ops.vocab import VocabShard
+from megalign.ops.weight_grad import main_grad_sink
 
 LIMIT = "(a) three matrix products"
-CHUNK = 512  # tokens of a chunk in the scheme of others
+CHUNK = 512  # tokens per chunk in contestant (d)
 OTHERS = ("(b)", "(c)", "(d)", "(e)")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One rank's part of a case."""
+    """Holds one rank's inputs of a case."""
 
     hidden_TH: Tensor
     weight_VH: Tensor
     target_T: Tensor
     coefficient_T: Tensor
     lse_T: Tensor
-    true_grad_TH: Tensor  # fp32 result for the same numbers
+    true_grad_TH: Tensor  # dH computed in fp32 from the same inputs
     shard: VocabShard
     groups: Groups
 
 
-# From inputs to the loss (detached), with the gradients left behind.
+# Computes the loss (returned detached) and stores the gradients in the inputs.
 Way = Callable[[Inputs], Tensor]
 
 
 def ways(inputs: Inputs) -> dict[str, Way | str]:
-    """Name -> way, or the reason why it cannot be run here."""
-    found: dict[str, Way | str] = {LIMIT: ThreeProducts(inputs)}
-    narrow = inputs.hidden_TH.dtype == torch.bfloat16
-    for suffix, narrow_grad in ((", fp32 gradient", False), (", bf16 gradient", True)) if narrow else (("", None),):
-        cfg = HeadConfig(narrow_grad=narrow_grad, into_main_grad=True)
-        found |= {
+    """Return {name: contestant, or the reason why it cannot run here}."""
+    contestants: dict[str, Way | str] = {LIMIT: ThreeProducts(inputs)}
+    low_precision = inputs.hidden_TH.dtype == torch.bfloat16
+    for suffix, low_precision_grad in (
+        ((", fp32 gradient", False), (", bf16 gradient", True)) if low_precision else (("", None),)
+    ):
+        cfg = HeadConfig(low_precision_grad=low_precision_grad)
+        contestants |= {
             f"ours, given lse{suffix}": partial(given_lse, cfg=cfg),
             f"ours, known coefficients{suffix}": partial(known_coefficients, cfg=cfg),
             f"ours, recompute{suffix}": partial(recompute, cfg=cfg),
         }
     one_rank = inputs.groups.tensor_size == 1
-    found["(b) log_softmax + gather" + ("" if one_rank else " of gathered logits")] = plain
-    found["(c) Megatron-Core, unfused"] = partial(on_logits, logp=megatron_unfused)
-    found["(c) Megatron-Core, fused"] = _with_compiler(partial(on_logits, logp=megatron_fused))
-    found["(d) chunks, recompute without lse"] = chunked
+    contestants["(b) log_softmax + gather" + ("" if one_rank else " of gathered logits")] = plain
+    contestants["(c) Megatron-Core, unfused"] = partial(on_logits, logp=megatron_unfused)
+    contestants["(c) Megatron-Core, fused"] = _with_compiler(partial(on_logits, logp=megatron_fused))
+    contestants["(d) chunks, recompute without lse"] = chunked
     if importlib.util.find_spec("cut_cross_entropy") is None:
-        found["(e) cut-cross-entropy, torch path"] = "not installed"
+        contestants["(e) cut-cross-entropy, torch path"] = "not installed"
     else:
-        found["(e) cut-cross-entropy, torch path"] = (
+        contestants["(e) cut-cross-entropy, torch path"] = (
             _with_compiler(cut_cross_entropy) if one_rank else "has no tensor parallelism"
         )
-    return found
+    return contestants
 
 
 def _with_compiler(way: Way) -> Way | str:
@@ -79,24 +82,24 @@ def _with_compiler(way: Way) -> Way | str:
 
 
 class ThreeProducts:
-    """The limit: logits, dH and dW as three products into memory that is there already, and nothing else."""
+    """Computes only the three matrix products for logits, dH and dW, into preallocated memory: the limit."""
 
     def __init__(self, inputs: Inputs) -> None:
         hidden_TH, weight_VH = inputs.hidden_TH.detach(), inputs.weight_VH.detach()
-        # Touched here: the first use of fresh memory costs as much as an elementwise pass.
+        # Touched here, because the first use of new memory costs as much as an elementwise pass.
         self.logits_TV = hidden_TH.new_zeros(len(hidden_TH), len(weight_VH))
         self.grad_TH, self.grad_VH = torch.zeros_like(hidden_TH), torch.zeros_like(weight_VH)
 
     def __call__(self, inputs: Inputs) -> Tensor:
         hidden_TH, weight_VH = inputs.hidden_TH.detach(), inputs.weight_VH.detach()
         torch.mm(hidden_TH, weight_VH.t(), out=self.logits_TV)
-        torch.mm(self.logits_TV, weight_VH, out=self.grad_TH)  # any numbers will do for the logits' gradient
+        torch.mm(self.logits_TV, weight_VH, out=self.grad_TH)  # any values serve as the logits' gradient
         torch.mm(self.logits_TV.t(), hidden_TH, out=self.grad_VH)
         return torch.zeros(())
 
 
 def given_lse(inputs: Inputs, *, cfg: HeadConfig) -> Tensor:
-    """Pass 2 of a two-pass step; the loss is put together of the ranks' parts, which training has no need of."""
+    """Run pass 2 of a two-pass step; the loss is summed over ranks, which training does not need."""
     value, _ = weighted_logp(
         inputs.hidden_TH,
         inputs.weight_VH,
@@ -105,6 +108,7 @@ def given_lse(inputs: Inputs, *, cfg: HeadConfig) -> Tensor:
         inputs.shard,
         lse_N=inputs.lse_T,
         cfg=cfg,
+        sink=main_grad_sink(inputs.weight_VH),
     )
     value.backward()
     if inputs.groups.tensor_size == 1:
@@ -115,18 +119,20 @@ def given_lse(inputs: Inputs, *, cfg: HeadConfig) -> Tensor:
 
 
 def known_coefficients(inputs: Inputs, *, cfg: HeadConfig) -> Tensor:
-    """Fine-tuning: what each token weighs is known before its log-prob is, the log-sum-exp is not."""
+    """Run a step as in SFT: coefficients are known before the log-probs, the log-sum-exp is not."""
+    sink = main_grad_sink(inputs.weight_VH)
     value, _ = weighted_logp(
-        inputs.hidden_TH, inputs.weight_VH, inputs.target_T, inputs.coefficient_T, inputs.shard, cfg=cfg
+        inputs.hidden_TH, inputs.weight_VH, inputs.target_T, inputs.coefficient_T, inputs.shard, cfg=cfg, sink=sink
     )
     value.backward()
     return value.detach()
 
 
 def recompute(inputs: Inputs, *, cfg: HeadConfig) -> Tensor:
-    """Any function of the log-probs; backward computes the logits again."""
-    found = linear_logp(inputs.hidden_TH, inputs.weight_VH, inputs.target_T, inputs.shard, cfg=cfg)
-    return _backward(found.logp_N, inputs)
+    """Differentiate through the log-probs, for any loss; backward recomputes the logits."""
+    sink = main_grad_sink(inputs.weight_VH)
+    result = linear_logp(inputs.hidden_TH, inputs.weight_VH, inputs.target_T, inputs.shard, cfg=cfg, sink=sink)
+    return _backward(result.logp_N, inputs)
 
 
 def _backward(logp_T: Tensor, inputs: Inputs) -> Tensor:
@@ -136,13 +142,13 @@ def _backward(logp_T: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _logits(inputs: Inputs) -> Tensor:
-    """Column-parallel product; dH is all-reduced in its backward."""
+    """Compute column-parallel logits, whose backward all-reduces dH."""
     hidden_TH = tensor_parallel.copy_to_tensor_model_parallel_region(inputs.hidden_TH)
     return hidden_TH @ inputs.weight_VH.t()
 
 
 def plain(inputs: Inputs) -> Tensor:
-    """What one writes first; no name here keeps logits that autograd does not."""
+    """Compute log_softmax and gather, the naive version; no variable keeps logits that autograd does not."""
 
     def logp(logits_TV: Tensor, inputs: Inputs) -> Tensor:
         logits_TV = tensor_parallel.gather_from_tensor_model_parallel_region(logits_TV)
@@ -152,22 +158,22 @@ def plain(inputs: Inputs) -> Tensor:
 
 
 def on_logits(inputs: Inputs, *, logp: Callable[[Tensor, Inputs], Tensor]) -> Tensor:
-    """A loss of others over this rank's logits."""
+    """Compute the loss with another library's function of this rank's logits."""
     return _backward(logp(_logits(inputs), inputs), inputs)
 
 
 def megatron_unfused(logits_TV: Tensor, inputs: Inputs) -> Tensor:
-    """Three all-reduces forward."""
+    """Compute log-probs with Megatron's vocab-parallel cross-entropy: three all-reduces in forward."""
     return -tensor_parallel.vocab_parallel_cross_entropy(logits_TV, inputs.target_T)
 
 
 def megatron_fused(logits_TV: Tensor, inputs: Inputs) -> Tensor:
-    """Two all-reduces forward; its gradient is bfloat16 whatever the inputs are."""
+    """Compute log-probs with Megatron's fused cross-entropy: two all-reduces in forward, bfloat16 gradient always."""
     return -fused_vocab_parallel_cross_entropy(logits_TV, inputs.target_T, inputs.groups.tensor)
 
 
 def cut_cross_entropy(inputs: Inputs) -> Tensor:
-    """Its path without Triton kernels: compiled product and cross-entropy (the package imports Triton all the same)."""
+    """Run cut-cross-entropy's path without Triton kernels: compiled product and cross-entropy."""
     from cut_cross_entropy import linear_cross_entropy
 
     nll_T = linear_cross_entropy(
@@ -177,7 +183,7 @@ def cut_cross_entropy(inputs: Inputs) -> Tensor:
 
 
 def chunked(inputs: Inputs) -> Tensor:
-    """Chunks of tokens; statistics are not kept, so backward computes and reduces them a second time."""
+    """Compute log-probs in chunks of tokens; backward recomputes and all-reduces the softmax statistics."""
     return _backward(_Chunked.apply(inputs.hidden_TH, inputs.weight_VH, inputs), inputs)
 
 
@@ -204,9 +210,9 @@ class _Chunked(torch.autograd.Function):
             upstream_C = upstream[0][part]
             grad_CV = _log_softmax(hidden_TH[part], weight_VH, inputs).exp_().mul_(-upstream_C[:, None])
             grad_CV.scatter_add_(1, row_C[:, None], (upstream_C * owned_C)[:, None])
-            narrow_CV = grad_CV.to(hidden_TH.dtype)
-            torch.mm(narrow_CV, weight_VH, out=grad_TH[part])
-            grad_VH.addmm_(narrow_CV.t(), hidden_TH[part])
+            low_CV = grad_CV.to(hidden_TH.dtype)
+            torch.mm(low_CV, weight_VH, out=grad_TH[part])
+            grad_VH.addmm_(low_CV.t(), hidden_TH[part])
         dist.all_reduce(grad_TH, group=inputs.groups.tensor)
         return grad_TH, grad_VH, None
 
@@ -216,7 +222,7 @@ def _parts(num_tokens: int) -> list[slice]:
 
 
 def _log_softmax(hidden_CH: Tensor, weight_VH: Tensor, inputs: Inputs) -> Tensor:
-    """Over the whole vocabulary, of this rank's rows; two all-reduces."""
+    """Return this rank's columns of the log-softmax over the whole vocabulary; two all-reduces."""
     logits_CV = (hidden_CH @ weight_VH.t()).float()
     largest_C = logits_CV.amax(dim=1, keepdim=True)
     dist.all_reduce(largest_C, op=dist.ReduceOp.MAX, group=inputs.groups.tensor)

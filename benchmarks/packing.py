@@ -1,12 +1,12 @@
-"""How much of the computed positions is padding, and how unequal ranks' work is, on GSM8K lengths.
+"""Measures padding and load imbalance of packing on GSM8K lengths, against two other packers.
 
-    python benchmarks/packing.py [--data train.jsonl] [--steps 40]
+    python -m benchmarks.packing [--data train.jsonl] [--steps 40]
 
-Every step of an epoch (up to --steps) is cut by `data.plan` and by two rivals: sequences dealt to ranks in file order
-and filled into micro-batches first fit, and verl's way, Karmarkar-Karp by tokens into as many equal parts. Work counts
-attention (`ModelConfig.attention_cost` of a 7B Llama). Imbalance: what the most loaded rank has over the mean, over the
-whole step, and added up over micro-batches that ranks run at the same time. Exits 1 where a limit of the packed CP 1
-rows with 4 data ranks fails on average: padding below 3 %, work imbalance of ranks below 5 %.
+Every step of an epoch (up to --steps) is packed by `data.packing.plan` and by two others: sequences dealt to ranks in
+file order and packed first-fit, and Karmarkar-Karp by tokens into equal parts, as in verl. Work includes attention
+(`ModelConfig.attention_cost` of a 7B Llama). Imbalance is the most loaded rank's work over the mean, minus one: over
+the whole step, and summed over micro-batches that ranks run at the same time. Exits 1 where the packed CP 1 rows with 4
+data ranks miss a limit on average: padding below 3 %, work imbalance of ranks below 5 %.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
-from step import DATA, read_pairs, synthetic_pairs
 
-from megalign.convert import ModelConfig
-from megalign.convert.model_config import Rope
-from megalign.data.batch import slot_sizes
-from megalign.data.plan import plan
+from benchmarks.step import DATA, read_pairs, synthetic_pairs
+from megalign.data.micro_batch import slot_sizes
+from megalign.data.packing import plan
+from megalign.model_config import ModelConfig, Rope
 
 BUDGET = 4096
 LLAMA_7B = ModelConfig("llama", 32, 4096, 11008, 32, 32, 128, 32000, 4096, 1e-5, Rope(1e4, 128))
@@ -40,14 +39,14 @@ Planner = Callable[..., Ranks]
 
 
 def steps_of(pairs: Sequence[tuple[int, int]], groups_per_step: int, samples: int, most: int) -> list[list[list[int]]]:
-    """Steps of groups of sequence lengths; with samples, responses of a group have lengths of other records' ones."""
+    """Draw steps of groups of sequence lengths; with samples > 1, lengths vary around the record's response."""
     draw = random.Random(0)
     order = draw.sample(range(len(pairs)), len(pairs))
     steps = []
     for first in range(0, len(order) - groups_per_step + 1, groups_per_step):
         groups = []
-        for place in order[first : first + groups_per_step]:
-            prompt, response = pairs[place]
+        for index in order[first : first + groups_per_step]:
+            prompt, response = pairs[index]
             near = [response] + [round(response * draw.uniform(0.5, 2.0)) for _ in range(samples - 1)]
             groups.append([prompt + length for length in near])
         steps.append(groups)
@@ -55,25 +54,25 @@ def steps_of(pairs: Sequence[tuple[int, int]], groups_per_step: int, samples: in
 
 
 def in_file_order(lengths: list[int], units: list[list[int]], *, num_ranks: int, budget: int, **_: object) -> Ranks:
-    """Units dealt in turn, then first fit in the order they came; the shorter ranks get dummies."""
+    """Deal units to ranks in turn, pack each rank first-fit in that order, and fill up with empty micro-batches."""
     ranks: Ranks = []
     for rank in range(num_ranks):
         bins: list[list[int]] = []
         for unit in units[rank::num_ranks]:
             size = sum(lengths[index] for index in unit)
-            fitting = (one for one in bins if sum(lengths[index] for index in one) + size <= budget)
+            fitting = (members for members in bins if sum(lengths[index] for index in members) + size <= budget)
             home = next(fitting, None)
             if home is None:
                 home = []
                 bins.append(home)
             home += unit
-        ranks.append([tuple(one) for one in bins])
+        ranks.append([tuple(members) for members in bins])
     most = max(map(len, ranks))
     return [[*mine, *[()] * (most - len(mine))] for mine in ranks]
 
 
 def karmarkar_karp(lengths: list[int], units: list[list[int]], *, num_ranks: int, budget: int, **_: object) -> Ranks:
-    """The largest differencing method by tokens, over ranks and then over each rank's micro-batches, all as many."""
+    """Split by the largest differencing method on tokens: over ranks, then into equally many micro-batches."""
     sizes = [sum(lengths[index] for index in unit) for unit in units]
     shares = _differencing(list(range(len(units))), sizes, num_ranks)
     count = max(-(-sum(sizes[unit] for unit in share) // budget) for share in shares)
@@ -85,7 +84,7 @@ def karmarkar_karp(lengths: list[int], units: list[list[int]], *, num_ranks: int
 
 
 def _differencing(items: list[int], sizes: list[int], count: int) -> list[list[int]]:
-    """`count` parts of nearly equal sums (Karmarkar and Karp 1982)."""
+    """Split items into `count` parts of nearly equal sums (Karmarkar and Karp 1982)."""
     heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []
     for number, item in enumerate(items):
         parts = [(0, [])] * (count - 1) + [(sizes[item], [item])]
@@ -101,7 +100,7 @@ def _differencing(items: list[int], sizes: list[int], count: int) -> list[list[i
 
 
 def measure(planner: Planner, groups: list[list[int]], *, whole: bool, num_ranks: int, context: int, pad_rows: bool):
-    """(micro-batches a rank, padding fraction, work imbalance of ranks, of micro-batches run at the same time)."""
+    """Return (micro-batches per rank, padding fraction, work imbalance of ranks, of simultaneous micro-batches)."""
     lengths = [length for group in groups for length in group]
     units, first = [], 0
     for group in groups:
@@ -154,9 +153,9 @@ def main() -> int:
             if name != "megalign" and (pad_rows or context > 1):
                 continue
             run = partial(measure, whole=samples > 1, num_ranks=num_ranks, context=context, pad_rows=pad_rows)
-            found = [run(planner, step) for step in steps]
-            counts, *rest = ([one[place] for one in found] for place in range(4))
-            shown = [f"{100 * fmean(one):.2f} (worst {100 * max(one):.2f})" for one in rest]
+            measured = [run(planner, step) for step in steps]
+            counts, *rest = ([row[index] for row in measured] for index in range(4))
+            shown = [f"{100 * fmean(values):.2f} (worst {100 * max(values):.2f})" for values in rest]
             if name == "megalign" and num_ranks == 4 and context == 1 and not pad_rows:
                 failed |= fmean(rest[0]) >= MOST_PADDING or fmean(rest[1]) >= MOST_IMBALANCE
             data = "single" if samples == 1 else f"groups of {samples}"

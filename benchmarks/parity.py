@@ -1,8 +1,8 @@
-"""Loss and gradient norm of every loss in every layout, against float64 Hugging Face models on one process.
+"""Compares loss and gradient norm of every loss in every layout with float64 Hugging Face models on one process.
 
-    python benchmarks/parity.py [--layouts one,tp2,...] [--losses sft,...] [--json table.json]
+    python -m benchmarks.parity [--layouts one,tp2,...] [--losses sft,...] [--json table.json]
 
-The layouts, models and answers are those of tests/dist, where a quick part of this is run. Each layout holds a dense
+The layouts, models and answers are those of tests/engines, where a quick part of this is run. Each layout holds a dense
 model of five layers with tied weights and one with experts (auxiliary loss on) as far as it can, and takes a step of
 each loss with each kind of recomputation, packed and padded, in micro-batches that are smaller than some groups. fp32.
 Errors are relative; exits 1 above 1e-5 for a loss or 1e-4 for a gradient norm.
@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/dist"))
-from answers import Answers
-from cases import EXPERTS, KINDS, LAYOUTS, LOSSES, SMALL, Case, write_checkpoints
-
 from megalign.runtime.distributed import process_group, spawn
 from megalign.runtime.quiet import quiet_libraries
+from tests.support.loss_cases import KINDS, LOSSES
+from tests.support.parity_answers import Answers
+from tests.support.parity_cases import SMALL, Case, write_checkpoints
+from tests.support.parity_layouts import EXPERTS, LAYOUTS
 
 RECOMPUTES = ("none", "selective", "full")
 MOST_LOSS_ERROR, MOST_NORM_ERROR = 1e-5, 1e-4
@@ -37,19 +37,19 @@ Found = dict[str, tuple[float, float]]  # "model loss recompute packing" -> (los
 
 
 def models_of(name: str) -> list[str]:
-    """The dense model, and one with experts, which take turns."""
+    """Return the models a layout is tested with: the dense one, and one of the models with experts in turn."""
     turn = EXPERTS[list(LAYOUTS).index(name) % len(EXPERTS)]
     return [model for model in ("deep", turn) if LAYOUTS[name].takes(model)]
 
 
 def run_world(folder: Path, names: Sequence[str], losses: Sequence[str]) -> None:
-    """The job of one world size: every step of every named layout; rank 0 leaves a file a layout."""
+    """Run every step of every named layout on one world size; rank 0 writes one result file for each layout."""
     quiet_libraries()
     with process_group(timeout_s=300) as world:
-        from job import Job
+        from tests.support.parity_job import Job
 
         for name in names:
-            job, found = Job(folder, name, LAYOUTS[name], world), {}
+            job, results = Job(folder, name, LAYOUTS[name], world), {}
             for model in models_of(name):
                 for recompute in RECOMPUTES:
                     engine = job.engine(model, recompute=recompute)
@@ -58,16 +58,16 @@ def run_world(folder: Path, names: Sequence[str], losses: Sequence[str]) -> None
                             result = job.agreed(job.step(engine, Case(model, loss, SMALL, packing)))
                             assert result["same_on_all_ranks"]
                             key = f"{model} {loss} {recompute} {'packed' if packing else 'padded'}"
-                            found[key] = (result["loss"], engine.update(0.0, clip_norm=None))
+                            results[key] = (result["loss"], engine.update(0.0))
             if world.is_main:
-                torch.save(found, folder / "found.partial")
-                (folder / "found.partial").rename(folder / f"{name}.pt")
+                torch.save(results, folder / "results.partial")
+                (folder / "results.partial").rename(folder / f"{name}.pt")
 
 
-def errors(answers: Answers, found: Found) -> dict[str, dict[str, Any]]:
-    """By dense and experts: number of steps, the worst errors and where they came up."""
+def errors(answers: Answers, results: Found) -> dict[str, dict[str, Any]]:
+    """Return, for each kind of model, the number of steps, the largest errors and where they occurred."""
     kinds: dict[str, dict[str, Any]] = {}
-    for key, (loss, norm) in found.items():
+    for key, (loss, norm) in results.items():
         model, name, *way = key.split()
         answer = answers.step(model, name)
         row = kinds.setdefault(

@@ -1,9 +1,9 @@
-"""Drawn steps in drawn layouts against float64 Hugging Face models on one process: none may be wrong.
+"""Compares random steps in random layouts with float64 Hugging Face models on one process.
 
-    python benchmarks/random_layouts.py [--cases 100] [--seed 0] [--only 17]
+    python -m benchmarks.random_layouts [--cases 100] [--seed 0] [--only 17]
 
 Each case is a layout of 1, 2 or 4 ranks that works for a drawn model (family, depth, heads, vocabulary, experts), a
-loss, ragged groups, micro-batch tokens, packing, recomputation and the head's chunks; tests/dist takes ten of them.
+loss, ragged groups, micro-batch tokens, packing, recomputation and the head's chunks; tests/engines takes ten of them.
 Prints each failure with its case; exits 1 if there are any. fp32, errors above 1e-5 (loss) and 1e-4 (gradient norm).
 """
 
@@ -20,11 +20,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/dist"))
-from random_cases import RandomCase, draw_cases, failure, run_world, write_case
-
 from megalign.runtime.distributed import spawn
 from megalign.runtime.quiet import quiet_libraries
+from tests.support.random_cases import RandomCase, draw_cases, failure, run_world, write_case
 
 
 def main() -> int:
@@ -44,33 +42,35 @@ def main() -> int:
             (folder / str(number)).mkdir()
             answers[number] = write_case(case, folder / str(number))
         task = progress.add_task("steps", total=len(cases))
-        told = []
+        failures = []
         for ranks in (1, 2, 4):
             mine = [(number, case) for number, case in cases if case.ranks == ranks]
             if mine:
                 spawn(run_world, ranks, folder, mine)
             for number, case in mine:
-                found = json.loads((folder / str(number) / "found.json").read_text())
-                problem = failure(found, answers[number])
-                told += [f"case {number}: {problem}\n  {case}"] if problem else []
+                result = json.loads((folder / str(number) / "found.json").read_text())
+                problem = failure(result, answers[number])
+                failures += [f"case {number}: {problem}\n  {case}"] if problem else []
                 progress.advance(task)
-    for line in told:
+    for line in failures:
         console.print(line, style="red", markup=False)
     console.print(summary([case for _, case in cases]))
     minutes = (time.perf_counter() - began) / 60
-    console.print(f"{len(cases)} cases of seed {args.seed}, {len(told)} failures, {minutes:.0f} minutes")
-    return int(bool(told))
+    console.print(f"{len(cases)} cases of seed {args.seed}, {len(failures)} failures, {minutes:.0f} minutes")
+    return int(bool(failures))
 
 
 def summary(cases: list[RandomCase]) -> str:
-    """How often each kind of thing was drawn."""
+    """Return how often each layout axis, family and loss was drawn."""
     layouts = [case.layout for case in cases]
     axes = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "sequence")
     counts = Counter({axis: sum(getattr(layout, axis) > 1 for layout in layouts) for axis in axes})
     counts["sequence"] = sum(layout.sequence for layout in layouts)
     families = Counter(case.model["model_type"] for case in cases)
     losses = Counter(case.loss for case in cases)
-    return "\n".join(", ".join(f"{name} {count}" for name, count in one.items()) for one in (counts, families, losses))
+    return "\n".join(
+        ", ".join(f"{name} {count}" for name, count in counter.items()) for counter in (counts, families, losses)
+    )
 
 
 if __name__ == "__main__":

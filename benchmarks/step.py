@@ -1,12 +1,12 @@
-"""Tokens per second of a training step on GSM8K lengths, against what plain torch reaches on perfectly packed tokens.
+"""Measures tokens per second of a training step on GSM8K lengths, against plain torch on perfectly packed tokens.
 
-    python benchmarks/step.py [--quick] [--data train.jsonl] [--tokens 4096] [--rounds 3]
+    python -m benchmarks.step [--quick] [--data train.jsonl] [--tokens 4096] [--rounds 3]
 
-All contestants run in one process on one thread and take turns, because a machine's speed drifts. Time is that thread's
-own, which is wall time on an idle machine and does not count what neighbours take. Forward and backward, no optimizer.
-The limit is a plain transformers Llama on the same number of tokens with nothing wasted: its rows are full, its head
-sees as many tokens as there are response tokens. Two ways of filling rows are timed (one long row, and rows that all
-have the mean length), each with whole and with half micro-batches; the fastest is the limit.
+All contestants run in one process on one thread and take turns, because a machine's speed drifts. Time is CPU time,
+which equals wall time on an idle machine and ignores other processes. Forward and backward, no optimizer. The limit is
+a plain transformers Llama on the same number of tokens without padding: its rows are full, and its head computes as
+many tokens as there are response tokens. Two row shapes are timed (one long row, and rows of the mean length), each
+with whole and with half micro-batches; the fastest is the limit.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megalign.config.layout import Layout
 from megalign.convert import read_model_config
-from megalign.data.group import Response
-from megalign.data.group import Sequence as FlatSequence
-from megalign.engines.groups import make_groups
-from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
-from megalign.engines.scoring import Cutting, Scored
+from megalign.data.group import Response, TokenSequence
+from megalign.data.packing import Packing
+from megalign.engines.megatron.engine import AdamW, MegatronEngine
+from megalign.engines.megatron.groups import make_groups
+from megalign.engines.megatron.shard import EngineOptions
+from megalign.engines.scoring import Scored
 from megalign.engines.step import StepBatch, accumulate
 from megalign.losses.gvpo import GvpoConfig
 from megalign.losses.sft import SftConfig
@@ -66,20 +68,20 @@ Run = Callable[[], object]
 
 
 def token_ids(text: str) -> tuple[int, ...]:
-    """Stand-in for a tokenizer, with no download: word pieces of five letters, digits and marks one by one."""
+    """Tokenise without a downloaded tokenizer: pieces of up to five letters, single digits and marks."""
     pieces = re.findall(r"\s?[^\W\d_]{1,5}|\d|[^\w\s]|\n", text)
     return tuple(zlib.crc32(piece.encode()) % VOCABULARY for piece in pieces)
 
 
 def read_pairs(path: Path) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(prompt ids, response ids) of every record."""
+    """Return (prompt ids, response ids) of every record."""
     with open(path, encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
     return [(token_ids(record["question"]), token_ids(record["answer"])) for record in records]
 
 
 def synthetic_pairs(count: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Random ids in sequences whose lengths are distributed like GSM8K's."""
+    """Draw random ids in sequences whose lengths are distributed like GSM8K's."""
     draw = random.Random(0)
 
     def ids(log_mean: float, log_deviation: float) -> tuple[int, ...]:
@@ -89,8 +91,8 @@ def synthetic_pairs(count: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]
     return [(ids(*PROMPT_LOG_LENGTH), ids(*RESPONSE_LOG_LENGTH)) for _ in range(count)]
 
 
-def take_sequences(path: Path, tokens: int, console: Console) -> list[FlatSequence]:
-    """A random draw of whole sequences, together about `tokens` long."""
+def take_sequences(path: Path, tokens: int, console: Console) -> list[TokenSequence]:
+    """Draw random whole sequences of about `tokens` tokens in total."""
     if path.is_file():
         pairs = read_pairs(path)
     else:
@@ -100,13 +102,13 @@ def take_sequences(path: Path, tokens: int, console: Console) -> list[FlatSequen
     total = itertools.accumulate(len(prompt) + len(response) for prompt, response in pairs)
     count = max(SAMPLES, sum(1 for length in total if length <= tokens))
     return [
-        FlatSequence(place, place, "response", prompt, Response(response))
-        for place, (prompt, response) in enumerate(pairs[:count])
+        TokenSequence(index, index, "response", prompt, Response(response))
+        for index, (prompt, response) in enumerate(pairs[:count])
     ]
 
 
 def plain_step(model: LlamaForCausalLM, token_BL: Tensor, scored: int, micro_batches: int) -> None:
-    """Forward and backward of plain transformers over full rows, `scored` of whose tokens reach the head."""
+    """Run forward and backward of plain transformers over full rows; the head computes `scored` tokens."""
     model.zero_grad(set_to_none=True)
     for rows_BL in token_BL.chunk(micro_batches):
         hidden_TH = model.model(input_ids=rows_BL, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -115,10 +117,10 @@ def plain_step(model: LlamaForCausalLM, token_BL: Tensor, scored: int, micro_bat
         F.cross_entropy(logits_NV, rows_BL.flatten()[-count:], reduction="sum").backward()
 
 
-def limits(model: LlamaForCausalLM, sequences: Sequence[FlatSequence], micro_batch: int) -> dict[str, tuple[Run, int]]:
-    """Ways to fill rows and micro-batches: name -> (one step, its tokens)."""
-    tokens, scored = sum(map(len, sequences)), sum(one.num_scored for one in sequences)
-    found: dict[str, tuple[Run, int]] = {}
+def limits(model: LlamaForCausalLM, sequences: Sequence[TokenSequence], micro_batch: int) -> dict[str, tuple[Run, int]]:
+    """Return {name: (one step of plain torch, its tokens)}, for each way to fill rows and micro-batches."""
+    tokens, scored = sum(map(len, sequences)), sum(sequence.num_scored for sequence in sequences)
+    runs: dict[str, tuple[Run, int]] = {}
     for budget in (micro_batch, micro_batch // 2):
         parts = max(1, round(tokens / budget))
         mean = round(tokens / len(sequences))
@@ -126,34 +128,34 @@ def limits(model: LlamaForCausalLM, sequences: Sequence[FlatSequence], micro_bat
             name = f"plain torch, {rows} x {length}"
             ids_BL = torch.randint(VOCABULARY, (rows * parts, length), generator=torch.Generator().manual_seed(0))
             share = round(scored * ids_BL.numel() / tokens)
-            found[name] = partial(plain_step, model, ids_BL, share, parts), ids_BL.numel()
-    return found
+            runs[name] = partial(plain_step, model, ids_BL, share, parts), ids_BL.numel()
+    return runs
 
 
-def steps(engine: MegatronEngine, sequences: Sequence[FlatSequence], micro_batch: int) -> dict[str, tuple[Run, int]]:
-    """Steps of this project: name -> (one step, its tokens)."""
+def steps(engine: MegatronEngine, sequences: Sequence[TokenSequence], micro_batch: int) -> dict[str, tuple[Run, int]]:
+    """Return {name: (one step of this project, its tokens)}."""
     tokens = sum(map(len, sequences))
-    packed, padded = Cutting(micro_batch), Cutting(micro_batch, packing=False)
+    packed, padded = Packing(micro_batch), Packing(micro_batch, pack=False)
     sft = StepBatch(sequences, num_groups=len(sequences))
     whole = len(sequences) // SAMPLES * SAMPLES
     samples = [
-        replace(one, group=place // SAMPLES, response=replace(one.response, reward=float(place % SAMPLES)))
-        for place, one in enumerate(sequences[:whole])
+        replace(sequence, group=index // SAMPLES, response=replace(sequence.response, reward=float(index % SAMPLES)))
+        for index, sequence in enumerate(sequences[:whole])
     ]
-    reference = [Scored(-10.0 * one.num_scored) for one in samples]
+    reference = [Scored(-10.0 * sequence.num_scored) for sequence in samples]
     gvpo = StepBatch(samples, num_groups=whole // SAMPLES, reference=reference)
     return {
-        "SFT packed": (lambda: accumulate(engine, sft, SftConfig(), cutting=packed), tokens),
-        "SFT padded": (lambda: accumulate(engine, sft, SftConfig(), cutting=padded), tokens),
+        "SFT packed": (lambda: accumulate(engine, sft, SftConfig(), packing=packed), tokens),
+        "SFT padded": (lambda: accumulate(engine, sft, SftConfig(), packing=padded), tokens),
         "GVPO packed, two passes": (
-            lambda: accumulate(engine, gvpo, GvpoConfig(), cutting=packed, mode="two_pass"),
+            lambda: accumulate(engine, gvpo, GvpoConfig(), packing=packed, mode="two_pass"),
             sum(map(len, samples)),
         ),
     }
 
 
 def take_turns(contestants: dict[str, tuple[Run, int]], rounds: int) -> dict[str, list[float]]:
-    """name -> tokens per second of each round; everybody runs once a round, after a round that does not count."""
+    """Return {name: tokens per second in each round}; all run once a round, after a warm-up round."""
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     for round_number in range(rounds + 1):
         for name, (run, tokens) in contestants.items():
@@ -165,7 +167,7 @@ def take_turns(contestants: dict[str, tuple[Run, int]], rounds: int) -> dict[str
 
 
 def report(speeds: dict[str, list[float]], title: str, console: Console) -> None:
-    """One table: medians, and each row's share of the limit as the median over rounds."""
+    """Print medians, and the median over rounds of each row's ratio to the limit."""
     limit = max((name for name in speeds if name.startswith("plain")), key=lambda name: statistics.median(speeds[name]))
     table = Table(title=title, caption=f"limit: {limit}; ratios are medians over rounds of neighbours in time")
     for column, side in (("", "left"), ("tokens/s", "right"), ("of the limit", "right"), ("range", "right")):
@@ -194,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_58M, attn_implementation="sdpa")).train()
         model.save_pretrained(folder)
-        groups = make_groups(tensor=1, pipeline=1, timeout_s=600)
+        groups = make_groups(Layout(), timeout_s=600)
         engine = MegatronEngine(
             read_model_config(Path(folder)), groups, EngineOptions(torch.float32, world.device), adamw=AdamW()
         )
@@ -203,7 +205,7 @@ def main(arguments: Sequence[str]) -> int:
         contestants = limits(model, sequences, options.micro_batch) | steps(engine, sequences, options.micro_batch)
         speeds = take_turns(contestants, options.rounds or (2 if options.quick else 3))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    lengths = [len(one) for one in sequences]
+    lengths = [len(sequence) for sequence in sequences]
     title = (
         f"{millions:.0f}M Llama, fp32, one thread, forward and backward; {len(lengths)} sequences of "
         f"{min(lengths)}-{max(lengths)} tokens (mean {statistics.mean(lengths):.0f}), {sum(lengths)} in all, "

@@ -1,14 +1,13 @@
-"""Peak memory of a training step on GSM8K lengths and a large vocabulary, with this head and with plain logits.
+"""Measures peak memory of a training step on GSM8K lengths and a large vocabulary, with this head and plain logits.
 
-    python benchmarks/step_memory.py [--quick] [--data train.jsonl] [--tokens 4096] [--vocabulary 128256]
+    python -m benchmarks.step_memory [--quick] [--data train.jsonl] [--tokens 4096] [--vocabulary 128256]
 
-The same engine, model and micro-batch each time; only the objective differs: this project's head, or all logits of the
-scored tokens at once with torch's log-softmax, as fp32 needs them, or the same for every token of the micro-batch as
-trainers do that drop unscored tokens only in the loss. The floor is a step that ends in the hidden states: what the
-other layers take, whatever the head. Each contestant runs in a fresh process. Its figure is the growth of resident
-memory during one step (forward and backward, no optimizer) over what weights and gradient buffers hold before it, from
-the kernel's own high-water mark, which is reset before the step; so it includes what libraries take for themselves.
-CPU, one thread, fp32.
+Engine, model and micro-batch are the same each time; only the objective differs: this project's head; fp32 logits of
+all scored tokens at once with torch's log-softmax; or the same for every token of the micro-batch, as in trainers that
+drop unscored tokens only in the loss. The floor is a step without a head, which shows the memory of the other layers.
+Each contestant runs in a fresh process. Its figure is the growth of resident memory during one step (forward and
+backward, no optimizer) above weights and gradient buffers, from the kernel's high-water mark, which is reset before the
+step; so it includes memory that libraries allocate themselves. CPU, one thread, fp32.
 """
 
 from __future__ import annotations
@@ -28,20 +27,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from logp_memory import resident_bytes, settle
 from rich.console import Console
 from rich.table import Table
-from step import DATA, LLAMA_58M, take_sequences
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.logp_memory import resident_bytes, settle
+from benchmarks.step import DATA, LLAMA_58M, take_sequences
+from megalign.config.layout import Layout
 from megalign.convert import read_model_config
-from megalign.data.batch import MicroBatch
-from megalign.data.group import Sequence as FlatSequence
-from megalign.engines.engine import Head
-from megalign.engines.groups import make_groups
-from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
-from megalign.engines.scoring import Cutting, Scored, cut_batch
+from megalign.data.group import TokenSequence
+from megalign.data.micro_batch import MicroBatch
+from megalign.data.packing import Packing, micro_batches
+from megalign.engines.head import Head
+from megalign.engines.megatron.engine import AdamW, MegatronEngine
+from megalign.engines.megatron.groups import make_groups
+from megalign.engines.megatron.shard import EngineOptions
+from megalign.engines.scoring import Scored
 from megalign.engines.step import StepBatch, accumulate
 from megalign.losses.gvpo import GvpoConfig
 from megalign.losses.sft import SftConfig
@@ -53,57 +55,57 @@ FLOOR, SFT, GVPO = "no head", "this head, SFT", "this head, GVPO in two passes"
 PLAIN, EVERY = "plain logits of scored tokens", "plain logits of all tokens"
 
 
-def plain_objective(place: int, head: Head) -> tuple[Tensor, Any]:
-    """Cross-entropy sum of the head's tokens from all their logits at once."""
+def plain_objective(index: int, head: Head) -> tuple[Tensor, Any]:
+    """Compute the summed cross-entropy of the head's tokens from all their logits at once."""
     real = head.shard.vocab_size
     logits_NV = (head.hidden_LH @ head.weight_VH[:real].t()).float()
     logp_N = logits_NV.log_softmax(dim=1).gather(1, head.target_N[:, None]).squeeze(1)
     return -logp_N.sum(), float(logp_N.detach().sum())
 
 
-def floor_objective(place: int, head: Head) -> tuple[Tensor, Any]:
-    """No head at all."""
+def floor_objective(index: int, head: Head) -> tuple[Tensor, Any]:
+    """Return a loss without a head: the sum of the hidden states."""
     return head.hidden_LH.sum(), None
 
 
 def every_token(batch: MicroBatch) -> MicroBatch:
-    """The micro-batch with each of its positions scored, as a trainer has it that masks only in the loss."""
+    """Return the micro-batch with every position scored, as in a trainer that masks only in the loss."""
     count = len(batch.token_T)
     return replace(
         batch, scored_N=torch.arange(count), target_N=batch.token_T.clone(), seq_N=torch.zeros(count, dtype=torch.int64)
     )
 
 
-def take_step(engine: MegatronEngine, sequences: Sequence[FlatSequence], tokens: int, way: str) -> None:
-    """One step's gradient."""
-    cutting = Cutting(tokens)
+def take_step(engine: MegatronEngine, sequences: Sequence[TokenSequence], tokens: int, way: str) -> None:
+    """Compute the gradient of one step."""
+    packing = Packing(tokens)
     if way == SFT:
-        accumulate(engine, StepBatch(sequences, num_groups=len(sequences)), SftConfig(), cutting=cutting)
+        accumulate(engine, StepBatch(sequences, num_groups=len(sequences)), SftConfig(), packing=packing)
     elif way == GVPO:
         samples = [
-            replace(one, group=place // SAMPLES, response=replace(one.response, reward=float(place % SAMPLES)))
-            for place, one in enumerate(sequences)
+            replace(each, group=index // SAMPLES, response=replace(each.response, reward=float(index % SAMPLES)))
+            for index, each in enumerate(sequences)
         ]
-        reference = [Scored(-10.0 * one.num_scored) for one in samples]
+        reference = [Scored(-10.0 * sample.num_scored) for sample in samples]
         batch = StepBatch(samples, num_groups=len(samples) // SAMPLES, reference=reference)
-        accumulate(engine, batch, GvpoConfig(), cutting=cutting, mode="two_pass")
+        accumulate(engine, batch, GvpoConfig(), packing=packing, mode="two_pass")
     else:
-        batches = cut_batch(engine, sequences, coupled=False, cutting=cutting).batches
-        batches = [every_token(one) for one in batches] if way == EVERY else batches
+        batches = micro_batches(engine.shape, sequences, coupled=False, packing=packing).batches
+        batches = [every_token(batch) for batch in batches] if way == EVERY else batches
         engine.backward(batches, floor_objective if way == FLOOR else plain_objective)
 
 
-def measure(way: str, folder: Path, sequences: Sequence[FlatSequence], tokens: int) -> tuple[int, float]:
-    """(bytes by which resident memory grew in a step, seconds of the thread)."""
+def measure(way: str, folder: Path, sequences: Sequence[TokenSequence], tokens: int) -> tuple[int, float]:
+    """Run one step; return (growth of resident memory in bytes, CPU seconds)."""
     quiet_libraries()
     torch.set_num_threads(1)
     with process_group(timeout_s=600) as world:
-        groups = make_groups(tensor=1, pipeline=1, timeout_s=600)
+        groups = make_groups(Layout(), timeout_s=600)
         engine = MegatronEngine(
             read_model_config(folder), groups, EngineOptions(torch.float32, world.device), adamw=AdamW()
         )
         engine.load_weights(folder)
-        take_step(engine, sequences[:SAMPLES], tokens, way)  # libraries set themselves up, buffers are touched
+        take_step(engine, sequences[:SAMPLES], tokens, way)  # warm-up: libraries initialise, buffers are touched
         before = settle()
         start = time.thread_time()
         take_step(engine, sequences, tokens, way)
@@ -124,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # the libraries' advice, once a process
     sequences = take_sequences(options.data, tokens, console)
     sequences = sequences[: len(sequences) // SAMPLES * SAMPLES]
-    scored = sum(one.num_scored for one in sequences)
+    scored = sum(sequence.num_scored for sequence in sequences)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**{**LLAMA_58M, "vocab_size": options.vocabulary})).save_pretrained(folder)

@@ -6,15 +6,18 @@ The cases of one configuration key each are in test_config.py and test_check.py;
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from tiny_jobs import (
+
+from tests.support.processes import on_two_ranks, run_ranks
+from tests.support.tiny_jobs import (
     TEMPLATE,
     VOCAB_SIZE,
-    on_two_ranks,
     records,
+    round_sections,
     status,
     train,
     write_config,
@@ -252,7 +255,7 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
         ROUNDS, ["model.path={shared}/few"], None, ["prompts.jsonl:1", "field prompt becomes token id", "below"],
     ),
     "end beyond the vocabulary": (
-        ROUNDS, ["model.path={shared}/endless", "rollout.reward=tiny_jobs:digits"], None,
+        ROUNDS, ["model.path={shared}/endless", "rollout.reward=tests.support.tiny_jobs:digits"], None,
         ["generation_config.json: eos_token_id is [0, 200]", "below 53"],
     ),
     # another job's checkpoint, outputs that must fail
@@ -283,7 +286,7 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
         {}, ["export.hf_dir={{run.dir}}/checkpoints"], None, ["export.hf_dir", "run/checkpoints", "run's own files"],
     ),
     "export named by nothing": (
-        {}, ["export.hf_dir={{run.name}}/hf"], None, ["export.hf_dir", "{run.name} stands for nothing", "{run.dir}"],
+        {}, ["export.hf_dir={{run.name}}/hf"], None, ["export.hf_dir", "{run.name} is no known", "{run.dir}"],
     ),
     # what overrides say, what keys are called, where things are looked for
     "keys of another program": ({}, ["lora={{r: 8}}"], None, ["line: lora.r is not", "mean rank?", "rank is missing"]),
@@ -314,7 +317,7 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
     # samples of another temperature, prompts and rewards of rounds
     "sampled at another temperature": (
         {"loss": {"name": "grpo"}}, [], [answers(1, 0), sampled(0.7)],
-        ["data.jsonl:2", "field temperature is 0.7", "1, which is trained at", "responses[0].logp"],
+        ["data.jsonl:2", "field temperature is 0.7", "1, the training temperature", "responses[0].logp"],
     ),
     "sampled at another temperature, for RLOO": (
         {"loss": {"name": "rloo"}}, [], [sampled(1), sampled(1.5)], ["data.jsonl:2", "field temperature is 1.5"],
@@ -325,10 +328,12 @@ CASES: dict[str, tuple[dict, list[str], list | None, list[str]]] = {
         {}, [], [{**PROMPT, "responses": [{"response_ids": [3], "reward": 1, "finished": "yes"}] * 2}],
         ["data.jsonl:1", "responses[0].finished is 'yes'", "true or false"],
     ),
-    "reward that is a number": (ROUNDS, ["rollout.reward=math:pi"], None, ["rollout.reward", "'pi' is not a function"]),
+    "reward that is a number": (ROUNDS, ["rollout.reward=math:pi"], None, ["rollout.reward", "must be a function"]),
     "held-out prompts that are none": (
-        ROUNDS | {"eval": {"path": "{shared}/file", "every": 1}}, ["rollout.reward=tiny_jobs:digits"], None,
-        ["shared0/file:1: ", "not valid JSON"],
+        ROUNDS | {"eval": {"path": "{shared}/file", "every": 1}},
+        ["rollout.reward=tests.support.tiny_jobs:digits"],
+        None,
+        ["/file:1: ", "not valid JSON"],
     ),
     "every prompt bad and skipped": (
         ROUNDS, ["data.on_bad_record=skip", "rollout.reward=reasoning_gym"], None,
@@ -341,7 +346,7 @@ CASES |= {
         SPEAKS,
         [],
         [SAID | {"tools": [TOOL]}],
-        ["data.jsonl:1: field tools: the chat template does not read them", "allowed: "],
+        ["data.jsonl:1: field tools: the chat template does not read them", "must be "],
     ),
     "tools beside a string": (
         SPEAKS,
@@ -353,7 +358,7 @@ CASES |= {
         SPEAKS,
         [],
         [{"messages": [ASKED, CALL]}],
-        ["data.jsonl:1: field messages: the chat template", "allowed: "],
+        ["data.jsonl:1: field messages: the chat template", "must be "],
     ),
     "field that no template reads": (
         SPEAKS,
@@ -479,3 +484,17 @@ def test_two_ranks_tell_once(shared, tmp_path):
     for line, part in zip(told, ("run.step ", "data.jsonl:1", "parallel.tensor", ".distcp"), strict=True):
         assert part in line
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
+
+
+def rollout_but_for_one_key(config: str) -> None:
+    """Rank 1 of the job has a key that does not exist."""
+    from megalign.__main__ import main
+
+    wrong = ["run.step=3"] if os.environ["RANK"] == "1" else []
+    assert main(["rollout", config, *wrong]) == 2
+
+
+def test_configuration_that_is_wrong_on_one_rank(tmp_path):
+    config = write_config(tmp_path, **round_sections(tmp_path))
+    run_ranks(rollout_but_for_one_key, 2, str(config))
+    assert "run.step is not a known key" in status(tmp_path / "run")["reason"]

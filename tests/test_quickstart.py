@@ -1,27 +1,13 @@
 """The quickstart's data: nothing held out is trained on, the noise is as large as said, the tokenizer loses nothing."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from launch.quickstart import make
 from megalign.rollout.rewards import choose_reward
 
-FOLDER = Path(__file__).parents[1] / "launch" / "quickstart"
-
 
 @pytest.fixture(scope="module")
-def make():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import make
-    finally:
-        sys.path.remove(str(FOLDER))
-    return make
-
-
-@pytest.fixture(scope="module")
-def parts(make):
+def parts():
     return make.split(make.draw_sums())
 
 
@@ -45,7 +31,7 @@ def test_answers_are_right_and_scored_so(parts):
         assert score(record["prompt"], str(a + b + 1), record, "here") < 1
 
 
-def test_noise_is_as_large_as_said(make, parts):
+def test_noise_is_as_large_as_said(parts):
     clean = make.completions(parts[0], wrong_share=0)
     noisy = make.completions(parts[0], wrong_share=0.4)
     assert [record["completion"] for record in clean] == [record["answer"] for record in parts[0]]
@@ -53,7 +39,7 @@ def test_noise_is_as_large_as_said(make, parts):
     assert wrong == pytest.approx(0.4, abs=0.02)  # three standard deviations of 7000 draws
 
 
-def test_tokenizer_round_trip(make):
+def test_tokenizer_round_trip():
     tokenizer = make.make_tokenizer()
     ids = tokenizer("07+95=102", add_special_tokens=False)["input_ids"]
     assert len(ids) == 9 and tokenizer.unk_token_id not in ids

@@ -1,4 +1,4 @@
-"""Keeps the sampled groups that have something to contrast: a right answer and a worse one.
+"""Keeps the sampled groups that have both a right answer and a worse one.
 
 Run: python launch/quickstart/keep_solved.py rollout.jsonl groups.jsonl
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 
 def main(source: Path, target: Path) -> None:
+    """Copy the groups of `source` that have a right answer and a worse one, and say how many."""
     lines = source.read_text(encoding="utf-8").splitlines()
     kept = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""Makes what the quickstart starts from: a small untrained Llama with a character tokenizer, and two-digit sums.
+"""Makes the quickstart's inputs: a small untrained Llama with a character tokenizer, and two-digit sums.
 
 Run: python launch/quickstart/make.py runs/quickstart
 Writes model/ and data/: train.jsonl, noisy.jsonl (some answers wrong), prompts.jsonl and held_out.jsonl.
@@ -23,15 +23,15 @@ from transformers.utils.logging import disable_progress_bar
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+="
 SEED = 0
-NUM_DRAWN = 40000  # half are sums, and the 8100 different ones come nearly all
+NUM_DRAWN = 40000  # half are sums; they include nearly all of the 8100 different ones
 HELD_OUT_PAIRS = 200  # of two numbers in either order, so some 400 problems
 WRONG_SHARE = 0.4  # of the noisy answers
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """Return a tokenizer with one token per character."""
     tokens = (*SPECIAL, *CHARACTERS)
-    raw = Tokenizer(WordLevel({token: place for place, token in enumerate(tokens)}, unk_token="<unk>"))
+    raw = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     raw.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -40,7 +40,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Half a million parameters; twice the usual initial scale, because narrow layers start slowly without it."""
+    """Return a model of half a million parameters; twice the usual initial scale makes small layers learn faster."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -60,7 +60,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def draw_sums() -> list[dict[str, Any]]:
-    """Different two-digit sums as records: `prompt` and what reasoning-gym's scorer reads."""
+    """Draw different two-digit sums as records: `prompt`, and the fields reasoning-gym's scorer reads."""
     drawn = reasoning_gym.create_dataset(
         "chain_sum", seed=SEED, size=NUM_DRAWN, min_terms=2, max_terms=2, min_digits=2, max_digits=2
     )
@@ -75,12 +75,12 @@ def draw_sums() -> list[dict[str, Any]]:
 
 
 def unordered(record: dict[str, Any]) -> tuple[str, ...]:
-    """What a problem and its mirror image share."""
+    """Return the two numbers in sorted order, a key that a + b and b + a share."""
     return tuple(sorted(record["prompt"].rstrip("=").split("+")))
 
 
 def split(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(train, held out); of a held-out pair neither order is in train."""
+    """Split into (train, held out); neither order of a held-out pair is in train."""
     chance = random.Random(SEED)
     pairs = sorted({unordered(record) for record in records})
     held = set(chance.sample(pairs, HELD_OUT_PAIRS))
@@ -91,7 +91,7 @@ def split(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dic
 
 
 def completions(records: list[dict[str, Any]], *, wrong_share: float) -> list[dict[str, str]]:
-    """SFT records; a wrong answer is the right one of another problem."""
+    """Return SFT records; a wrong answer is the right one of another problem."""
     chance = random.Random(SEED)
     out = []
     for record in records:
@@ -104,11 +104,13 @@ def completions(records: list[dict[str, Any]], *, wrong_share: float) -> list[di
 
 
 def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write records as JSONL, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def main(folder: Path) -> None:
+    """Write the model, its tokenizer and the records of every job of the quickstart."""
     disable_progress_bar()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)

@@ -1,4 +1,4 @@
-"""Held-out accuracy of the quickstart's models: a table, some answers, summary.json and curves.png.
+"""Reports held-out accuracy of the quickstart's models: a table, some answers, summary.json and curves.png.
 
 Run: python launch/quickstart/report.py runs/quickstart --started UNIX_SECONDS
 Every model is what `export.hf_dir` wrote, loaded by transformers and decoded greedily.
@@ -25,10 +25,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from megalign.rollout.prompts import plain_text
 from megalign.rollout.rewards import choose_reward
-from megalign.rollout.rounds import end_ids
-from megalign.rollout.sample import sample
+from megalign.rollout.sampler import SamplingPlan
+from megalign.rollout.transformers_sampler import TransformersSampler, end_ids
 
-MODELS = {  # key in summary.json: (folder, what was done)
+MODELS = {  # key in summary.json: (folder, description)
     "base": ("sft", "SFT, a few steps (base)"),
     "gvpo": ("gvpo", "base + GVPO rounds"),
     "epa": ("epa", "base + EPA on samples of the base"),
@@ -39,35 +39,30 @@ LONGEST_ANSWER = 4  # three digits and the end
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the records of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def answer(hf_dir: Path, problems: Sequence[dict[str, Any]]) -> list[str]:
-    """The model's greedy answers."""
+    """Return the model's greedy answers."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(hf_dir), AutoTokenizer.from_pretrained(hf_dir)
-    ends = end_ids(model, tokenizer)
-    groups = sample(
-        model,
+    groups = TransformersSampler(model, end_ids(model, tokenizer)).sample(
         [tuple(tokenizer(problem["prompt"], add_special_tokens=False)["input_ids"]) for problem in problems],
-        seeds=[(0,)] * len(problems),
-        k=1,
-        temperature=0,
-        max_new_tokens=LONGEST_ANSWER,
-        eos_ids=ends,
-        pad_id=ends[0],
+        [(0,)] * len(problems),
+        SamplingPlan(k=1, temperature=0, max_new_tokens=LONGEST_ANSWER),
     )
     return [plain_text(tokenizer, group[0].ids) for group in groups]
 
 
 def accuracy(answers: Sequence[str], problems: Sequence[dict[str, Any]]) -> float:
-    """Share of answers with the full score; reasoning-gym gives a part for the right digits among others."""
+    """Return the fraction of answers with the full score; reasoning-gym also gives partial scores."""
     score = choose_reward("reasoning_gym")
     scores = [score(problem["prompt"], text, problem, "held_out") for text, problem in zip(answers, problems)]
     return sum(value == 1 for value in scores) / len(problems)
 
 
 def show(console: Console, accuracies: dict[str, float], answers: dict[str, list[str]], problems: list[Any]) -> None:
-    """Two tables: all models, and some problems on which base and GVPO differ before those on which they agree."""
+    """Print a table of all models, and one of some problems: first those where base and GVPO differ."""
     table = Table(title=f"Exact answers to {len(problems)} held-out problems")
     for title in ("model", "accuracy", "against base"):
         table.add_column(title, justify="left" if title == "model" else "right")
@@ -77,15 +72,15 @@ def show(console: Console, accuracies: dict[str, float], answers: dict[str, list
     samples = Table(title="Some answers")
     for title in ("problem", "right", *MODELS):
         samples.add_column(title, justify="right")
-    order = sorted(range(len(problems)), key=lambda place: answers["base"][place] == answers["gvpo"][place])
-    for place in order[:6] + order[-2:]:
-        said = (answers[name][place] for name in MODELS)
-        samples.add_row(problems[place]["prompt"], problems[place]["answer"], *said)
+    order = sorted(range(len(problems)), key=lambda index: answers["base"][index] == answers["gvpo"][index])
+    for index in order[:6] + order[-2:]:
+        texts = (answers[name][index] for name in MODELS)
+        samples.add_row(problems[index]["prompt"], problems[index]["answer"], *texts)
     console.print(samples)
 
 
 def draw(folder: Path, accuracies: dict[str, float]) -> None:
-    """curves.png: GVPO's reward by round, all losses by step, held-out accuracy by model."""
+    """Write curves.png: GVPO's reward by round, all losses by step, held-out accuracy by model."""
     figure, (rewards, losses, bars) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     steps = {name: read_lines(folder / part / "metrics.jsonl") for name, (part, _) in MODELS.items()}
     lines = steps["gvpo"]
@@ -109,6 +104,7 @@ def draw(folder: Path, accuracies: dict[str, float]) -> None:
 
 
 def main() -> None:
+    """Let every model answer the held-out problems, and print and write the results."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--started", type=float, required=True, help="Unix time when the runs began")

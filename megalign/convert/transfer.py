@@ -1,6 +1,6 @@
-"""Whole checkpoints between Hugging Face and Megatron's `torch_dist` format, a tensor at a time, without Megatron.
+"""Converts checkpoints between Hugging Face and Megatron's `torch_dist` format, tensor by tensor, without Megatron.
 
-What is written loads at any layout; nothing here asks for one.
+The written checkpoints load at any parallel layout, so no function here takes one.
 """
 
 from __future__ import annotations
@@ -18,117 +18,109 @@ import torch
 from torch import Tensor
 
 from megalign import __version__
-from megalign.convert.config_file import read_json
-from megalign.convert.hf_config import read_model_config
-from megalign.convert.megatron_source import HF_FILES, MegatronSource, key_specs, whole_names
-from megalign.convert.model_config import ModelConfig
-from megalign.convert.partial import PartialFolder, write_synced
-from megalign.convert.reader import HFSource, resolve_model
+from megalign.convert.hf.companions import changed_config, config_changes, read_companions
+from megalign.convert.hf.config_json import read_json
+from megalign.convert.hf.export_dir import check_target
+from megalign.convert.hf.model import read_model
+from megalign.convert.hf.reader import HFSource, resolve_model
+from megalign.convert.hf.safetensors_file import Spec, plan_shards
+from megalign.convert.hf.writer import DEFAULT_SHARD_BYTES, HFWriter
+from megalign.convert.megatron.checkpoint_dir import HF_FILES
+from megalign.convert.megatron.keys import checkpoint_key, extra_state_of, whole_shape
+from megalign.convert.megatron.reader import key_specs, whole_names
+from megalign.convert.megatron.torch_dist import TorchDistFile, write_index
 from megalign.convert.rules import find_rule
-from megalign.convert.safetensors_file import Spec, plan_shards
-from megalign.convert.torch_dist import (
-    TorchDistFile,
-    extra_state_of,
-    place_of,
-    whole_shape,
-    write_index,
-)
-from megalign.convert.writer import (
-    DEFAULT_SHARD_BYTES,
-    HFWriter,
-    changed,
-    check_target,
-    config_changes,
-    fixed_dtypes,
-    read_companions,
-)
+from megalign.convert.saved import open_saved
+from megalign.files import PartialFolder
+from megalign.model_config import Lora, ModelConfig
 from megalign.schema import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class How:
-    """How a conversion runs; nothing of it changes what is written but the sizes of files."""
+class ConversionOptions:
+    """Settings of a conversion; only `max_shard_bytes` changes what is written: the file sizes."""
 
-    workers: int = 1  # threads, each of which holds one tensor
+    workers: int = 1  # threads; each holds one tensor at a time
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     allow_pickle: bool = False
-    begin: Callable[[int], None] = lambda total: None  # told all bytes there are to write
-    wrote: Callable[[int], None] = lambda count: None  # told bytes as they are written, by several threads
-    ended: threading.Event = field(default_factory=threading.Event)  # one thread failed: the others need not go on
+    begin: Callable[[int], None] = lambda total: None  # called with the number of bytes to write
+    wrote: Callable[[int], None] = lambda count: None  # called by several threads with the bytes just written
+    ended: threading.Event = field(default_factory=threading.Event)  # set when a thread failed: the others stop
 
-    def told(self, count: int) -> None:
-        """After each tensor: report it, and stop where another thread has failed."""
+    def reported(self, count: int) -> None:
+        """Report the bytes of a written tensor; CancelledError where another thread has failed."""
         self.wrote(count)
         if self.ended.is_set():
             raise CancelledError
 
     def run(self, jobs: Iterable[Callable[[], None]]) -> None:
-        """All jobs on the workers; the first that fails, or an interrupt, ends all with its error."""
+        """Run all jobs on the worker threads; the first error or an interrupt stops all of them and is raised."""
         self.ended.clear()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
-                for one in as_completed([pool.submit(job) for job in jobs]):
-                    one.result()
+                for future in as_completed([pool.submit(job) for job in jobs]):
+                    future.result()
             except BaseException:
                 self.ended.set()
                 pool.shutdown(cancel_futures=True)
                 raise
 
 
-def hf_to_megatron(hf_dir: str, out_dir: Path, how: How | None = None) -> None:
-    """Write a Hugging Face checkpoint as a Megatron one, in the dtypes it is stored in.
+def hf_to_megatron(hf_dir: str, out_dir: Path, options: ConversionOptions | None = None) -> None:
+    """Convert a Hugging Face checkpoint to a Megatron checkpoint, keeping the stored dtypes.
 
-    Interrupted, it leaves nothing under `out_dir`, and goes on with its finished files when called again. Raises
-    UserError for a checkpoint that is damaged or unknown, or a target that is not new or empty; then nothing stays.
+    When interrupted, it leaves nothing under `out_dir`; called again, it reuses the files finished so far. Raises
+    UserError for a damaged or unknown checkpoint, or a target that is not new or empty; then nothing is kept.
     """
-    how = how or How()
-    folder = resolve_model(hf_dir, allow_pickle=how.allow_pickle)
-    model = read_model_config(folder)
+    options = options or ConversionOptions()
+    folder = resolve_model(hf_dir, allow_pickle=options.allow_pickle)
+    hf_model = read_model(folder)
+    model = hf_model.known()
     check_target(out_dir, folder, overwrite=False)
     beside = read_companions(folder)
-    source = HFSource(folder, model, allow_pickle=how.allow_pickle)
+    source = HFSource(folder, model, allow_pickle=options.allow_pickle)
     try:
         specs = megatron_specs(source)
 
         def fingerprint() -> str:
             files = sorted(set(source.stored.raw_files.values()))
-            return _fingerprint("hf_to_megatron", folder, files, how.max_shard_bytes)
+            return _fingerprint("hf_to_megatron", folder, files, options.max_shard_bytes)
 
         key = fingerprint()
         with PartialFolder(out_dir, key=key) as partial:
-            shards = {f"__0_{n}.distcp": names for n, names in enumerate(plan_shards(specs, how.max_shard_bytes))}
+            shards = {f"__0_{n}.distcp": names for n, names in enumerate(plan_shards(specs, options.max_shard_bytes))}
             left = {file: shard for file, shard in shards.items() if file not in partial.done}
             total = sum(spec.num_bytes for shard in left.values() for spec in shard.values())
             partial.need(total)
-            how.begin(total)
-            how.run(_file_writer(source, partial, *one, how) for one in left.items())
+            options.begin(total)
+            options.run(_file_writer(source, partial, *item, options) for item in left.items())
             _refuse_change(folder, key, fingerprint())
             dtype = model_dtype(specs, model)
             about = {"dtype": str(dtype), "optimizer": False, "lora": None}
             by_key = key_specs(specs, model)
             write_index(partial.path, by_key, partial.done, {"extra": {}, "about": about})
-            config = changed(folder / "config.json", config_changes(folder, model))
+            config = changed_config(hf_model, config_changes(hf_model))
             for name, content in {"config.json": config, **beside}.items():
-                write_synced(partial.path / HF_FILES / name, content)
+                partial.write(f"{HF_FILES}/{name}", content)
     finally:
         source.close()
 
 
 def _file_writer(
-    source: HFSource, partial: PartialFolder, file: str, shard: Mapping[str, Spec], how: How
+    source: HFSource, partial: PartialFolder, file: str, shard: Mapping[str, Spec], options: ConversionOptions
 ) -> Callable[[], None]:
-    """What writes one file of a Megatron checkpoint."""
+    """Return the function that writes one file of a Megatron checkpoint."""
 
     def write() -> None:
         out = TorchDistFile(partial.path / file)
         try:
             for name, spec in shard.items():
-                key, index, _ = place_of(name, source.cfg)
+                key, index, _ = checkpoint_key(name, source.model)
                 out.append(key, index, spec, megatron_blocks(source, name))
-                state = extra_state_of(name, source.cfg)
+                state = extra_state_of(name, source.model)
                 if state is not None:
                     out.append_empty_state(state)
-                how.told(spec.num_bytes)
+                options.reported(spec.num_bytes)
         finally:
             out.close()
         partial.finish(file, out.entries)
@@ -137,37 +129,37 @@ def _file_writer(
 
 
 def megatron_blocks(source: HFSource, name: str) -> list[Tensor]:
-    """A whole Megatron tensor as runs of its rows, the padding of the vocabulary included; views of the file mostly."""
-    cfg = source.cfg
-    rule, place = find_rule(name, cfg)
-    blocks = list(rule.layout.blocks(source.pieces(rule, place), cfg))
+    """Read an unsharded Megatron tensor as runs of rows, vocabulary padding included; mostly views of mapped files."""
+    model = source.model
+    rule, indices = find_rule(name, model)
+    blocks = list(rule.layout.blocks(source.pieces(rule, indices), model))
     if rule.pieces[0].axes[0] == "vocab":
-        blocks.append(blocks[0].new_zeros(cfg.padded_vocab_size - cfg.vocab_size, *blocks[0].shape[1:]))
+        blocks.append(blocks[0].new_zeros(model.padded_vocab_size - model.vocab_size, *blocks[0].shape[1:]))
     return blocks
 
 
 def megatron_specs(source: HFSource) -> dict[str, Spec]:
-    """The Megatron tensors of a checkpoint; UserError where tensors that become one are of different dtypes."""
+    """Return the Megatron tensors of a checkpoint; UserError where tensors to be joined differ in dtype."""
     specs: dict[str, Spec] = {}
     by_key: dict[str, tuple[torch.dtype, str]] = {}
-    for name in whole_names(source.cfg):
-        rule, place = find_rule(name, source.cfg)
-        key, _, _ = place_of(name, source.cfg)
+    for name in whole_names(source.model):
+        rule, indices = find_rule(name, source.model)
+        key, _, _ = checkpoint_key(name, source.model)
         for piece in rule.pieces:
-            stored = piece.name.format(**place)
+            stored = piece.name.format(**indices)
             dtype = source.specs[stored].dtype
             first, witness = by_key.setdefault(key, (dtype, stored))
             if dtype != first:
                 raise UserError(
-                    f"{source.hf_dir} stores {witness} as {_word(first)} and {stored} as {_word(dtype)}; "
-                    "needed: one dtype, for they become one tensor"
+                    f"{source.hf_dir} stores {witness} as {_dtype_name(first)} and {stored} as {_dtype_name(dtype)}; "
+                    "must be one dtype, for they become one tensor"
                 )
-        specs[name] = Spec(whole_shape(name, source.cfg), by_key[key][0])
+        specs[name] = Spec(whole_shape(name, source.model), by_key[key][0])
     return specs
 
 
 def model_dtype(specs: Mapping[str, Spec], model: ModelConfig) -> torch.dtype:
-    """The dtype that most of a model is in."""
+    """Return the dtype of most bytes of a model, not counting tensors with a fixed dtype."""
     sizes: dict[torch.dtype, int] = {}
     for name, spec in specs.items():
         if find_rule(name, model)[0].dtype is None:
@@ -176,57 +168,52 @@ def model_dtype(specs: Mapping[str, Spec], model: ModelConfig) -> torch.dtype:
 
 
 def megatron_to_hf(
-    checkpoint: Path, out_dir: Path, how: How | None = None, *, dtype: torch.dtype | None = None
+    checkpoint: Path, out_dir: Path, options: ConversionOptions | None = None, *, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a checkpoint of a run, or of `hf_to_megatron`, as a Hugging Face directory, in `dtype` or as it is stored.
+    """Convert a checkpoint to a Hugging Face directory, in `dtype` (None: as stored).
 
-    Adapters are merged, and lie beside in PEFT's format. Interrupted, it leaves nothing under `out_dir`, and goes on
-    with its finished files when called again. Raises UserError for a directory that is no checkpoint of ours, or a
-    target that is not new or empty.
+    The checkpoint is one of a training run, with either engine, or of `hf_to_megatron`. LoRA adapters are merged, and
+    also written to `adapter/` in PEFT's format. When interrupted, it leaves nothing under `out_dir`; called again, it
+    reuses the files finished so far. Raises UserError for a directory that is no megalign checkpoint, or a target that
+    is not new or empty.
     """
-    how = how or How()
+    options = options or ConversionOptions()
     check_target(out_dir, checkpoint / HF_FILES, overwrite=False)
-    source = MegatronSource(checkpoint)
-    fixed = fixed_dtypes(source.model)
-    specs = {
-        name: spec if dtype is None or name in fixed else Spec(spec.shape, dtype) for name, spec in source.specs.items()
-    }
+    source = open_saved(checkpoint)
+    specs = source.specs_in(dtype)
 
     def fingerprint() -> str:
-        files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-        return _fingerprint("megatron_to_hf", checkpoint, files, how.max_shard_bytes, str(dtype))
+        return _fingerprint("megatron_to_hf", checkpoint, source.files, options.max_shard_bytes, str(dtype))
 
     key = fingerprint()
     with HFWriter(
-        out_dir, source=checkpoint / HF_FILES, specs=specs, max_shard_bytes=how.max_shard_bytes, key=key
+        out_dir, source=checkpoint / HF_FILES, specs=specs, max_shard_bytes=options.max_shard_bytes, key=key
     ) as writer:
         left = writer.missing
-        how.begin(sum(specs[name].num_bytes for name in left))
+        options.begin(sum(specs[name].num_bytes for name in left))
 
         def copy(names: Sequence[str]) -> Callable[[], None]:
             def write() -> None:
                 for name in names:
                     writer.add(name, source.tensor(name))
-                    how.told(specs[name].num_bytes)
+                    options.reported(specs[name].num_bytes)
 
             return write
 
-        # A file for each worker: two that write to one wait for each other in the kernel.
+        # One file per worker, because two threads that write to one file wait for each other in the kernel.
         by_file: dict[str, list[str]] = {}
         for name in left:
             by_file.setdefault(writer.file_of[name], []).append(name)
-        how.run(copy(names) for names in by_file.values())
+        options.run(copy(names) for names in by_file.values())
         _refuse_change(checkpoint, key, fingerprint())
         if source.lora is not None:
             write_adapter(writer, source.adapters(), source.lora, base=source.base)
 
 
-def write_adapter(
-    writer: HFWriter, named: Iterable[tuple[str, Tensor]], lora: Mapping[str, Any], *, base: str | None
-) -> bool:
-    """Add `adapter/` to an export; whether PEFT has a place for it: it has none for adapters of single experts.
+def write_adapter(writer: HFWriter, named: Iterable[tuple[str, Tensor]], lora: Lora, *, base: str | None) -> bool:
+    """Add the adapters to an export in PEFT's format; return false, writing nothing, where PEFT cannot name them.
 
-    base: the model that the adapters are for, as `model.path` names it; None where a checkpoint does not say.
+    PEFT has no names for adapters of single experts. base: the base model, as in `model.path`; None: not known.
     """
     tensors: dict[str, Tensor] = {}
     possible = True
@@ -239,8 +226,8 @@ def write_adapter(
     return possible
 
 
-def adapter_config(lora: Mapping[str, Any], *, base: str) -> dict[str, Any]:
-    """What PEFT's `LoraConfig` reads; of `hf://org/name@revision` the name and revision, as transformers takes them."""
+def adapter_config(lora: Lora, *, base: str) -> dict[str, Any]:
+    """Return the fields of PEFT's `LoraConfig`; a base `hf://org/name@revision` is split into name and revision."""
     name, revision = base, None
     if base.startswith("hf://"):
         name, _, revision = base.removeprefix("hf://").partition("@")
@@ -249,9 +236,9 @@ def adapter_config(lora: Mapping[str, Any], *, base: str) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": name,
         "revision": revision or None,
-        "r": lora["rank"],
-        "lora_alpha": lora["alpha"],
-        "target_modules": list(lora["targets"]),
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": list(lora.targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -263,17 +250,25 @@ def adapter_config(lora: Mapping[str, Any], *, base: str) -> dict[str, Any]:
 
 
 def _fingerprint(kind: str, folder: Path, files: Sequence[Path], *settings: object) -> str:
-    """The same as long as a conversion would write the same."""
+    """Hash everything that determines the output; used to resume an interrupted conversion."""
     seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     config = folder / "config.json" if (folder / "config.json").is_file() else folder / HF_FILES / "config.json"
-    said = [kind, __version__, str(folder.resolve()), seen, read_json(config), [str(one) for one in settings]]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    content = [
+        kind,
+        __version__,
+        str(folder.resolve()),
+        seen,
+        read_json(config),
+        [str(setting) for setting in settings],
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _refuse_change(folder: Path, before: str, after: str) -> None:
+    """Raise UserError where the fingerprint of the source has changed during the conversion."""
     if before != after:
-        raise UserError(f"{folder} has changed while it was read; needed: a checkpoint that nobody writes to")
+        raise UserError(f"{folder} has changed while it was read; must be a checkpoint that nobody writes to")
 
 
-def _word(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
-from megalign.data.refusals import BadRecord, refuse
+from megalign.data.refusals import BadRecord, bad_field
 from megalign.schema import UserError
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ NOT_VARIABLES = (
     *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     *("sanitize_control_tokens", "strftime_now", "raise_exception"),
 )
-INNER = ("name", "arguments")  # of a call
-# How the arguments of calls are changed for a template, for a log.
+INNER = ("name", "arguments")  # the fields of a tool call
+# Log notes: how the arguments of tool calls were changed for the template.
 FROM_TEXT = "records whose tool-call arguments were read from JSON strings, which the template quotes"
 TO_TEXT = "records whose tool-call arguments were written as JSON strings, because the template takes no objects"
 DAY_CODES = "aAbBcCdDeFgGhHIjkmMpPrRSTuUVwWxXyYzZ"
@@ -46,9 +46,9 @@ class Chat:
     def text(
         self, field: str, turns: Sequence[Turn], *, generation_prompt: bool = False, continued: bool = False
     ) -> str:
-        """Render `turns`; an error inside the template is a bad record that names `field`.
+        """Return `turns` rendered by the template; raise `BadRecord`, naming `field`, if the template fails.
 
-        continued: the last turn stays open, so that what follows continues it.
+        continued: leave the last turn open, so that the text after it continues it.
         """
         try:
             rendered = self.tokenizer.apply_chat_template(
@@ -62,17 +62,17 @@ class Chat:
             )
         except TemplateSyntaxError as error:
             where = f"{_named(self.tokenizer)} is not valid (line {error.lineno}: {_line(error)})"
-            raise UserError(f"{where}; allowed: a Jinja template") from None
+            raise UserError(f"{where}; must be a Jinja template") from None
         except TemplateError as error:
             message = f"field {field}: the chat template refuses the conversation ({_line(error)})"
-            raise BadRecord("chat template", f"{message}; allowed: what it takes") from None
+            raise BadRecord("chat template", f"{message}; must be a conversation that it accepts") from None
         except Exception as error:  # the template is the model's own program and may fail in any way
             message = f"field {field}: the chat template fails on the conversation ({type(error).__name__}: "
-            raise BadRecord("chat template", f"{message}{_line(error)}); allowed: what it takes") from None
+            raise BadRecord("chat template", f"{message}{_line(error)}); must be one that it accepts") from None
         return str(rendered)
 
     def generation_spans(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
-        """Return the characters that `{% generation %}` blocks of the template wrote; none where it has no blocks."""
+        """Return the character spans rendered by the template's `{% generation %}` blocks; [] if it has none."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if not re.search(r"\{%[-+]?\s*generation\b", self.template):
@@ -90,7 +90,7 @@ class Chat:
 def open_chat(
     field: str, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, date: str | None = None
 ) -> Chat:
-    """Choose the template and check the record's tools and variables; `strftime_now` returns `date`."""
+    """Return the chat of a record: its template, tools and variables, checked; `strftime_now` returns `date`."""
     tools = record.get("tools")
     if isinstance(tools, str):
         tools = json.loads(tools)
@@ -99,12 +99,12 @@ def open_chat(
     for name, value in variables.items():
         where = f"chat_template_kwargs.{name}"
         if name in NOT_VARIABLES:
-            raise refuse(where, value, "variables of the chat template", reason="chat template")
+            raise bad_field(where, value, "variables of the chat template", reason="chat template")
         if name not in _variables(template):
-            message = f"field {where}: the chat template does not read it; allowed: variables that it reads"
+            message = f"field {where}: the chat template does not read it; must be a variable that it reads"
             raise BadRecord("chat template", message)
     if tools and "tools" not in _words(template):
-        message = "field tools: the chat template does not read them; allowed: a model whose template takes tools"
+        message = "field tools: the chat template does not read them; must be absent for this template"
         raise BadRecord("chat template", message)
     if "strftime_now" in template:
         template = _with_day(template, date or datetime.now().date().isoformat())
@@ -112,12 +112,12 @@ def open_chat(
 
 
 def template_words(template: Any) -> frozenset[str]:
-    """Return every name and word that a template, or any of a list of templates, holds outside comments."""
+    """Return every word outside comments in a template, or in all templates of a {name: template} mapping."""
     texts = template.values() if isinstance(template, Mapping) else [template or ""]
     return frozenset().union(*(_words(str(text)) for text in texts))
 
 
-# A job has a template or two and may have millions of records.
+# Cached: a job has a template or two and may have millions of records.
 @lru_cache(maxsize=16)
 def _words(template: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", re.sub(r"\{#.*?#\}", "", template, flags=re.S)))
@@ -125,8 +125,8 @@ def _words(template: str) -> frozenset[str]:
 
 @lru_cache(maxsize=16)
 def _variables(template: str) -> Collection[str]:
-    """Return the variables that a template reads without setting them; all its words if it does not parse."""
-    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)  # a tag of transformers' own
+    """Return the undeclared variables of a template; all its words if Jinja cannot parse it."""
+    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)  # transformers' own tag
     try:
         return find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
     except TemplateError:
@@ -138,39 +138,39 @@ def _choose_template(field: str, tokenizer: PreTrainedTokenizerBase, name: Any, 
     if not templates:
         raise UserError(
             f"field {field} holds messages, and the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
-            "allowed: plain strings, token ids, or a tokenizer with a chat template"
+            "must be plain strings, token ids, or a tokenizer with a chat template"
         )
     if isinstance(templates, str):
         if name is not None:
-            allowed = "nothing, because the tokenizer has one chat template"
-            raise refuse("chat_template_kwargs.chat_template", name, allowed, reason="chat template")
+            allowed = "absent, because the tokenizer has a single chat template"
+            raise bad_field("chat_template_kwargs.chat_template", name, allowed, reason="chat template")
         return templates
     if not isinstance(templates, dict) or not all(isinstance(text, str) for text in templates.values()):
-        raise UserError(f"{_named(tokenizer)} is a {type(templates).__name__}; allowed: text, or texts by name")
+        raise UserError(f"{_named(tokenizer)} is a {type(templates).__name__}; must be text, or texts by name")
     names = ", ".join(sorted(templates))
     if name is not None:
         if name not in templates:
-            raise refuse("chat_template_kwargs.chat_template", name, names, reason="chat template")
+            raise bad_field("chat_template_kwargs.chat_template", name, names, reason="chat template")
         return str(templates[name])
     if with_tools and "tool_use" in templates:
         return str(templates["tool_use"])
     if "default" not in templates:
         raise UserError(
             f"field {field} holds messages: {_named(tokenizer)} is a list ({names}) without a default; "
-            "allowed: a template named default, or its name as chat_template_kwargs.chat_template in each record"
+            "must be a template named default, or its name as chat_template_kwargs.chat_template in each record"
         )
     return str(templates["default"])
 
 
 @lru_cache(maxsize=16)
 def _with_day(template: str, date: str) -> str:
-    """Define `strftime_now` in front of the template: transformers' own reads the clock at each call."""
+    """Return the template with `strftime_now` defined for a fixed date: transformers' own reads the clock."""
     day = datetime.fromisoformat(date)
     pairs = [("%%", "\0")]
     pairs += [(f"%{flag}{code}", day.strftime(f"%{flag}{code}")) for flag in ("", "-") for code in DAY_CODES]
     pairs.append(("\0", "%"))
     filters = "".join(f" | replace({json.dumps(code)}, {json.dumps(value)})" for code, value in pairs)
-    # The newline belongs to the macro: jinja drops the first one behind a block.
+    # The newline belongs to the macro: Jinja drops the first newline after a block.
     return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n" + template
 
 
@@ -180,10 +180,10 @@ def without_nulls(turn: Turn) -> dict[str, Any]:
 
 
 def adapted(chat: Chat, field: str, turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], str]:
-    """Return the turns in the first form that the template takes, and how tool arguments had to be changed for it.
+    """Return the turns in the first form that the template renders correctly, and a note on changed tool arguments.
 
-    Templates differ: some take no call without `function` or `arguments`, or no turn without `content`; one that
-    writes `arguments | tojson` would quote a string of JSON, and one that joins strings takes no object.
+    Templates differ: some need `function` and `arguments` in each tool call, or `content` in each turn. With
+    `arguments | tojson` a JSON string would be quoted a second time; string concatenation fails on an object.
     """
     plain = [dict(turn) for turn in turns]
     forms = [(plain, "")]
@@ -202,8 +202,8 @@ def adapted(chat: Chat, field: str, turns: Sequence[Turn]) -> tuple[list[dict[st
                 return form, change
             quoted = next(filter(None, texts), quoted)
     if quoted is not None:
-        allowed = "an object, or one as JSON text, because the chat template quotes what is none"
-        raise refuse(f"{field}: arguments of tool_calls", quoted, allowed, reason="chat template")
+        allowed = "an object, or one as JSON text, because the chat template quotes other strings"
+        raise bad_field(f"{field}: arguments of tool_calls", quoted, allowed, reason="chat template")
     return plain, ""
 
 
@@ -213,12 +213,12 @@ def _argument_strings(turns: Sequence[Turn]) -> list[str]:
 
 
 def tool_calls(turn: Turn) -> list[Mapping[str, Any]]:
-    """Return name and arguments of each call, wherever the record's style keeps them."""
+    """Return {name, arguments} of each tool call, whether nested under `function` or not."""
     return [call.get("function", call) for call in turn.get("tool_calls") or []]
 
 
 def _whole_calls(turn: dict[str, Any], change: str) -> dict[str, Any]:
-    """Return the turn with `function` and `arguments` in each call, the arguments changed as said."""
+    """Return the turn with `function` and `arguments` in each tool call; change: FROM_TEXT, TO_TEXT or none."""
     if "tool_calls" not in turn:
         return turn
     calls = []
@@ -236,12 +236,12 @@ def _whole_calls(turn: dict[str, Any], change: str) -> dict[str, Any]:
 
 
 def without_tools(chat: Chat) -> Chat:
-    """Return the chat without tools."""
+    """Return a copy of the chat without tools."""
     return replace(chat, tools=None)
 
 
-def behind(prompt: str, text: str) -> str:
-    """Append text to a generation prompt; a tag that the prompt ends with, such as <think>, is not opened twice."""
+def append_text(prompt: str, text: str) -> str:
+    """Return the generation prompt with text appended; a tag that ends the prompt, such as <think>, is not repeated."""
     opened = OPENED.search(prompt)
     if opened and text.lstrip().startswith(opened[1]):
         return prompt + text.lstrip().removeprefix(opened[1]).removeprefix(opened[2])

@@ -1,4 +1,4 @@
-"""Load records into groups before the first step, and flatten a step's groups into sequences."""
+"""Load records into groups before the first step, and list the sequences of a step's groups."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 from megalign.data.chat import template_words
 from megalign.data.config import DataConfig, Source
 from megalign.data.formats import Reading, recognise
-from megalign.data.group import Group, Pairing
-from megalign.data.group import Sequence as FlatSequence
+from megalign.data.group import Group, Pairing, TokenSequence
 from megalign.data.limits import check_tokens
 from megalign.data.order import Item, Span, step_items
 from megalign.data.pairing import NO_NEGATIVE, WeakPool, check_pairing, own_sequences
 from megalign.data.reading import RawRecord, read_raw
-from megalign.data.records import BadRecord, check_record, refuse
-from megalign.data.report import Report
+from megalign.data.record_counts import RecordCounts
+from megalign.data.records import BadRecord, bad_field, check_record
 from megalign.data.tokenize import encode_record, token_fields
 from megalign.schema import UserError
 
@@ -28,30 +27,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupDataset:
-    """Groups of all accepted records, in file order, with the settings of how a loss pairs their responses."""
+    """Holds the groups of all accepted records, in file order, and picks the sequences that a loss takes from them."""
 
     groups: list[Group]
-    spans: tuple[Span, ...]  # how many of `groups` each source gave
+    spans: tuple[Span, ...]  # the groups of each source, in the order of `groups`
     pairing: Pairing
     seed: int
     max_length: int
-    report: Report
-    weak_pool: WeakPool | None  # of all good records, whatever a filter dropped; None: the loss takes none
-    origins: list[str]  # where each group was read, for messages
+    report: RecordCounts
+    weak_pool: WeakPool | None  # of all valid records, before filtering; None: the loss takes no weak negatives
+    origins: list[str]  # where each group was read, for errors
 
     def __len__(self) -> int:
         return len(self.groups)
 
     @property
     def epoch_size(self) -> int:
-        """Number of groups in one epoch."""
+        """Return the number of groups in one epoch."""
         return sum(span.per_epoch for span in self.spans)
 
     def step_items(self, step: int, *, groups_per_step: int, shuffle: bool) -> list[Item]:
         """Return (epoch, index) of each group that step `step` (from 0) trains on."""
         return step_items(step, self.spans, groups_per_step=groups_per_step, seed=self.seed, shuffle=shuffle)
 
-    def sequences(self, items: Sequence[Item]) -> tuple[list[FlatSequence], int]:
+    def sequences(self, items: Sequence[Item]) -> tuple[list[TokenSequence], int]:
         """Return the sequences of the step's items, their groups numbered from 0, and the number of groups."""
         flat = []
         for number, (epoch, index) in enumerate(items):
@@ -63,25 +62,28 @@ class GroupDataset:
             scores = group.teacher_scores.values()
             teacher = sum(scores) / len(scores) if scores else None
             flat += [
-                FlatSequence(group.record, number, role, group.prompt_ids, response, teacher)
+                TokenSequence(group.record, number, role, group.prompt_ids, response, teacher)
                 for role, response in picked
             ]
         return flat, len(items)
 
     def with_teacher_scores(self, scores: Sequence[Mapping[str, float]]) -> GroupDataset:
-        """Return a copy whose groups have these teacher scores, one mapping for each group."""
-        groups = [replace(group, teacher_scores=dict(one)) for group, one in zip(self.groups, scores, strict=True)]
+        """Return a copy whose groups have the given teacher scores, one mapping per group."""
+        groups = [
+            replace(group, teacher_scores=dict(group_scores))
+            for group, group_scores in zip(self.groups, scores, strict=True)
+        ]
         return replace(self, groups=groups)
 
     def keep_highest(self, share: float) -> GroupDataset:
-        """Keep the floor(share * records) groups with the highest mean teacher score, at least one.
+        """Return a copy with the floor(share * records) groups of highest mean teacher score, at least one.
 
-        Ties go to what comes first in the file, and the file's order stays.
+        Ties go to the earlier record; file order is kept.
         """
         for group, origin in zip(self.groups, self.origins, strict=True):
             if not group.teacher_scores:
                 raise UserError(f"{origin}: field teacher_scores is missing; data.filter.teacher_score_keep needs it")
-        means = [sum(one.teacher_scores.values()) / len(one.teacher_scores) for one in self.groups]
+        means = [sum(group.teacher_scores.values()) / len(group.teacher_scores) for group in self.groups]
         ranked = sorted(range(len(means)), key=lambda index: -means[index])
         kept = sorted(ranked[: max(1, math.floor(share * len(means) + 1e-9))])
         spans = []
@@ -107,17 +109,18 @@ def load_dataset(
     vocab_size: int,
     old_temperature: float | None = None,
 ) -> GroupDataset:
-    """Read, check and tokenise all of `data.path` or `data.sources`.
+    """Read, check and tokenise all records of `data.path` or `data.sources`.
 
     Record numbers run over all sources, bad records included; pinned weak negatives count from 0 in their own source.
-    old_temperature: where the loss takes behaviour log-probs as the old policy's, the only one they may have.
+    old_temperature: the sampling temperature that records with behaviour log-probs must have, where the loss uses these
+    as the old policy's.
     """
     loader = _Loader(cfg, tokenizer, pairing=pairing, seed=seed, vocab_size=vocab_size, old_temperature=old_temperature)
     sources = [Source(path=cfg.path)] if cfg.path is not None else cfg.sources or []
     if not sources:
-        raise UserError("data.path is missing; allowed: a JSONL file, a datasets directory, or data.sources")
-    for place, source in enumerate(sources):
-        name = "data.path" if cfg.path is not None else f"data.sources[{place}].path"
+        raise UserError("data.path is missing; must be a JSONL file, a datasets directory, or data.sources")
+    for index, source in enumerate(sources):
+        name = "data.path" if cfg.path is not None else f"data.sources[{index}].path"
         loader.add_source(read_raw(source.path, field=name), name=f"{name} ({source.path})", weight=source.weight)
     return loader.finish()
 
@@ -132,7 +135,7 @@ def from_records(
     vocab_size: int,
     origin: str = "record",
 ) -> GroupDataset:
-    """Check and tokenise records in memory, such as a round's; messages name them `origin:number`."""
+    """Check and tokenise records in memory, such as a round's; errors name them `origin:number`."""
     loader = _Loader(cfg, tokenizer, pairing=pairing, seed=seed, vocab_size=vocab_size)
     raw = (RawRecord(f"{origin}:{number}", record) for number, record in enumerate(records))
     loader.add_source(raw, name=origin, weight=1.0)
@@ -140,7 +143,7 @@ def from_records(
 
 
 class _Loader:
-    """Collects groups over sources and keeps count of what was refused."""
+    """Collects groups over sources and counts refused records."""
 
     def __init__(
         self,
@@ -157,7 +160,7 @@ class _Loader:
         self.options = cfg.text_options
         self.template_words = template_words(getattr(tokenizer, "chat_template", None))
         self.seed, self.vocab_size = seed, vocab_size
-        self.report = Report()
+        self.report = RecordCounts()
         self.groups: list[Group] = []
         self.origins: list[str] = []
         self.sources: list[tuple[int, int, float]] = []  # first record, number of records, weight
@@ -179,11 +182,11 @@ class _Loader:
             except UserError as error:
                 raise UserError(f"{raw.origin}: {error}") from None
         if self.report.num_records == first:
-            raise UserError(f"{name} holds no records; allowed: one or more")
+            raise UserError(f"{name} holds no records; must be one or more")
         self.sources.append((first, self.report.num_records - first, weight))
 
     def finish(self) -> GroupDataset:
-        """Check weak negatives, which need all records, and return the data set."""
+        """Check weak negatives, which requires all records, and return the data set."""
         pool = None
         kept: Sequence[int] = range(len(self.groups))
         if self.pairing.kind == "contrast" and self.pairing.weak:
@@ -210,9 +213,9 @@ class _Loader:
         )
 
     def _shared(self, bad: BadRecord, rest: Iterator[RawRecord], *, num_good: int, first: int) -> str:
-        """Say how many of the source's other records have the same faults as `bad`; empty if none has.
+        """Return text on how many of the source's other records have the same faults as `bad`; empty if none has.
 
-        Faults that tokens show are looked for by tokenising the others, which a load without faults does as well.
+        Faults that only tokens show are searched by tokenising the other records, as a load without faults would.
         """
         num_others, sizes = num_good, []
         for raw in rest:
@@ -226,7 +229,7 @@ class _Loader:
                 if bad.kinds <= other.kinds if bad.kinds else bad.reason == other.reason:
                     sizes.append(other.size)
             except UserError:
-                break  # it stops a job by itself, and has the word when this record is mended
+                break  # it stops the job by itself, and is reported once this record is corrected
         longest = f"; the longest has {max(sizes)} tokens" if any(sizes) else ""
         return f" (the same in {len(sizes)} of the {num_others} other records{longest})" if sizes else ""
 
@@ -234,7 +237,7 @@ class _Loader:
         self.report.reject(origin, bad, on_bad_record=self.cfg.on_bad_record, shared=shared)
 
     def _checked(self, raw: RawRecord) -> tuple[Reading, str]:
-        """Return the record with our own field names and its format; raise `BadRecord` with all its faults."""
+        """Return the record in our own field names and its format; raise `BadRecord` for all its faults."""
         reading = recognise(raw.fields(), format=self.cfg.format)
         try:
             name = check_record(
@@ -254,7 +257,7 @@ class _Loader:
         except (BadRecord, UserError) as error:
             raise reading.named(error) from None
         if reading.name:
-            self.report.notes[f"read as {reading.told()}"] += 1
+            self.report.notes[f"read as {reading.summary()}"] += 1
         return group
 
     def _encoded(self, record: dict[str, Any], name: str, number: int, first: int) -> Group:
@@ -269,7 +272,7 @@ class _Loader:
             responses=responses,
             paired=name == "preference",
             teacher_scores=record.get("teacher_scores", {}),
-            weak=tuple((first + pinned, place) for pinned, place in record.get("weak", [])),
+            weak=tuple((first + pinned, response) for pinned, response in record.get("weak", [])),
             raw=record,
         )
         fields = token_fields(record, name)
@@ -280,28 +283,30 @@ class _Loader:
         return group
 
     def _check_temperature(self, group: Group) -> None:
-        """Refuse behaviour log-probs of another temperature where the loss takes them as the old policy's."""
-        place = next((at for at, one in enumerate(group.responses) if one.behaviour_logp is not None), None)
-        if self.old_temperature is None or place is None:
+        """Refuse behaviour log-probs of another temperature where the loss uses them as the old policy's."""
+        index = next(
+            (index for index, response in enumerate(group.responses) if response.behaviour_logp is not None), None
+        )
+        if self.old_temperature is None or index is None:
             return
         if "temperature" not in group.raw:
-            self.report.notes[f"bring logp without temperature, which is taken to be {self.old_temperature:g}"] += 1
+            self.report.notes[f"have logp without temperature, which is assumed to be {self.old_temperature:g}"] += 1
         elif group.raw["temperature"] != self.old_temperature:
-            raise refuse(
+            raise bad_field(
                 "temperature",
                 group.raw["temperature"],
-                f"{self.old_temperature:g}, which is trained at, because this loss takes responses[{place}].logp as "
-                "the old policy's; or responses without logp",
+                f"{self.old_temperature:g}, the training temperature, because this loss uses responses[{index}].logp "
+                "as the old policy's; or responses must be without logp",
                 reason="temperature",
             )
 
     def _has_negatives(self, index: int, pool: WeakPool) -> bool:
         group = self.groups[index]
-        first, count, _ = next(one for one in reversed(self.sources) if one[0] <= group.record)
+        first, count, _ = next(source for source in reversed(self.sources) if source[0] <= group.record)
         try:
             pool.check_pins(group, first_record=first, num_records=count)
             num_strong = len(own_sequences(group, self.pairing, seed=self.seed, epoch=0)) - 1
-            # num_strong=1 makes the draw return nothing where it would raise: the report wants a bad record.
+            # With num_strong=1 the draw returns nothing instead of raising: this is to be counted as a bad record.
             if not num_strong and not pool.draw(group, epoch=0, num_strong=1):
                 raise BadRecord("no negative", f"field responses: {NO_NEGATIVE.format(max_length=self.cfg.max_length)}")
         except BadRecord as bad:

@@ -1,11 +1,11 @@
-"""Recognise records of other programs and rewrite them with the fields of our own formats.
+"""Recognise records in other programs' formats and convert them to our own.
 
     ShareGPT       {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
     Alpaca         {"instruction", "input", "output"}: instruction and input are the user's message
     UltraFeedback  a prompt string beside whole conversations in chosen and rejected, or in messages
     OpenAI pairs   {"input": {"messages"}, "preferred_output", "non_preferred_output"}
 
-Only what can be read in one way is rewritten; what could mean two things is refused with the line to write instead.
+Only unambiguous records are converted; ambiguous ones are refused with the line to write instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalign.data.records import BadRecord, refuse
+from megalign.data.records import BadRecord, bad_field
 from megalign.schema import UserError
 
 SPEAKERS = {
@@ -36,18 +36,18 @@ TEXTS = ("prompt", "completion", *SIDES, "messages")
 
 @dataclass(frozen=True)
 class Reading:
-    """A record with our own fields, the name of the format it came in, and the fields that were left out."""
+    """Holds a converted record, the name of its original format, and the fields that were left out."""
 
     record: dict[str, Any]
-    name: str = ""  # empty: it came in one of our own
+    name: str = ""  # empty: the record was in one of our own formats
     left_out: tuple[str, ...] = ()
 
-    def told(self) -> str:
-        """Return the name of the format and the fields left out, for a log."""
+    def summary(self) -> str:
+        """Return the name of the format and the fields left out, for the log."""
         return f"{self.name}{', without ' + ', '.join(self.left_out) if self.left_out else ''}"
 
     def named(self, error: BadRecord | UserError) -> BadRecord | UserError:
-        """Return the refusal with the format that the record was read as, since its own fields have other names."""
+        """Return the error with the format's name appended, since the converted record has other field names."""
         if not self.name:
             return error
         message = f"{error} (the record was read as {self.name})"
@@ -57,7 +57,7 @@ class Reading:
 
 
 def recognise(record: Mapping[str, Any], *, format: str = "auto") -> Reading:
-    """Rewrite the record with our own fields where it is of a known other format that gives `format`."""
+    """Return the record converted to our own fields if its format is known and converts to `format`; else unchanged."""
     if OURS_ALONE & record.keys():
         return Reading(dict(record))
     if format in ("auto", "preference"):
@@ -87,7 +87,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _says(value: Any) -> bool:
-    """Return whether value is a ShareGPT turn or a list of them: from and value, or its names of roles."""
+    """Return whether value is a ShareGPT turn or a list of them: from and value, or ShareGPT's role names."""
     turns = [value] if isinstance(value, Mapping) else value
     return _is_chat(turns) and any(("from" in turn and "value" in turn) or _speaker(turn) for turn in turns)
 
@@ -98,7 +98,7 @@ def _speaker(turn: Mapping[str, Any]) -> str | None:
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Reading | None:
-    """Read `conversations` (or `conversation`), and turns with from and value under any of our own fields."""
+    """Convert `conversations` (or `conversation`), and turns with from and value in any of our own fields."""
     key = next((name for name in ("conversations", "conversation") if name in record), None)
     if not any(_says(record.get(name)) for name in TEXTS) and (key is None or not _is_chat(record[key])):
         return None
@@ -119,24 +119,22 @@ def _sharegpt(record: Mapping[str, Any]) -> Reading | None:
 
 def _turns(field: str, value: Any) -> list[dict[str, Any]]:
     turns = []
-    for place, turn in enumerate([value] if isinstance(value, Mapping) else value):
+    for index, turn in enumerate([value] if isinstance(value, Mapping) else value):
         if "from" not in turn:
             turns.append({**turn, "role": _speaker(turn)} if _speaker(turn) else dict(turn))
             continue
         speaker = turn["from"]
         role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
         if role not in ROLES:
-            allowed = (
-                f"{', '.join(sorted({*SPEAKERS, *ROLES}))}; calls of tools are written as messages with tool_calls"
-            )
-            raise refuse(f"{field}[{place}].from", speaker, allowed, reason="messages")
+            allowed = f"{', '.join(sorted({*SPEAKERS, *ROLES}))}; tool calls must be messages with tool_calls"
+            raise bad_field(f"{field}[{index}].from", speaker, allowed, reason="messages")
         rest = {name: inner for name, inner in turn.items() if name not in ("from", "value")}
         turns.append({"role": role, **({"content": turn["value"]} if "value" in turn else {}), **rest})
     return turns
 
 
 def _alpaca(record: Mapping[str, Any]) -> Reading | None:
-    """Read instruction with output, or chosen and rejected; system and history as LLaMA-Factory has them."""
+    """Convert instruction with output, or with chosen and rejected; system and history as in LLaMA-Factory."""
     answers = ("output",) if "output" in record else SIDES
     if "instruction" not in record or any(name not in record for name in answers):
         return None
@@ -147,15 +145,15 @@ def _alpaca(record: Mapping[str, Any]) -> Reading | None:
     said = {name: rest.pop(name) for name in answers}
     for name, text in [("instruction", asked[0]), ("input", asked[1]), *said.items()]:
         if not isinstance(text, str):
-            raise refuse(name, text, "a string", reason="wrong type")
+            raise bad_field(name, text, "a string", reason="wrong type")
         if not text and name != "input":
             reason = "empty prompt" if name == "instruction" else "empty response"
-            raise refuse(name, text, "a string that is not empty", reason=reason)
+            raise bad_field(name, text, "a string that is not empty", reason=reason)
     system, history = rest.pop("system", None), rest.pop("history", None) or []
     prompt = [{"role": "system", "content": system}] if system else []
-    for place, exchange in enumerate(history):
+    for index, exchange in enumerate(history):
         if not isinstance(exchange, list) or len(exchange) != 2:
-            raise refuse(f"history[{place}]", exchange, "[what the user said, the answer]", reason="wrong type")
+            raise bad_field(f"history[{index}]", exchange, "[user message, answer]", reason="wrong type")
         prompt += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), exchange, strict=True)]
     prompt.append({"role": "user", "content": "\n".join(text for text in asked if text)})
     ours = {"completion" if name == "output" else name: text for name, text in said.items()}
@@ -163,14 +161,14 @@ def _alpaca(record: Mapping[str, Any]) -> Reading | None:
 
 
 def _renders(record: Mapping[str, Any]) -> bool:
-    """Return whether `text` only repeats instruction and output, as in the first published file."""
+    """Return whether `text` only repeats instruction and output, as in Alpaca's published file."""
     text = record.get("text")
     parts = (record["instruction"], record.get("output"))
     return isinstance(text, str) and all(isinstance(part, str) and part in text for part in parts)
 
 
 def _ultrafeedback_pair(record: Mapping[str, Any]) -> Reading | None:
-    """Read a prompt beside chosen and rejected that are whole conversations and begin with it."""
+    """Convert a prompt with chosen and rejected that are whole conversations beginning with it."""
     chosen, rejected, prompt = (record.get(name) for name in (*SIDES, "prompt"))
     if not (isinstance(chosen, list) and isinstance(rejected, list) and _is_chat(chosen) and _is_chat(rejected)):
         return None
@@ -189,10 +187,8 @@ def _ultrafeedback_pair(record: Mapping[str, Any]) -> Reading | None:
         shared += 1
     asked = [turn.get("content") for turn in chosen[:shared] if turn.get("role") == "user"]
     if prompt not in (asked[:1] + asked[-1:]):
-        allowed = (
-            "a message of the user that chosen and rejected both hold, or no field prompt beside whole conversations"
-        )
-        raise refuse("prompt", prompt, allowed, reason="implicit prompt")
+        allowed = "a user message that both chosen and rejected contain, or absent beside whole conversations"
+        raise bad_field("prompt", prompt, allowed, reason="implicit prompt")
     repeated = ["messages"] if record.get("messages") == chosen else []
     rest = {name: value for name, value in record.items() if name != "prompt"}
     left_out, rest = _left_out(rest, "prompt_id", *repeated, "score_chosen", "score_rejected")
@@ -200,19 +196,19 @@ def _ultrafeedback_pair(record: Mapping[str, Any]) -> Reading | None:
 
 
 def _chat_with_prompt(record: Mapping[str, Any]) -> Reading | None:
-    """Read messages beside a prompt string that is one of the user's messages."""
+    """Convert messages with a prompt string that is one of the user's messages."""
     prompt, messages = record.get("prompt"), record.get("messages")
     if not isinstance(prompt, str) or not _is_chat(messages) or {"completion", "responses", *SIDES} & record.keys():
         return None
     if prompt not in [turn.get("content") for turn in messages or [] if turn.get("role") == "user"]:
-        allowed = "one of the user's messages, or no field prompt beside messages"
-        raise refuse("prompt", prompt, allowed, reason="wrong type")
+        allowed = "one of the user's messages, or absent beside messages"
+        raise bad_field("prompt", prompt, allowed, reason="wrong type")
     left_out, rest = _left_out({name: value for name, value in record.items() if name != "prompt"}, "prompt_id")
     return Reading(rest, "messages beside their prompt", left_out)
 
 
 def _openai_pair(record: Mapping[str, Any]) -> Reading | None:
-    """Read input, preferred_output and non_preferred_output, as OpenAI's preference fine-tuning takes them."""
+    """Convert input, preferred_output and non_preferred_output of OpenAI's preference fine-tuning."""
     given = record.get("input")
     if not {"preferred_output", "non_preferred_output"} <= record.keys() or not isinstance(given, Mapping):
         return None
@@ -226,7 +222,7 @@ def _openai_pair(record: Mapping[str, Any]) -> Reading | None:
 
 
 def _text_parts(record: Mapping[str, Any]) -> Reading | None:
-    """Read messages whose content is a list of one text part, {"type": "text", "text": ...}."""
+    """Convert messages whose content is a list of one text part, {"type": "text", "text": ...}."""
     rewritten = {name: [_one_part(turn) for turn in record[name]] for name in TEXTS if _is_chat(record.get(name))}
     if all(record[name] == turns for name, turns in rewritten.items()):
         return None
@@ -242,7 +238,7 @@ def _one_part(turn: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _refuse_dialogue_strings(record: Mapping[str, Any]) -> None:
-    """Refuse HH-RLHF's dialogues as strings: they could be trained on as they are or as messages."""
+    """Refuse HH-RLHF's dialogues in strings: they could mean plain text or messages."""
     sides = [record.get(side) for side in SIDES]
     if "prompt_ids" in record or not all(isinstance(side, str) for side in sides):
         return
@@ -251,22 +247,22 @@ def _refuse_dialogue_strings(record: Mapping[str, Any]) -> None:
         if all(str(side).startswith(prompt.rstrip()) for side in sides):
             raise BadRecord(
                 "implicit prompt",
-                "fields chosen and rejected are whole dialogues that begin with the field prompt, which would stand "
-                "there twice; must be what follows the prompt",
+                "fields chosen and rejected are whole dialogues that begin with the field prompt, which would "
+                "appear twice; must be what follows the prompt",
                 kinds={"dialogue strings"},
             )
     elif prompt is None and all(dialogue.search(str(side)) and "\nAssistant:" in str(side) for side in sides):
         raise BadRecord(
             "missing field",
             "field prompt is missing, and chosen and rejected are whole dialogues as strings; must be "
-            r'{"prompt": what both say up to and with the last "\n\nAssistant:", "chosen": the rest, '
+            r'{"prompt": the shared text through the last "\n\nAssistant:", "chosen": the rest, '
             '"rejected": the rest}, '
             'or chosen and rejected as lists of messages {"role": "user" or "assistant", "content": ...}',
             kinds={"dialogue strings"},
         )
 
 
-# Who reads what, and the formats that come of it; the first that recognises the record reads it.
+# (converter, our formats that it can produce); the first converter that recognises the record is used.
 READERS: tuple[tuple[Callable[[Mapping[str, Any]], Reading | None], tuple[str, ...]], ...] = (
     (_openai_pair, ("preference",)),
     (_ultrafeedback_pair, ("preference",)),

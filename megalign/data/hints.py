@@ -1,4 +1,4 @@
-"""Tell what to write instead of fields that other programs use: the end of a line about fields that are not known."""
+"""Suggest what to write instead of other programs' fields, for errors about unknown fields."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 SAMPLES = '{"prompt": ..., "responses": [{"text": ..., "reward": ...}, ...]}'
 PAIR = '{"prompt": ..., "chosen": ..., "rejected": ...}'
 SINGLE = '{"prompt": ..., "completion": ...}'
-# Fields that are all there: what to write. The first that fits is told.
+# (fields that the record must all have, suggestion); the first match is used.
 SENTENCES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("completions", "labels"), f"several answers to a prompt are written {SAMPLES}"),
     (("completions",), f"several answers to a prompt are written {SAMPLES}"),
-    (("responses", "rewards"), f"rewards stand with their answers: {SAMPLES}"),
-    (("responses", "scores"), f"rewards stand with their answers: {SAMPLES}"),
+    (("responses", "rewards"), f"rewards are written beside their answers: {SAMPLES}"),
+    (("responses", "scores"), f"rewards are written beside their answers: {SAMPLES}"),
     (("completion", "label"), f"labels become rewards of one prompt's answers, {SAMPLES}, or pairs, {PAIR}"),
     (("response_a", "response_b"), f"the better and the worse answer are written {PAIR}"),
     (("response_0", "response_1"), f"the better and the worse answer are written {PAIR}"),
     (("response_j", "response_k"), f"the better and the worse answer are written {PAIR}"),
     (("input_ids",), 'tokens are written {"prompt_ids": [...], "response_ids": [...]}'),
-    (("text",), f"a text is divided into what is given and what is trained on: {SINGLE}"),
+    (("text",), f"a text is split into the given part and the part that is trained on: {SINGLE}"),
     (("messages",), 'the messages before the answer are the prompt: {"prompt": [...]}'),
     (("data",), "the records under data are written one a line, or as a list"),
 )
@@ -33,9 +33,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def advice(record: Mapping[str, Any], *, missing: Collection[str], unknown: Collection[str]) -> str:
-    """Return "; ..." that says what to rename or write, for the end of an error line; empty if nothing fits.
+    """Return "; ..." with what to rename or write, for the end of an error line; empty if nothing fits.
 
-    missing: fields that the record lacks, in the order they are needed; unknown: those of it that nobody knows.
+    missing: required fields that the record lacks, in order; unknown: its fields that are not known.
     """
     for fields, sentence in SENTENCES:
         if all(field in record for field in fields) and set(fields) & set(unknown):

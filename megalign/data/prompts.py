@@ -1,4 +1,4 @@
-"""Read prompts without responses, for rounds to sample from."""
+"""Load prompts that rounds sample responses to."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megalign.data.group import Group
 from megalign.data.limits import check_tokens
 from megalign.data.messages import MESSAGE_FIELDS, check_context
 from megalign.data.reading import read_raw
+from megalign.data.record_counts import RecordCounts
 from megalign.data.records import BadRecord, check_message_fields, check_slot
-from megalign.data.report import Report
 from megalign.data.tokenize import DEFAULT, TextOptions, encode_prompt
 from megalign.schema import UserError
 
@@ -31,15 +31,15 @@ def load_prompt_groups(
     extra_fields: str = "error",
     on_bad_record: str = "stop",
     check: Callable[[Mapping[str, Any]], None] = lambda record: None,
-    report: Report | None = None,
+    report: RecordCounts | None = None,
 ) -> list[Group]:
-    """Read prompts to sample from: groups without responses. Other fields stay in `raw`, for the reward.
+    """Return the prompts of a file as groups without responses; other fields stay in `raw`, for the reward.
 
-    check: raises `BadRecord` for what the reward cannot use. report: filled where it is given.
+    check: raises `BadRecord` for a record that the reward cannot use. report: gets the counts if given.
     """
     known = MESSAGE_FIELDS | template_words(getattr(tokenizer, "chat_template", None))
     groups = []
-    report = Report() if report is None else report
+    report = RecordCounts() if report is None else report
     for raw in read_raw(path, field=field):
         number = report.num_records
         report.num_records += 1
@@ -65,7 +65,7 @@ def load_prompt_groups(
         report.origins.append(raw.origin)
     report.num_kept = len(groups)
     if not report.num_records:
-        raise UserError(f"{field} ({path}) holds no records; allowed: one or more")
+        raise UserError(f"{field} ({path}) holds no records; must be one or more")
     if not groups:
         raise UserError(f"no record of {field} is usable; the first problem: {report.first_problem()}")
     return groups

@@ -1,6 +1,6 @@
 """Read raw records: JSON lines, lists in JSON, CSV, Parquet (each gz, bz2 or xz too) and `datasets` directories.
 
-The first bytes of a file decide what it is, not its name; CSV alone has no mark and goes by its suffix.
+A file's first bytes decide its format, not its name; only CSV is recognised by its suffix.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from megalign.data.records import BadRecord
+from megalign.git_lfs import POINTER_START
 from megalign.schema import UserError, reason_of
 
 ALLOWED = (
     "must be a file of JSON lines, a list of objects in JSON, CSV or Parquet (each may be gz, bz2 or xz), "
     "or a directory written by datasets' save_to_disk"
 )
-SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".bz2", ".xz"}  # names that data files have
-HEAD = 512  # bytes read to see what a file is
+SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".bz2", ".xz"}  # suffixes of data files
+HEAD = 512  # bytes read to detect a file's format
 BOM = b"\xef\xbb\xbf"
 OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-# Beginning of a file that is not records: what it is, and what to do about it.
+# First bytes of unsupported files: what the file is, and what to do about it.
 FOREIGN: dict[bytes, str] = {
-    b"version https://git-lfs": "a Git LFS pointer, not the data; fetch it with `git lfs pull`",
+    POINTER_START: "a Git LFS pointer, not the data; fetch it with `git lfs pull`",
     b"(\xb5/\xfd": "compressed with zstd; decompress it with `zstd -d`",
     b"\x04\x22\x4d\x18": "compressed with lz4; decompress it with `lz4 -d`",
     b"PK\x03\x04": "a zip archive; unpack it",
@@ -51,10 +52,10 @@ FOREIGN: dict[bytes, str] = {
 
 @dataclass(frozen=True, slots=True)
 class RawRecord:
-    """A line of a file or a row of a table, not yet looked at. `origin` is `path:line`, `path:row` or `path[index]`."""
+    """Holds an unparsed line of a file or row of a table; `origin` is `path:line`, `path:row` or `path[index]`."""
 
     origin: str
-    content: Any  # bytes of a line, what a row or an element of a list holds, or why there is no record
+    content: Any  # a line's bytes, a row or list element, or the `BadRecord` of a malformed row
 
     def fields(self) -> dict[str, Any]:
         """Return the record as a dict; a line that is not a JSON object is a bad record."""
@@ -68,31 +69,31 @@ class RawRecord:
             try:
                 value = json.loads(self.content.decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                message = f"the line is not valid JSON ({error}); allowed: one object a line"
+                message = f"the line is not valid JSON ({error}); must be one object a line"
                 raise BadRecord("invalid JSON", message, kinds={"invalid JSON"}) from None
         if not isinstance(value, dict):
-            message = f"the {noun} is a {type(value).__name__}; allowed: one object a line, or a list of objects"
+            message = f"the {noun} is a {type(value).__name__}; must be one object a line, or a list of objects"
             raise BadRecord("invalid JSON", message, kinds={"not an object"})
         return value
 
 
 def read_raw(path: str, *, field: str = "data.path") -> Iterator[RawRecord]:
     """Yield the records of a file (lines count from 1, blank ones are skipped), directory or table (rows from 0)."""
-    place = Path(path)
-    if not place.exists():
+    source = Path(path)
+    if not source.exists():
         hub = ""
-        if path.startswith("hf://") or (re.fullmatch(r"[\w.-]+/[\w.-]+", path) and place.suffix not in SUFFIXES):
+        if path.startswith("hf://") or (re.fullmatch(r"[\w.-]+/[\w.-]+", path) and source.suffix not in SUFFIXES):
             hub = "; a data set of the Hub is saved first with datasets.load_dataset(...).save_to_disk(DIR)"
         raise UserError(f"{field} is {path!r}: no such file or directory; {ALLOWED}{hub}")
     try:
-        yield from _read_directory(place, field=field) if place.is_dir() else _read_file(path, field=field)
+        yield from _read_directory(source, field=field) if source.is_dir() else _read_file(path, field=field)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or reason_of(error)
         raise UserError(f"{field} is {path!r}: {reason}; {ALLOWED}") from None
 
 
 def foreign_kind(head: bytes) -> str | None:
-    """Return what a file that begins with `head` is if it holds no records, such as a Git LFS pointer."""
+    """Return what an unsupported file that begins with `head` is, such as a Git LFS pointer; else None."""
     start = head.lstrip()[:20].lower()
     for mark, kind in FOREIGN.items():
         if head.startswith(mark) or (mark.startswith(b"<") and start.startswith(mark)):
@@ -142,13 +143,13 @@ def _lines(path: str, stream: IO[bytes], *, field: str) -> Iterator[RawRecord]:
 
 
 def _list_or_lines(path: str, stream: IO[bytes], *, field: str) -> Iterator[RawRecord]:
-    """Yield the elements of a file that is one list in JSON, or its lines if the list is no list of objects."""
+    """Yield the elements of a JSON list of objects, or the file's lines if it is anything else."""
     data = stream.read()
     try:
         rows = json.loads(data.removeprefix(BOM).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         if _parsed(data.lstrip(BOM + b"\r\n\t ").partition(b"\n")[0]) is None:
-            raise UserError(f"{field} is {path!r}, a list in JSON that is not valid ({error}); {ALLOWED}") from None
+            raise UserError(f"{field} is {path!r}, a JSON list that is not valid ({error}); {ALLOWED}") from None
         rows = None
     if isinstance(rows, list) and (not rows or isinstance(rows[0], dict)):
         for index, row in enumerate(rows):
@@ -158,7 +159,7 @@ def _list_or_lines(path: str, stream: IO[bytes], *, field: str) -> Iterator[RawR
 
 
 def _parsed(text: bytes) -> Any:
-    """Parse JSON; None if `text` is not valid."""
+    """Return parsed JSON, or None if `text` is not valid."""
     try:
         return json.loads(text.removeprefix(BOM).decode("utf-8"))
     except (ValueError, RecursionError):
@@ -167,7 +168,7 @@ def _parsed(text: bytes) -> Any:
 
 def _csv_rows(path: str, stream: IO[bytes], *, field: str, delimiter: str) -> Iterator[RawRecord]:
     rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
-    csv.field_size_limit(sys.maxsize)  # by default the module refuses texts above 131072 characters
+    csv.field_size_limit(sys.maxsize)  # the csv module's default limit is 131072 characters
     try:
         names = rows.fieldnames or []
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -176,7 +177,7 @@ def _csv_rows(path: str, stream: IO[bytes], *, field: str, delimiter: str) -> It
         for row in rows:
             content: Any = row
             if None in row or None in row.values():
-                message = f"the row has not as many cells as the header; must be {len(names)}"
+                message = f"the row and the header differ in their number of cells; must be {len(names)}"
                 content = BadRecord("cells of the row", message, kinds={"cells of the row"})
             yield RawRecord(f"{path}:{rows.line_num}", content)
     except (csv.Error, UnicodeDecodeError) as error:
@@ -187,7 +188,7 @@ def _csv_rows(path: str, stream: IO[bytes], *, field: str, delimiter: str) -> It
 
 
 def _parquet_rows(path: str, source: IO[bytes], *, field: str) -> Iterator[RawRecord]:
-    import pyarrow  # heavy, and needed for Parquet alone
+    import pyarrow  # slow to import, and used only for Parquet
     import pyarrow.parquet
 
     number = 0
@@ -200,19 +201,19 @@ def _parquet_rows(path: str, source: IO[bytes], *, field: str) -> Iterator[RawRe
         raise UserError(f"{field} is {path!r}: the Parquet file cannot be read ({reason_of(error)})") from None
 
 
-def _read_directory(place: Path, *, field: str) -> Iterator[RawRecord]:
-    import datasets  # heavy, and needed for directories alone
+def _read_directory(folder: Path, *, field: str) -> Iterator[RawRecord]:
+    import datasets  # slow to import, and used only for directories
 
-    path = str(place)
-    for file in sorted(place.glob("*.arrow")):
+    path = str(folder)
+    for file in sorted(folder.glob("*.arrow")):
         with open(file, "rb") as stream:
             kind = foreign_kind(stream.read(HEAD))
-        if kind and "LFS" in kind:
+        if kind == FOREIGN[POINTER_START]:
             raise UserError(f"{field} is {path!r}: {file.name} is {kind}")
     try:
         rows = datasets.load_from_disk(path)
     except (OSError, ValueError) as error:
-        inside = sorted(str(file.relative_to(place)) for file in place.rglob("*") if _looks_like_data(file))
+        inside = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if _looks_like_data(file))
         files = (
             f"; it holds {', '.join(inside[:4])}{', ...' if inside[4:] else ''}: give one of them, or several as "
             + ("data.sources" if inside else "")
@@ -220,7 +221,7 @@ def _read_directory(place: Path, *, field: str) -> Iterator[RawRecord]:
         reason = str(error).splitlines()[0]
         raise UserError(f"{field} is {path!r}: {reason}; {ALLOWED}{files if inside else ''}") from None
     if isinstance(rows, datasets.DatasetDict):
-        raise UserError(f"{field} is {path!r}, which holds splits; allowed: one of its folders {sorted(rows)}")
+        raise UserError(f"{field} is {path!r}, which holds splits; must be one of its folders {sorted(rows)}")
     for number, row in enumerate(rows.with_format(None)):
         yield RawRecord(f"{path}:{number}", _without_nulls(row))
 
@@ -232,7 +233,7 @@ def _looks_like_data(file: Path) -> bool:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Drop null fields: Arrow gives every row every field, and null where the record has none."""
+    """Return the value without null fields: Arrow fills in null where a record lacks a field."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

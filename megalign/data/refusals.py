@@ -1,4 +1,4 @@
-"""Refuse a record with the reason, the field, its value and what is allowed."""
+"""Define the error of a bad record: its reason, field, value and what that must be."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MISSING = object()
 
 
 class BadRecord(Exception):
-    """Refusal of one record; the report counts it under `reason`, and `field` is where the fault lies.
+    """Raised for a record that is not usable; counted under `reason`, with the fault in `field`.
 
-    kinds: a name for each fault, the same in every record with that fault; empty for what tokenising finds.
-    size: tokens of what is too long.
+    kinds: a name for each fault, equal in all records with that fault; empty for faults found by tokenising.
+    size: number of tokens of a sequence that is too long.
     """
 
     def __init__(
@@ -28,14 +28,14 @@ class BadRecord(Exception):
         self.size = size
 
 
-def refuse(field: str, value: Any, allowed: str, *, reason: str) -> BadRecord:
-    """Make a refusal that tells the field, its value and what is allowed."""
+def bad_field(field: str, value: Any, must_be: str, *, reason: str) -> BadRecord:
+    """Return a `BadRecord` whose message names the field, its value and what it must be."""
     shown = "missing" if value is MISSING else shorten(value)
-    return BadRecord(reason, f"field {field} is {shown}; allowed: {allowed}", field=field)
+    return BadRecord(reason, f"field {field} is {shown}; must be {must_be}", field=field)
 
 
-def joined(faults: Sequence[BadRecord]) -> BadRecord:
-    """Join all faults of a record into one refusal; faults of one kind, such as of each response, appear once."""
+def join_faults(faults: Sequence[BadRecord]) -> BadRecord:
+    """Return one `BadRecord` for all faults of a record; faults of one kind, such as in each response, appear once."""
     by_kind: dict[str, list[BadRecord]] = {}
     for fault in faults:
         by_kind.setdefault(f"{fault.reason}: {re.sub('[0-9]+', '', fault.field)}", []).append(fault)
@@ -45,7 +45,7 @@ def joined(faults: Sequence[BadRecord]) -> BadRecord:
 
 
 def run_all(checks: Iterable[Callable[[], None]]) -> None:
-    """Run every check, and raise one refusal for all the faults that they find."""
+    """Run every check, and raise one `BadRecord` for all the faults that they find."""
     faults = []
     for check in checks:
         try:
@@ -53,4 +53,4 @@ def run_all(checks: Iterable[Callable[[], None]]) -> None:
         except BadRecord as fault:
             faults.append(fault)
     if faults:
-        raise joined(faults)
+        raise join_faults(faults)

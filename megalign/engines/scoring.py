@@ -1,120 +1,105 @@
-"""A global batch cut into one rank's micro-batches, and every sequence's score under an engine's weights.
+"""Scores sequences: computes their log-probs under an engine's weights, without gradient.
 
-Axes: S sequences of the global batch, N scored tokens of a micro-batch, T scored tokens of the global batch.
+Axes: S sequences, N scored tokens of a micro-batch, T scored tokens of all sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from megalign.data.batch import MicroBatch, pack, slot_sizes
-from megalign.data.group import Sequence as FlatSequence
-from megalign.data.plan import plan, units_for
-from megalign.engines.engine import Scorer
+from megalign.data.group import TokenSequence
+from megalign.data.micro_batch import MicroBatch
+from megalign.data.packing import Packing, micro_batches
+from megalign.engines.protocol import LOGP_ONLY, Scorer, Want
+from megalign.ops.linear_logp import TokenLogp
 from megalign.ops.segments import segment_sum
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A sequence's score under some weights: float64 sum over scored tokens; by token, fp32 on the CPU, where kept."""
+    """Holds a sequence's log-probs under some weights: sums are float64, tensors by token fp32 on the CPU."""
 
     total: float
-    logp_N: Tensor | None = None
+    logp_N: Tensor | None = None  # None unless kept by token; so is lse_N
     lse_N: Tensor | None = None
-    entropy: float | None = None  # sum over scored tokens, where asked for
-    num_correct: float | None = None  # likewise, tokens that no other is likelier than
+    entropy: float | None = None  # sum over scored tokens; None if not requested
+    num_correct: float | None = None  # tokens that no other is likelier than; None if not requested
 
 
-@dataclass(frozen=True, slots=True)
-class Cutting:
-    """How a global batch is cut into micro-batches."""
+class BaseModel:
+    """Scores with an engine's weights, its adapters off."""
 
-    budget: int  # token positions of a micro-batch
-    packing: bool = True
+    def __init__(self, engine: Scorer, adapters_off: Callable[[], AbstractContextManager[None]]) -> None:
+        self.engine, self.adapters_off = engine, adapters_off
+        self.shape, self.device, self.sum_over_data = engine.shape, engine.device, engine.sum_over_data
 
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Micro-batches of one rank, and what the whole job computes."""
-
-    batches: list[MicroBatch]
-    whole_groups: bool
-    padding_fraction: float
+    def forward(self, batches: Sequence[MicroBatch], want: Want = LOGP_ONLY) -> list[TokenLogp]:
+        """Return the log-probs of each micro-batch under the base model, without adapters."""
+        with self.adapters_off():
+            return self.engine.forward(batches, want)
 
 
-def cut_batch(engine: Scorer, sequences: Sequence[FlatSequence], *, coupled: bool, cutting: Cutting) -> Cut:
-    """This rank's micro-batches; groups stay whole where the loss couples them and every one of them fits."""
-    lengths = [len(sequence) for sequence in sequences]
-    pad_rows = not cutting.packing
-    units: Sequence[Sequence[int]] | None = None
-    if coupled:
-        group_of = [sequence.group for sequence in sequences]
-        units = units_for(group_of, lengths, budget=cutting.budget, pad_rows=pad_rows)
-    whole = units is not None
-    shape = engine.cut
-    ranks = plan(
-        lengths,
-        units if units is not None else [(place,) for place in range(len(sequences))],
-        num_ranks=shape.data_size,
-        budget=cutting.budget,
-        pad_rows=pad_rows,
-        min_per_rank=shape.min_per_rank,
-        attention_cost=shape.attention_cost,
-        slot_multiple_of=shape.slot_multiple_of,
-    )
-    row, slot = shape.multiple_of, shape.slot_multiple_of
-    positions = 0
-    for members in (one for rank in ranks for one in rank):
-        sizes = [lengths[place] for place in members]
-        positions += sum(slot_sizes(sizes, pad_rows=pad_rows, multiple_of=row, slot_multiple_of=slot))
-    batches = [
-        pack(sequences, members, pad_rows=pad_rows, multiple_of=row, slot_multiple_of=slot)
-        for members in ranks[shape.data_rank]
-    ]
-    return Cut(batches, whole, 1 - sum(lengths) / positions)
+def sum_by_name(engine: Scorer, parts: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
+    """Sum named tensors of one dtype over the data ranks in one collective.
+
+    Every rank passes the same names and shapes; values of ranks without a head are ignored.
+    """
+    flat = torch.cat([part.reshape(-1) for part in parts.values()])
+    pieces = engine.sum_over_data(flat).split([part.numel() for part in parts.values()])
+    return {name: piece.view_as(part) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
 
 
 def score(
     engine: Scorer,
-    sequences: Sequence[FlatSequence],
+    sequences: Sequence[TokenSequence],
     *,
     coupled: bool,
-    cutting: Cutting,
-    by_token: bool,
-    entropy: bool = False,
-    accuracy: bool = False,
+    packing: Packing,
+    want: Want = LOGP_ONLY,
 ) -> list[Scored]:
-    """Every sequence's score under the engine's weights, on every rank; no gradient."""
-    cut = cut_batch(engine, sequences, coupled=coupled, cutting=cutting)
-    outputs = engine.forward(cut.batches, entropy=entropy, accuracy=accuracy)
+    """Return every sequence's log-probs and what else `want` selects, in the sequences' order, on every rank."""
+    batches = micro_batches(engine.shape, sequences, coupled=coupled, packing=packing).batches
+    return score_batches(engine, sequences, batches, want)
+
+
+def score_batches(
+    engine: Scorer, sequences: Sequence[TokenSequence], batches: Sequence[MicroBatch], want: Want
+) -> list[Scored]:
+    """Return `score`'s result for sequences that are already packed; batches: this rank's micro-batches."""
+    outputs = engine.forward(batches, want)
     sizes = [sequence.num_scored for sequence in sequences]
     starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    sum_3S = torch.zeros((3, len(sequences)), dtype=torch.float64)  # log-prob, entropy, correct
-    token_2T = torch.zeros((2, starts[-1]) if by_token else (2, 0))
-    for batch, found in zip(cut.batches, outputs, strict=False):
-        logp_N, lse_N = found.logp_N.cpu(), found.lse_N.cpu()
-        for row_S, value_N in zip(sum_3S, (logp_N, found.entropy_N, found.correct_N), strict=True):
-            if value_N is not None:
-                row_S[list(batch.members)] = segment_sum(value_N.cpu(), batch.seq_N, len(batch.members))
-        first = 0
-        for place in batch.members if by_token else ():
-            last = first + sizes[place]
-            token_2T[:, starts[place] : starts[place + 1]] = torch.stack((logp_N[first:last], lse_N[first:last]))
-            first = last
-    total_S, entropy_S, correct_S = engine.sum_over_data(sum_3S).tolist()
-    if by_token:
-        token_2T = engine.sum_over_data(token_2T)
+    wanted = ["logp", *["entropy"] * want.entropy, *["correct"] * want.accuracy]
+    sums = {name: torch.zeros(len(sequences), dtype=torch.float64) for name in wanted}
+    tokens = {name: torch.zeros(starts[-1]) for name in ("logp", "lse")} if want.by_token else {}
+    for batch, output in zip(batches, outputs, strict=False):
+        values = {"logp": output.logp_N, "lse": output.lse_N, "entropy": output.entropy_N, "correct": output.correct_N}
+        on_cpu = {name: value_N.cpu() for name, value_N in values.items() if value_N is not None}
+        members = list(batch.members)
+        for name, sum_S in sums.items():
+            sum_S[members] = segment_sum(on_cpu[name], batch.seq_N, len(members))
+        for name, token_T in tokens.items():
+            for index, value_N in zip(members, on_cpu[name].split([sizes[index] for index in members]), strict=True):
+                token_T[starts[index] : starts[index + 1]] = value_N
+    sums = sum_by_name(engine, sums)
+    if want.by_token:
+        tokens = sum_by_name(engine, tokens)
+    columns = {name: sum_S.tolist() for name, sum_S in sums.items()}
     return [
         Scored(
-            total_S[place],
-            token_2T[0, start:end] if by_token else None,
-            token_2T[1, start:end] if by_token else None,
-            entropy_S[place] if entropy else None,
-            correct_S[place] if accuracy else None,
+            columns["logp"][index],
+            tokens["logp"][start:end] if want.by_token else None,
+            tokens["lse"][start:end] if want.by_token else None,
+            columns["entropy"][index] if want.entropy else None,
+            columns["correct"][index] if want.accuracy else None,
         )
-        for place, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+        for index, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True))
     ]

@@ -1,50 +1,59 @@
-"""One exact step over any engine: pack sequences into micro-batches and back-propagate sum(coefficient x log-prob).
+"""Takes one exact step over any engine: packs micro-batches and back-propagates sum(coefficient x log-prob).
 
 Axes: S sequences of the global batch, N scored tokens of a micro-batch. The gradient of any loss of sequence or token
 log-probs is sum(coefficient x grad log-prob), so a step needs the coefficients before, or while, it runs backward:
 
 - two_pass: pass 1 scores everything, the loss gives the coefficients of the whole global batch, pass 2 runs backward.
-- known_scores: the weights have not changed since a scoring pass, so pass 1 is already there.
+- known_scores: the weights have not changed since a scoring pass, whose log-probs replace pass 1.
 - single_pass: each micro-batch's coefficients depend on nothing outside it (nothing is coupled, or whole groups fit).
 
-The first step on freshly sampled responses is on policy: the old policy is the present one, so the step's own
+The first step on freshly sampled responses is on policy: the old policy is the current one, so the step's own
 log-probs, detached, are the old ones, and the ratio is exactly 1 in every dtype and mode. Losses whose advantages hold
 old log-probs are coupled there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megalign.data.batch import MicroBatch
-from megalign.engines.engine import Engine, Head
-from megalign.engines.loss_inputs import (
-    StepBatch,
-    batch_scores,
-    cat_tokens,
+from megalign.data.micro_batch import MicroBatch
+from megalign.data.packing import MicroBatches, Packing, micro_batches
+from megalign.engines.head import Head
+from megalign.engines.loss_inputs import StepBatch, batch_scores, cat_tokens, step_tokens
+from megalign.engines.protocol import Engine, Objective, Want
+from megalign.engines.scoring import score_batches, sum_by_name
+from megalign.engines.token_metrics import (
+    measured_sums,
     mismatch,
     mismatch_metrics,
-    need,
-    part_scores,
-    with_sums,
-    with_tokens,
+    scored_sums,
+    token_means,
 )
-from megalign.engines.scoring import Cut, Cutting, Scored, cut_batch, score
-from megalign.losses.base import LOSSES, LossConfig, Scores, Traits, prepared
+from megalign.losses.base import (
+    LossConfig,
+    LossFn,
+    LossOut,
+    Scores,
+    Traits,
+    loss_function,
+    prepared,
+    token_metrics_problem,
+)
 from megalign.ops.linear_logp import TokenLogp
 from megalign.ops.segments import segment_sum
+from megalign.schema import UserError
 
 PassMode = Literal["two_pass", "single_pass", "known_scores"]
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step did, the same on every rank. The gradient itself is in the engine."""
+    """Holds a step's results, the same on every rank; the gradient itself is in the engine."""
 
     loss: float
     metrics: Mapping[str, float]
@@ -56,96 +65,95 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Coefficients:
+    """Holds the loss's gradient with respect to a micro-batch's log-probs."""
+
+    token_N: Tensor  # dL / d log-prob of each scored token, in the log-probs' dtype and on their device
+    member_S: Tensor  # dL/ds of each member, as StepResult.coefficient_S has it
+    sums: Mapping[str, float]  # token-level losses: this micro-batch's share of the loss and of each metric, by name
+
+
+@dataclass(frozen=True, slots=True)
 class _Payload:
-    """What the last stage keeps of a micro-batch after its backward."""
+    """Holds a micro-batch's numbers after its backward; only ranks with a head have them."""
 
-    total_S: Tensor  # of its members
-    coefficient_S: Tensor
-    share: tuple[float, ...]
-    gap: float
-    seen: tuple[float, float]  # sums of entropy and of correct tokens, NaN where not asked for
-    mismatch: tuple[float, float]  # sum and maximum by token of |log-prob - behaviour log-prob|
+    policy_S: Tensor  # sums of its members
+    coefficients: Coefficients
+    measured: Mapping[str, float]  # sums over its tokens of entropy and accuracy, as far as they were computed
+    gap: float  # largest difference between the passes in a token's log-prob
+    mismatch_sum: float  # over tokens of |log-prob - behaviour log-prob|, on policy
+    mismatch_max: float
 
 
-# (place, detached log-probs) -> (coefficient of each token, dL/ds of each member, shares of the loss and its metrics)
-_Coefficients = Callable[[int, Tensor], tuple[Tensor, Tensor, tuple[float, ...]]]
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Holds what all micro-batches of a step share."""
+
+    engine: Engine
+    batch: StepBatch
+    cfg: LossConfig
+    traits: Traits
+    function: LossFn
+    micro: MicroBatches
+    scores: Scores  # of the global batch, with group sizes and advantages
+
+    def loss(self, scores: Scores) -> LossOut:
+        """Call the loss; UserError where a token-level one returns other metrics than its traits declare."""
+        out = self.function(scores, self.cfg)
+        problem = token_metrics_problem(out, self.traits)
+        if problem is not None:
+            raise UserError(f"loss {self.cfg.name!r} {problem}")
+        return out
+
+    def scores_at(self, policy_S: Tensor, members: Sequence[int] | None = None) -> Scores:
+        """Return the scores with policy_S set: of `members`, or of the whole batch."""
+        scores = self.scores if members is None else self.scores.part(members)
+        return scores.with_sums(policy_S, on_policy=self.batch.on_policy)
 
 
 def accumulate(
-    engine: Engine, batch: StepBatch, loss: LossConfig, *, cutting: Cutting, mode: PassMode | None = None
+    engine: Engine, batch: StepBatch, loss: LossConfig, *, packing: Packing, mode: PassMode | None = None
 ) -> StepResult:
-    """Put the exact gradient of the global batch's loss into the engine, by the cheapest mode or the one given.
+    """Add the exact gradient of the global batch's loss to the engine's, by the cheapest mode or the one given.
 
     Raises ValueError for a mode that is not exact here.
     """
     traits = loss.traits()
     coupled = is_coupled(traits, on_policy=batch.on_policy)
-    cut = cut_batch(engine, batch.sequences, coupled=coupled, cutting=cutting)
-    mode = mode or _cheapest(engine, batch, coupled=coupled and not cut.whole_groups)
+    micro = micro_batches(engine.shape, batch.sequences, coupled=coupled, packing=packing)
+    mode = mode or _cheapest(engine, batch, coupled=coupled and not micro.whole_groups)
     if engine.balances_experts and mode != "two_pass":
-        raise ValueError(f"{mode} does not know the experts' shares of tokens; an auxiliary loss needs two_pass")
+        raise ValueError(f"{mode} has no expert counts of the global batch; an auxiliary loss needs two_pass")
     known_old = not (batch.on_policy and traits.old_in_advantages)
-    scores = prepared(batch_scores(batch, loss), loss, with_advantages=known_old)
-    known = _known(engine, cut, batch, mode, traits)
-    coefficients = _coefficient_function(engine, batch, cut, loss, scores, known)
-
-    def objective(place: int, head: Head) -> tuple[Tensor, _Payload]:
-        micro = cut.batches[place]
-        gap = 0.0
-        if known is not None:
-            found = known[place]
-            coefficient_N, coefficient_S, share = coefficients(place, found.logp_N)
-            value, again = head.weighted(coefficient_N, found.lse_N)
-            if len(found.logp_N):
-                gap = float((again.logp_N - found.logp_N).abs().where(head.formed_N(), 0.0).max())
-        elif traits.linear:
-            guess_N = torch.zeros(len(micro.target_N), device=engine.device)
-            coefficient_N, coefficient_S, share = coefficients(place, guess_N)
-            value, found = head.weighted(coefficient_N, accuracy=traits.accuracy)
-            loss_here = float((coefficient_N.to(found.logp_N.dtype) * found.logp_N).sum())
-            share = (loss_here, *share[1:])  # the share at zero log-probs is not the loss
-        else:
-            found = head.logp(entropy=traits.entropy, accuracy=traits.accuracy)
-            coefficient_N, coefficient_S, share = coefficients(place, found.logp_N.detach())
-            value = (coefficient_N * found.logp_N).sum()
-        logp_N = found.logp_N
-        seq_N = micro.seq_N.to(logp_N.device)
-        total_S = segment_sum(logp_N.detach(), seq_N, len(micro.members)).cpu()
-        members = [batch.sequences[place] for place in micro.members]
-        gaps = mismatch(members, logp_N.detach().cpu()) if batch.on_policy else (0.0, 0.0)
-        return value, _Payload(total_S, coefficient_S, share, gap, _sums(found), gaps)
-
-    payloads = engine.backward(cut.batches, objective)
-    return _result(engine, batch, cut, loss, scores, payloads, mode)
+    scores = prepared(batch_scores(batch), loss, with_advantages=known_old)
+    step = _Step(engine, batch, loss, traits, loss_function(loss), micro, scores)
+    payloads = engine.backward(micro.batches, _objective(step, mode))
+    return _result(step, payloads, mode)
 
 
-def evaluate(engine: Engine, batch: StepBatch, loss: LossConfig, *, cutting: Cutting) -> StepResult:
-    """Loss and metrics of a global batch under the engine's weights; nothing is accumulated."""
+def evaluate(engine: Engine, batch: StepBatch, loss: LossConfig, *, packing: Packing) -> StepResult:
+    """Compute loss and metrics of a global batch under the engine's weights; nothing is accumulated."""
     traits = loss.traits()
     token_level = traits.level == "token"
-    current = score(
-        engine,
-        batch.sequences,
-        coupled=traits.coupled,
-        cutting=cutting,
-        by_token=token_level,
-        entropy=traits.entropy,
-        accuracy=traits.accuracy,
-    )
-    scores = prepared(batch_scores(batch, loss), loss)
-    total_S = torch.tensor([one.total for one in current], dtype=torch.float64)
-    tokens = cat_tokens(current) if token_level else None
-    scores = with_tokens(replace(scores, policy_S=total_S), batch, range(len(current)), tokens)
-    out = LOSSES[loss.name].function(scores, loss)
-    metrics = {name: float(value) for name, value in out.metrics.items()} | _reported(_totals(current), scores, traits)
-    metrics |= _auxiliary(engine)
+    want = Want(traits.entropy, traits.accuracy, by_token=token_level)
+    micro = micro_batches(engine.shape, batch.sequences, coupled=traits.coupled, packing=packing)
+    current = score_batches(engine, batch.sequences, micro.batches, want)
+    scores = prepared(batch_scores(batch), loss)
+    step = _Step(engine, batch, loss, traits, loss_function(loss), micro, scores)
+    policy_S = torch.tensor([scored.total for scored in current], dtype=torch.float64)
+    scores = step.scores.with_sums(policy_S)
+    if token_level:
+        scores = step_tokens(scores, batch, range(len(current)), cat_tokens(each.logp_N for each in current))
+    out = step.loss(scores)
+    metrics = {name: float(value) for name, value in out.metrics.items()}
+    metrics |= token_means(scored_sums(current, traits), scores.num_tokens) | _auxiliary(engine)
     value = float(out.loss) + metrics.get("aux_loss", 0.0)
-    padding = cut_batch(engine, batch.sequences, coupled=traits.coupled, cutting=cutting).padding_fraction
-    return StepResult(value, metrics, total_S, torch.zeros_like(total_S), "two_pass", None, padding)
+    zeros_S = torch.zeros_like(policy_S)
+    return StepResult(value, metrics, policy_S, zeros_S, "two_pass", None, micro.padding_fraction)
 
 
 def is_coupled(traits: Traits, *, on_policy: bool) -> bool:
-    """Whether a sequence's coefficient depends on other sequences' log-probs under the present weights."""
+    """Tell whether a sequence's coefficient depends on other sequences' log-probs under the current weights."""
     return traits.coupled or (on_policy and traits.old_in_advantages)
 
 
@@ -157,151 +165,178 @@ def _cheapest(engine: Engine, batch: StepBatch, *, coupled: bool) -> PassMode:
     return "two_pass" if coupled else "single_pass"
 
 
-def _known(engine: Engine, cut: Cut, batch: StepBatch, mode: PassMode, traits: Traits) -> list[TokenLogp] | None:
-    """Log-probs and lse [N] of each of this rank's micro-batches where the mode has them before backward."""
-    if mode == "single_pass":
-        return None
+def _objective(step: _Step, mode: PassMode) -> Objective:
+    """Return the objective that backward calls for each micro-batch, chosen once by mode."""
     if mode == "two_pass":
-        return engine.forward(cut.batches, entropy=traits.entropy, accuracy=traits.accuracy)
-    if batch.current is None:
-        raise ValueError("known_scores needs scores under the present weights")
-    current = batch.current
-    empty = torch.zeros(0)
+        forward = step.engine.forward(step.micro.batches, Want(step.traits.entropy, step.traits.accuracy))
+        return _with_known_scores(step, forward)
+    if mode == "known_scores":
+        return _with_known_scores(step, _current_scores(step))
+    return _in_one_pass_linear(step) if step.traits.linear else _in_one_pass(step)
+
+
+def _with_known_scores(step: _Step, known: Sequence[TokenLogp]) -> Objective:
+    """Back-propagate with coefficients computed from log-probs [N] that are known before backward."""
+    batch_S = None if step.traits.level == "token" else _batch_coefficients(step, known)
+
+    def objective(index: int, head: Head) -> tuple[Tensor, _Payload]:
+        micro, before = step.micro.batches[index], known[index]
+        if batch_S is None:
+            coefficients = _token_coefficients(step, micro, before.logp_N)
+        else:
+            coefficients = _spread(batch_S[list(micro.members)], micro, before.logp_N)
+        value, again = head.weighted(coefficients.token_N, before.lse_N)
+        gap = 0.0
+        if len(before.logp_N):
+            gap = float((again.logp_N - before.logp_N).abs().where(head.formed_N(), 0.0).max())
+        return value, _payload(step, micro, before, coefficients, gap)
+
+    return objective
+
+
+def _in_one_pass(step: _Step) -> Objective:
+    """Compute each micro-batch's log-probs and back-propagate at once."""
+
+    def objective(index: int, head: Head) -> tuple[Tensor, _Payload]:
+        micro = step.micro.batches[index]
+        output = head.logp(entropy=step.traits.entropy, accuracy=step.traits.accuracy)
+        coefficients = _local_coefficients(step, micro, output.logp_N.detach())
+        value = (coefficients.token_N * output.logp_N).sum()
+        return value, _payload(step, micro, output, coefficients)
+
+    return objective
+
+
+def _in_one_pass_linear(step: _Step) -> Objective:
+    """Back-propagate a linear loss at once: its coefficients are constants, so zeros serve as log-probs."""
+
+    def objective(index: int, head: Head) -> tuple[Tensor, _Payload]:
+        micro = step.micro.batches[index]
+        coefficients = _local_coefficients(step, micro, torch.zeros(len(micro.target_N), device=step.engine.device))
+        value, output = head.weighted(coefficients.token_N, accuracy=step.traits.accuracy)
+        if "loss" in coefficients.sums:  # of a token-level loss: computed at zero log-probs, so replaced
+            share = float((coefficients.token_N.to(output.logp_N.dtype) * output.logp_N).sum())
+            sums = {**coefficients.sums, "loss": share}
+            coefficients = Coefficients(coefficients.token_N, coefficients.member_S, sums)
+        return value, _payload(step, micro, output, coefficients)
+
+    return objective
+
+
+def _payload(
+    step: _Step, micro: MicroBatch, output: TokenLogp, coefficients: Coefficients, gap: float = 0.0
+) -> _Payload:
+    logp_N = output.logp_N.detach()
+    policy_S = segment_sum(logp_N, micro.seq_N.to(logp_N.device), len(micro.members)).cpu()
+    gap_sum = gap_max = 0.0
+    if step.batch.on_policy:
+        members = [step.batch.sequences[member] for member in micro.members]
+        gap_sum, gap_max = mismatch(members, logp_N.cpu())
+    return _Payload(policy_S, coefficients, measured_sums(output), gap, gap_sum, gap_max)
+
+
+def _current_scores(step: _Step) -> list[TokenLogp]:
+    """Return log-probs and lse [N] of this rank's micro-batches from scores under the current weights."""
+    current = step.batch.current
+    if current is None:
+        raise ValueError("known_scores needs scores under the current weights")
+    device = step.engine.device
     return [
         TokenLogp(
-            torch.cat([empty, *(need(current[place].logp_N) for place in micro.members)]).to(engine.device),
-            torch.cat([empty, *(need(current[place].lse_N) for place in micro.members)]).to(engine.device),
+            cat_tokens(current[member].logp_N for member in micro.members).to(device),
+            cat_tokens(current[member].lse_N for member in micro.members).to(device),
         )
-        for micro in cut.batches
+        for micro in step.micro.batches
     ]
 
 
-def _sums(found: TokenLogp) -> tuple[float, float]:
-    """Return (entropy, correct tokens) summed over a micro-batch, NaN where not asked for."""
-    entropy, correct = (
-        float("nan") if value_N is None else float(value_N.detach().double().sum())
-        for value_N in (found.entropy_N, found.correct_N)
-    )
-    return entropy, correct
+def _batch_coefficients(step: _Step, known: Sequence[TokenLogp]) -> Tensor:
+    """Return dL/ds [S] of the global batch from the log-probs of every rank's micro-batches."""
+    policy_S = torch.zeros(len(step.batch.sequences), dtype=torch.float64)
+    for micro, before in zip(step.micro.batches, known, strict=False):
+        policy_S[list(micro.members)] = segment_sum(before.logp_N.cpu(), micro.seq_N, len(micro.members))
+    policy_S = step.engine.sum_over_data(policy_S).requires_grad_()
+    return _gradient(step.loss(step.scores_at(policy_S)), policy_S)
+
+
+def _local_coefficients(step: _Step, micro: MicroBatch, logp_N: Tensor) -> Coefficients:
+    """Return a micro-batch's coefficients, which must depend on nothing outside it."""
+    if step.traits.level == "token":
+        return _token_coefficients(step, micro, logp_N)
+    policy_S = segment_sum(logp_N.cpu(), micro.seq_N, len(micro.members)).requires_grad_()
+    return _spread(_gradient(step.loss(step.scores_at(policy_S, micro.members)), policy_S), micro, logp_N)
+
+
+def _spread(member_S: Tensor, micro: MicroBatch, logp_N: Tensor) -> Coefficients:
+    """Give each token the dL/ds of its sequence."""
+    return Coefficients(member_S[micro.seq_N].to(logp_N.device, logp_N.dtype), member_S, {})
+
+
+def _token_coefficients(step: _Step, micro: MicroBatch, logp_N: Tensor) -> Coefficients:
+    policy_T = logp_N.detach().cpu().clone().requires_grad_()
+    part = step_tokens(step.scores.part(micro.members), step.batch, micro.members, policy_T)
+    out = step.loss(part)
+    gradient_T = _gradient(out, policy_T)
+    mean_S = segment_sum(gradient_T, micro.seq_N, len(micro.members)) / part.length_S
+    sums = {"loss": float(out.loss.detach())} | {name: float(value) for name, value in out.metrics.items()}
+    return Coefficients(gradient_T.to(logp_N.device, logp_N.dtype), mean_S, sums)
+
+
+def _gradient(out: LossOut, leaf: Tensor) -> Tensor:
+    """Return d loss / d leaf; zeros where the loss does not depend on it."""
+    return torch.autograd.grad(out.loss, leaf)[0] if out.loss.requires_grad else torch.zeros_like(leaf)
 
 
 def _auxiliary(engine: Engine) -> dict[str, float]:
-    """The experts' auxiliary loss, which is part of the reported one, where it is on."""
+    """Return the metric of the experts' auxiliary loss, which is part of the reported loss; {} if it is off."""
     return {"aux_loss": engine.aux_loss()} if engine.balances_experts else {}
 
 
-def _totals(scored: Sequence[Scored]) -> tuple[float, float]:
-    """Return (entropy, correct tokens) summed over sequences that are scored already, NaN where not asked for."""
-    nan = float("nan")
-    return (
-        sum(nan if one.entropy is None else one.entropy for one in scored),
-        sum(nan if one.num_correct is None else one.num_correct for one in scored),
+def _reduced_names(step: _Step, mode: PassMode) -> dict[str, list[str]]:
+    """Return the names of numbers to sum over micro-batches; from the traits, so that ranks without a head agree."""
+    traits = step.traits
+    shares = ["loss", *traits.token_metrics] if traits.level == "token" else []
+    entropy = traits.entropy and not (mode == "single_pass" and traits.linear)  # which computes no entropy
+    measured = [*["entropy"] * entropy, *["token_accuracy"] * traits.accuracy] if mode != "known_scores" else []
+    return {"shares": shares, "measured": measured, "mismatch": ["mismatch"]}
+
+
+def _reduce(step: _Step, payloads: Sequence[_Payload], names: Mapping[str, list[str]]) -> dict[tuple[str, str], Tensor]:
+    """Sum the numbers of all data ranks' micro-batches by (kind, name), and those by sequence; one collective."""
+    sums = {(kind, name): torch.zeros((), dtype=torch.float64) for kind in names for name in names[kind]}
+    policy_S, coefficient_S = (torch.zeros(len(step.batch.sequences), dtype=torch.float64) for _ in range(2))
+    for micro, payload in zip(step.micro.batches, payloads, strict=False):
+        policy_S[list(micro.members)] = payload.policy_S
+        coefficient_S[list(micro.members)] = payload.coefficients.member_S.double()
+        mismatch_sum = {"mismatch": payload.mismatch_sum}
+        values = {"shares": payload.coefficients.sums, "measured": payload.measured, "mismatch": mismatch_sum}
+        for kind, name in sums:
+            sums[kind, name] += values[kind][name]
+    return sum_by_name(
+        step.engine, {("sequences", "policy"): policy_S, ("sequences", "coefficient"): coefficient_S} | sums
     )
 
 
-def _reported(sums: Sequence[float], scores: Scores, traits: Traits) -> dict[str, float]:
-    """What the loss reports of the distributions, means over the global batch's scored tokens."""
-    found = {"entropy": sums[0]} if traits.entropy else {}
-    found |= {"token_accuracy": sums[1]} if traits.accuracy else {}
-    return {name: value / scores.num_tokens for name, value in found.items() if value == value}
-
-
-def _differentiate(scores: Scores, loss: LossConfig, leaf: Tensor) -> tuple[Tensor, tuple[float, ...]]:
-    """(d loss / d leaf, (loss, metrics in the order of their names))."""
-    out = LOSSES[loss.name].function(scores, loss)
-    gradient = torch.zeros_like(leaf)
-    if out.loss.requires_grad:
-        gradient = torch.autograd.grad(out.loss, leaf)[0]
-    return gradient, (float(out.loss.detach()), *(float(out.metrics[name]) for name in sorted(out.metrics)))
-
-
-def _coefficient_function(
-    engine: Engine,
-    batch: StepBatch,
-    cut: Cut,
-    loss: LossConfig,
-    scores: Scores,
-    known: list[TokenLogp] | None,
-) -> _Coefficients:
-    """How a micro-batch's log-probs become its tokens' coefficients."""
-    if loss.traits().level == "token":
-        return lambda place, logp_N: _token_coefficients(batch, cut.batches[place], loss, scores, logp_N)
-    if known is None:
-        return lambda place, logp_N: _local_coefficients(batch, cut.batches[place], loss, scores, logp_N)
-    total_S = torch.zeros(len(batch.sequences), dtype=torch.float64)
-    for micro, found in zip(cut.batches, known, strict=False):
-        total_S[list(micro.members)] = segment_sum(found.logp_N.cpu(), micro.seq_N, len(micro.members))
-    total_S = engine.sum_over_data(total_S).requires_grad_()
-    coefficient_S, _ = _differentiate(with_sums(scores, batch, total_S), loss, total_S)
-
-    def of_members(place: int, logp_N: Tensor) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-        micro = cut.batches[place]
-        mine_S = coefficient_S[list(micro.members)]
-        return mine_S[micro.seq_N].to(logp_N.device, logp_N.dtype), mine_S, ()
-
-    return of_members
-
-
-def _local_coefficients(
-    batch: StepBatch, micro: MicroBatch, loss: LossConfig, scores: Scores, logp_N: Tensor
-) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    total_S = segment_sum(logp_N.cpu(), micro.seq_N, len(micro.members)).requires_grad_()
-    coefficient_S, _ = _differentiate(with_sums(part_scores(scores, micro.members), batch, total_S), loss, total_S)
-    return coefficient_S[micro.seq_N].to(logp_N.device, logp_N.dtype), coefficient_S, ()
-
-
-def _token_coefficients(
-    batch: StepBatch, micro: MicroBatch, loss: LossConfig, scores: Scores, logp_N: Tensor
-) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    policy_T = logp_N.detach().cpu().clone().requires_grad_()
-    part = with_tokens(part_scores(scores, micro.members), batch, micro.members, policy_T)
-    gradient_T, share = _differentiate(part, loss, policy_T)
-    mean_S = segment_sum(gradient_T, micro.seq_N, len(micro.members)) / part.length_S
-    return gradient_T.to(logp_N.device, logp_N.dtype), mean_S, share
-
-
-def _result(
-    engine: Engine,
-    batch: StepBatch,
-    cut: Cut,
-    loss: LossConfig,
-    scores: Scores,
-    payloads: Sequence[_Payload],
-    mode: PassMode,
-) -> StepResult:
-    """Put the micro-batches' parts together, alike on every rank."""
-    count = len(batch.sequences)
-    total_S, coefficient_S = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    traits = loss.traits()
-    names = _share_names(batch, loss, scores) if traits.level == "token" else []
-    share, seen = torch.zeros(1 + len(names), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    for micro, payload in zip(cut.batches, payloads, strict=False):
-        total_S[list(micro.members)] = payload.total_S
-        coefficient_S[list(micro.members)] = payload.coefficient_S.double()
-        share += torch.tensor(payload.share, dtype=torch.float64) if traits.level == "token" else 0
-        seen += torch.tensor((*payload.seen, payload.mismatch[0]), dtype=torch.float64)
-    total_S, coefficient_S, share, seen = engine.sum_over_data(torch.cat((total_S, coefficient_S, share, seen))).split(
-        (count, count, len(share), 3)
-    )
-    if traits.level == "token":
-        value, metrics = float(share[0]), dict(zip(names, share[1:].tolist(), strict=True))
+def _result(step: _Step, payloads: Sequence[_Payload], mode: PassMode) -> StepResult:
+    """Combine the micro-batches' payloads into the step's result, the same on every rank."""
+    engine, batch, names = step.engine, step.batch, _reduced_names(step, mode)
+    sums = _reduce(step, payloads, names)
+    policy_S, coefficient_S = sums["sequences", "policy"], sums["sequences", "coefficient"]
+    shares, measured = ({name: float(sums[kind, name]) for name in names[kind]} for kind in ("shares", "measured"))
+    if step.traits.level == "token":
+        value, metrics = shares.pop("loss"), shares
     else:
-        out = LOSSES[loss.name].function(with_sums(scores, batch, total_S), loss)
+        out = step.loss(step.scores_at(policy_S))
         value, metrics = float(out.loss), {name: float(metric) for name, metric in out.metrics.items()}
-    sums = _totals(batch.current) if mode == "known_scores" and batch.current is not None else seen[:2].tolist()
-    metrics |= _reported(sums, scores, traits) | _auxiliary(engine)
+    if mode == "known_scores" and batch.current is not None:
+        measured = scored_sums(batch.current, step.traits)
+    metrics |= token_means(measured, step.scores.num_tokens) | _auxiliary(engine)
     if batch.on_policy:
-        largest = engine.max_over_job(max((payload.mismatch[1] for payload in payloads), default=0.0))
-        metrics |= mismatch_metrics(batch.sequences, float(seen[2]), largest)
+        largest = engine.max_over_job(max((payload.mismatch_max for payload in payloads), default=0.0))
+        metrics |= mismatch_metrics(batch.sequences, float(sums["mismatch", "mismatch"]), largest)
     value += metrics.get("aux_loss", 0.0)
     gap = None
     if mode != "single_pass":
         # torch's maximum keeps a NaN, Python's may drop it.
         gap = engine.max_over_job(float(torch.tensor([0.0, *(payload.gap for payload in payloads)]).max()))
-    return StepResult(value, metrics, total_S, coefficient_S, mode, gap, cut.padding_fraction)
-
-
-def _share_names(batch: StepBatch, loss: LossConfig, scores: Scores) -> list[str]:
-    """The metrics of a token-level loss, learnt from an empty share, so that ranks without a head know them too."""
-    empty = with_tokens(part_scores(scores, ()), batch, (), torch.zeros(0))
-    return sorted(LOSSES[loss.name].function(empty, loss).metrics)
+    return StepResult(value, metrics, policy_S, coefficient_S, mode, gap, step.micro.padding_fraction)

@@ -1,22 +1,32 @@
-"""Losses: one file each; importing this package registers them all."""
+"""Registers the losses, one module each: importing this package imports every module in it."""
 
-from megalign.losses import dpo, epa, grpo, gvpo, poft, rloo, sft
-from megalign.losses.base import LOSSES, Loss, LossConfig, LossOut, Scores, Traits, choose_loss, prepared
+from megalign.data.group import Pairing
+from megalign.losses.base import (
+    LOSSES,
+    Loss,
+    LossConfig,
+    LossOut,
+    Scores,
+    Traits,
+    choose_loss,
+    loss,
+    loss_function,
+    prepared,
+)
+from megalign.modules import import_modules
+
+import_modules(__name__, __path__)
 
 __all__ = [
     "LOSSES",
     "Loss",
     "LossConfig",
     "LossOut",
+    "Pairing",
     "Scores",
     "Traits",
     "choose_loss",
-    "dpo",
-    "epa",
-    "grpo",
-    "gvpo",
-    "poft",
+    "loss",
+    "loss_function",
     "prepared",
-    "rloo",
-    "sft",
 ]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from pydantic import PositiveFloat
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from megalign.data.group import Pairing
 from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
-from megalign.losses.groups import group_sum, implicit_reward_fit, reward_mean
+from megalign.losses.group_means import chosen_less_rejected, implicit_reward_fit, reward_mean
 
 
 class DpoConfig(LossConfig):
     name: Literal["dpo"] = "dpo"
     beta: PositiveFloat = 0.1
+    """Scale of the implicit reward (beta x log-ratio to the reference); larger keeps the policy nearer to the
+    reference."""
     variant: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Form of the contrast: sigmoid is DPO, ipo the squared one of IPO, which does not run off when pairs are
+    certain."""
 
     def traits(self) -> Traits:
         return Traits(Pairing("preference"), coupled=True, reference=True)
@@ -24,7 +28,7 @@ class DpoConfig(LossConfig):
 
 @loss(DpoConfig)
 def dpo(scores: Scores, cfg: DpoConfig) -> LossOut:
-    """Contrast of the chosen with the rejected response, mean over groups.
+    """Return the contrast of the chosen with the rejected response, mean over groups.
 
     Metrics are of the implicit reward, beta times the log-ratio to the reference (summed over tokens, for IPO too):
     its mean over chosen and rejected, their margin, how often chosen is above, and its fit to known true rewards.
@@ -33,10 +37,7 @@ def dpo(scores: Scores, cfg: DpoConfig) -> LossOut:
     ipo = cfg.variant == "ipo"
     ratio_S = scores.policy_S - scores.reference_S
     chosen_S, rejected_S = scores.of_role("chosen"), scores.of_role("rejected")
-
-    def contrast(value_S: Tensor) -> Tensor:
-        return group_sum(value_S.where(chosen_S, -value_S), scores.group_S, scores.num_groups)[chosen_S]
-
+    contrast = partial(chosen_less_rejected, chosen_S=chosen_S, group_S=scores.group_S, num_groups=scores.num_groups)
     gap_G = contrast(ratio_S / scores.length_S if ipo else ratio_S)
     loss_G = (gap_G - 1 / (2 * cfg.beta)).square() if ipo else -logsigmoid(cfg.beta * gap_G)
     implicit_S = cfg.beta * ratio_S.detach()

@@ -10,16 +10,22 @@ from torch import Tensor
 
 from megalign.data.group import Pairing
 from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
-from megalign.losses.groups import group_logsumexp, group_sum, implicit_reward_fit, reward_mean
+from megalign.losses.group_means import group_logsumexp, group_sum, implicit_reward_fit, reward_mean
 
 
 class EpaConfig(LossConfig):
     name: Literal["epa"] = "epa"
     beta: PositiveFloat = 0.1
-    strong: PositiveInt = 1  # worse responses to the same prompt
-    weak: NonNegativeInt = 2  # responses of other prompts
+    """Scale of the implicit reward (beta x log-ratio to the reference); larger keeps the policy nearer to the
+    reference."""
+    strong: PositiveInt = 1
+    """Number of worse responses to the same prompt that the positive is contrasted with."""
+    weak: NonNegativeInt = 2
+    """Number of responses of other prompts that it is contrasted with; each costs a forward and backward pass."""
     strong_from: Literal["lowest", "random", "all"] = "lowest"
+    """Choice among the worse responses: those with the lowest reward, random ones, or all."""
     weak_from: Literal["any", "positives"] = "any"
+    """Responses of other prompts to draw from: any, or only their positives."""
 
     def traits(self) -> Traits:
         pairing = Pairing("contrast", self.strong, self.weak, self.strong_from, self.weak_from)
@@ -28,7 +34,7 @@ class EpaConfig(LossConfig):
 
 @loss(EpaConfig)
 def epa(scores: Scores, cfg: EpaConfig) -> LossOut:
-    """Minus log share of the positive among exponentials of implicit rewards, mean over groups."""
+    """Return the mean over groups of -log of the positive's share among exponentials of implicit rewards."""
     assert scores.reference_S is not None
     implicit_S = cfg.beta * (scores.policy_S - scores.reference_S)
     positive_S = scores.of_role("positive")
@@ -39,7 +45,7 @@ def epa(scores: Scores, cfg: EpaConfig) -> LossOut:
 
 
 def _metrics(scores: Scores, implicit_S: Tensor) -> dict[str, Tensor]:
-    """Mean implicit reward by role, share of negatives below their positive, and the fit to known true rewards."""
+    """Return the mean implicit reward by role, the share of negatives below it, and the fit to true rewards."""
     metrics = {}
     positive_S, weak_S = scores.of_role("positive"), scores.of_role("weak")
     of_positive_S = group_sum(implicit_S.where(positive_S, 0), scores.group_S, scores.num_groups)

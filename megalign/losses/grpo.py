@@ -19,16 +19,23 @@ from torch import Tensor
 from megalign.data.group import Pairing
 from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
 from megalign.losses.clipping import bounded_exp, clipped_loss
-from megalign.losses.groups import center_rewards, group_sum
+from megalign.losses.group_means import center_rewards, group_sum
 
 
 class GrpoConfig(LossConfig):
     name: Literal["grpo"] = "grpo"
     variant: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    beta: NonNegativeFloat = 0.0  # weight of the k3 estimate of KL(policy, reference)
+    """Form of the loss: grpo, dr_grpo (no division by deviation and length) or dapo (mean over all tokens, higher
+    clip)."""
+    beta: NonNegativeFloat = 0.0
+    """Weight of the k3 estimate of KL(policy, reference), e^d - d - 1 with d = log(reference / policy) by token; 0
+    needs no reference."""
     clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
-    clip_high: PositiveFloat = 0.2  # for dapo 0.28 where it is not given
-    max_response_length: PositiveInt | None = None  # dr_grpo's divisor, required there and refused elsewhere
+    """Distance below 1 at which the ratio to the old policy is clipped."""
+    clip_high: PositiveFloat = 0.2
+    """Distance above 1 at which the ratio is clipped; 0.28 for dapo unless given."""
+    max_response_length: PositiveInt | None = None
+    """Tokens that dr_grpo divides a response's sum by; required there, refused elsewhere."""
 
     @model_validator(mode="before")
     @classmethod
@@ -48,11 +55,14 @@ class GrpoConfig(LossConfig):
         return value
 
     def traits(self) -> Traits:
-        return Traits(Pairing("samples"), level="token", reference=self.beta != 0, old=True, entropy=True)
+        names = ("reward_mean", "advantage_sq", "clip_fraction", *["kl"] * (self.beta != 0))
+        return Traits(
+            Pairing("samples"), level="token", reference=self.beta != 0, old=True, entropy=True, token_metrics=names
+        )
 
 
 def grpo_advantages(scores: Scores, cfg: GrpoConfig) -> Tensor:
-    """Float64 [S]: reward less the group's mean, by the group's unbiased deviation unless dr_grpo."""
+    """Return float64 [S]: reward less the group's mean, divided by its unbiased deviation unless dr_grpo."""
     assert scores.reward_S is not None
     centred_S = center_rewards(scores.reward_S, scores.group_S, scores.num_groups)
     if cfg.variant == "dr_grpo":
@@ -62,7 +72,7 @@ def grpo_advantages(scores: Scores, cfg: GrpoConfig) -> Tensor:
 
 
 def _token_weight(scores: Scores, cfg: GrpoConfig) -> Tensor:
-    """Float64 [S]: what one token of a sequence counts in the step's loss, global divisor inside."""
+    """Return float64 [S]: the weight of one token of a sequence in the step's loss, global divisor inside."""
     one_S = torch.ones_like(scores.length_S, dtype=torch.float64)
     if cfg.variant == "dapo":
         return one_S / scores.num_tokens
@@ -72,10 +82,10 @@ def _token_weight(scores: Scores, cfg: GrpoConfig) -> Tensor:
 
 @loss(GrpoConfig, prepare=grpo_advantages)
 def grpo(scores: Scores, cfg: GrpoConfig) -> LossOut:
-    """Clipped ratio by token times advantage, plus beta times k3 against the reference.
+    """Return the clipped surrogate by token plus beta times k3 against the reference, in the variant's mean.
 
-    Every share is a sum over tokens, so a sequence's tokens may be spread too. Metrics: clip_fraction is of tokens;
-    kl, where a reference is used, is the mean of k3 in nats a token.
+    The loss is a sum over tokens, so even one sequence's tokens may be split over micro-batches. Metrics: clip_fraction
+    is of tokens; kl, where a reference is used, is the mean of k3 in nats a token.
     """
     assert scores.policy_T is not None and scores.old_T is not None and scores.seq_T is not None
     assert scores.reward_S is not None

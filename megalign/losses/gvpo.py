@@ -8,12 +8,14 @@ from pydantic import PositiveFloat
 
 from megalign.data.group import Pairing
 from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
-from megalign.losses.groups import center_by_group, center_rewards, implicit_reward_fit
+from megalign.losses.group_means import center_by_group, center_rewards, implicit_reward_fit
 
 
 class GvpoConfig(LossConfig):
     name: Literal["gvpo"] = "gvpo"
     beta: PositiveFloat = 0.1
+    """Scale of the implicit reward (beta x log-ratio to the reference); larger keeps the policy nearer to the
+    reference."""
 
     def traits(self) -> Traits:
         return Traits(Pairing("samples"), coupled=True, reference=True, entropy=True)
@@ -21,7 +23,7 @@ class GvpoConfig(LossConfig):
 
 @loss(GvpoConfig)
 def gvpo(scores: Scores, cfg: GvpoConfig) -> LossOut:
-    """Half the unbiased variance, within a group, of implicit less true reward; mean over groups.
+    """Return half the unbiased variance, within a group, of implicit less true reward; mean over groups.
 
     Metrics: weight_sq is the mean square of the weights on grad s; kl is the mean of s - s' in nats a sequence, which
     estimates KL(policy, reference) without bias for responses the policy itself sampled, and is a plain drift (of

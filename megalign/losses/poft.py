@@ -13,8 +13,10 @@ from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
 
 class PoftConfig(LossConfig):
     name: Literal["poft"] = "poft"
-    beta: PositiveFloat = 1.0  # scale of the gap inside the sigmoid
-    gamma: float = 0.0  # margin by which the policy is to exceed the teachers
+    beta: PositiveFloat = 1.0
+    """Scale of the policy's mean log-prob less the teachers' inside the sigmoid; the paper's is 1."""
+    gamma: float = 0.0
+    """Margin by which the policy is to exceed the teachers, in nats a token after scaling."""
 
     def traits(self) -> Traits:
         return Traits(Pairing("single"), teachers=True, accuracy=True)
@@ -22,7 +24,7 @@ class PoftConfig(LossConfig):
 
 @loss(PoftConfig)
 def poft(scores: Scores, cfg: PoftConfig) -> LossOut:
-    """Preference of the policy over the aligned models on the same response, mean over groups.
+    """Return -log sigmoid of the policy's gap to the aligned models on the same response, mean over groups.
 
     Metrics: tau_mean, the mean weight on a sample's token-mean cross-entropy gradient; teacher_margin, the mean of
     policy less teachers in log-prob by token.

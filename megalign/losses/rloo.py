@@ -10,13 +10,15 @@ from torch import Tensor
 from megalign.data.group import Pairing
 from megalign.losses.base import LossConfig, LossOut, Scores, Traits, loss
 from megalign.losses.clipping import clipped_loss
-from megalign.losses.groups import center_rewards
+from megalign.losses.group_means import center_rewards
 
 
 class RlooConfig(LossConfig):
     name: Literal["rloo"] = "rloo"
-    beta: NonNegativeFloat = 0.05  # weight of old - reference, taken off the reward
+    beta: NonNegativeFloat = 0.05
+    """Weight of log old policy - log reference, taken off the reward; 0 needs no reference."""
     clip: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Distance from 1 at which the ratio of a whole response is clipped."""
 
     def traits(self) -> Traits:
         penalty = self.beta != 0
@@ -24,7 +26,7 @@ class RlooConfig(LossConfig):
 
 
 def rloo_advantages(scores: Scores, cfg: RlooConfig) -> Tensor:
-    """Float64 [S]: penalised reward less the mean over the others of its group."""
+    """Return float64 [S]: penalised reward less the mean over the others of its group."""
     assert scores.reward_S is not None
     reward_S = scores.reward_S
     if cfg.beta:
@@ -37,7 +39,7 @@ def rloo_advantages(scores: Scores, cfg: RlooConfig) -> Tensor:
 
 @loss(RlooConfig, prepare=rloo_advantages)
 def rloo(scores: Scores, cfg: RlooConfig) -> LossOut:
-    """Clipped ratio of whole sequences times advantage, mean over a group's responses, then over groups.
+    """Return the clipped surrogate of whole sequences, mean over a group's responses, then over groups.
 
     Metrics: clip_fraction is of sequences; kl, where a reference is used, is the mean of old - reference in nats a
     sequence, which estimates KL(old, reference) because old sampled the responses.

@@ -17,6 +17,6 @@ class SftConfig(LossConfig):
 
 @loss(SftConfig)
 def sft(scores: Scores, cfg: SftConfig) -> LossOut:
-    """Negative log-probability by response token, mean over all response tokens of the global batch."""
+    """Return the mean negative log-prob by token over all response tokens of the global batch."""
     assert scores.policy_T is not None
     return LossOut(-scores.policy_T.double().sum() / scores.num_tokens)

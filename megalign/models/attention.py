@@ -1,6 +1,6 @@
-"""Self-attention of a layer, from hidden state to what it adds to the residual stream: by heads, or latent.
+"""Implements a layer's self-attention, from hidden states to the output projection: grouped-query or latent.
 
-Built on Megatron's parallel linear layers, whose names its parameters have. Axes: L token positions of this context
+Built on Megatron's parallel linear layers and their parameter names. Axes: L token positions of this context
 rank, N heads of this tensor rank, K key/value heads, G queries a key, D head dimension.
 """
 
@@ -21,20 +21,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalign.convert.model_config import ModelConfig
-from megalign.models.layers import PackedAttention, RMSNorm, Scores, SplitRMSNorm, split_over_tensor_ranks
-from megalign.models.rope import turn
+from megalign.model_config import ModelConfig
+from megalign.models.layers import RMSNorm, SplitRMSNorm, split_over_tensor_ranks
+from megalign.models.packed_attention import PackedAttention, Scores
+from megalign.models.rope import rotate
 
-LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever rms_norm_eps says
+LATENT_NORM_EPS = 1e-6  # fixed in DeepSeek's code, whatever rms_norm_eps says
 
 
 class Residual(MegatronModule):
-    """The last step of attention or MLP before the residual stream: bias, norm, scale, where a model has them."""
+    """Applies bias, post-norm and residual scale, where a model has them, to the output of attention or MLP."""
 
     post_norm: RMSNorm | None
 
     def add_last_step(self, model: ModelConfig, config: TransformerConfig) -> None:
-        """Make the norm; called once, from `__init__`."""
+        """Create the post-norm; called once, from `__init__`."""
         self.residual_scale = model.residual_scale
         self.post_norm = None
         if model.post_norm:
@@ -43,7 +44,7 @@ class Residual(MegatronModule):
             )
 
     def last_step(self, output: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Megatron adds a bias that is left over itself."""
+        """Return (output with post-norm and scale applied, bias that Megatron still has to add)."""
         if self.post_norm is None and self.residual_scale == 1.0:
             return output, bias
         output = output if bias is None else output + bias
@@ -52,19 +53,19 @@ class Residual(MegatronModule):
 
 
 class ResidualMLP(MLP, Residual):
-    """Megatron's MLP with the last step."""
+    """Adds the post-norm and residual scale to Megatron's MLP."""
 
     def __init__(self, config: TransformerConfig, submodules: Any, *, model: ModelConfig, **_: Any) -> None:
         super().__init__(config, submodules, ffn_hidden_size=model.ffn_size)
         self.add_last_step(model, config)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """What the MLP adds, and no bias that is left over."""
+        """Return the MLP's output (residual not added) and the bias Megatron adds later."""
         return self.last_step(*super().forward(hidden_states, *args, **kwargs))
 
 
 class Attention(Residual):
-    """What both kinds share: the scores, the output projection, the recomputation."""
+    """Computes the steps that both kinds of attention share: scores, output projection and recomputation."""
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, layer_number: int, pg_collection: Any) -> None:
         super().__init__(config=config)
@@ -93,7 +94,7 @@ class Attention(Residual):
         self.add_last_step(model, config)
 
     def column_parallel(self, columns: int, rows: int, *, bias: bool = False) -> ColumnParallelLinear:
-        """A linear layer whose rows are cut over tensor ranks."""
+        """Create a linear layer whose rows are sharded over tensor ranks."""
         return ColumnParallelLinear(
             columns,
             rows,
@@ -109,13 +110,13 @@ class Attention(Residual):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor, *, rotary_pos_emb: Tensor, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [L or L/tp, 1, H] -> what they get more, and a bias that is still to be added.
+        """Return the attention output [L or L/tp, 1, H] (residual not added) and the bias Megatron adds later.
 
-        attention_mask: the slots' borders, because that is the one tensor that Megatron hands through blocks, layers
-        and recomputation unchanged. rotary_pos_emb: what `models.rope.Rotary` gives.
+        attention_mask: the slots' borders (cu_seqlens), because it is the one tensor that Megatron passes unchanged
+        through blocks, layers and recomputation. rotary_pos_emb: the tables of `models.rope.Rotary`.
         """
-        turning = None if self.rope_kind is None else rotary_pos_emb[self.rope_kind]
-        inputs = [*self.heads(hidden_states, turning), attention_mask]
+        cos_sin = None if self.rope_kind is None else rotary_pos_emb[self.rope_kind]
+        inputs = [*self.heads(hidden_states, cos_sin), attention_mask]
         if self.model.sinks:
             inputs.append(self.sinks)
         if self.recomputes and self.training:
@@ -124,22 +125,22 @@ class Attention(Residual):
             context = self.core_attention(*inputs)
         return self.last_step(*self.linear_proj(context.reshape(context.shape[0], 1, -1)))
 
-    def heads(self, hidden_states: Tensor, turning: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [L, N, D], key [L, K, D] and value [L, K, V], turned."""
+    def heads(self, hidden_states: Tensor, cos_sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute query [L, N, D], key [L, K, D] and value [L, K, V], rotary positions applied."""
         raise NotImplementedError
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Megatron's description of the parameters for `dist_checkpointing`."""
-        found: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        """Return Megatron's sharded tensors of the parameters for `dist_checkpointing`."""
+        sharded: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.model.sinks:
-            found |= split_over_tensor_ranks(self, ("sinks",), prefix, sharded_offsets, metadata)
-        return found
+            sharded |= split_over_tensor_ranks(self, ("sinks",), prefix, sharded_offsets, metadata)
+        return sharded
 
 
 class GroupedAttention(Attention):
-    """Queries in groups that share a key and a value."""
+    """Computes grouped-query attention: groups of queries share a key and a value."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, *, model: ModelConfig, pg_collection: Any, **_: Any
@@ -153,14 +154,14 @@ class GroupedAttention(Attention):
                 for _ in range(2)
             )
         elif model.qk_norm == "all":
-            # Not called *_layernorm: Megatron sums the gradients of what is over ranks, and these are cut.
+            # Not called *_layernorm: Megatron sums gradients of such names over ranks, and these are sharded.
             sizes = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim)
             self.query_norm, self.key_norm = (
                 SplitRMSNorm(config, size // self.tp_group.size(), eps=model.norm_eps, group=self.tp_group)
                 for size in sizes
             )
 
-    def heads(self, hidden_states: Tensor, turning: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, hidden_states: Tensor, cos_sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         model = self.model
         mixed, _ = self.linear_qkv(hidden_states)
         queries = model.num_heads // model.num_kv_heads
@@ -172,16 +173,16 @@ class GroupedAttention(Attention):
         elif model.qk_norm == "all":
             query = self.query_norm(query.flatten(1)).view_as(query)
             key = self.key_norm(key.flatten(1)).view_as(key)
-        if turning is not None:
-            query = turn(query, turning, interleaved=self.interleaved)
-            key = turn(key, turning, interleaved=self.interleaved)
+        if cos_sin is not None:
+            query = rotate(query, cos_sin, interleaved=self.interleaved)
+            key = rotate(key, cos_sin, interleaved=self.interleaved)
         return query, key, value
 
 
 class LatentAttention(Attention):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), as it is trained: nothing absorbed.
+    """Computes multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), without absorbed matrices.
 
-    What leads to the latent vectors is whole on every tensor rank; what leads from them to heads is cut.
+    Projections to the latent vectors are replicated on tensor ranks; projections from them to heads are sharded.
     """
 
     def __init__(
@@ -206,9 +207,9 @@ class LatentAttention(Attention):
             latent.rank, model.num_heads * (latent.nope_dim + latent.value_dim)
         )
 
-    def heads(self, hidden_states: Tensor, turning: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, hidden_states: Tensor, cos_sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         model, latent = self.model, self.latent
-        assert turning is not None
+        assert cos_sin is not None
         if latent.query_rank is None:
             query, _ = self.linear_q_proj(hidden_states)
         else:
@@ -221,20 +222,20 @@ class LatentAttention(Attention):
         key_LND, value_LNV = up.view(up.shape[0], -1, latent.nope_dim + latent.value_dim).split(
             [latent.nope_dim, latent.value_dim], dim=-1
         )
-        # Every rank's heads use the one key that turns: its gradient is the sum over ranks.
+        # Every rank's heads use the one rotary key: its gradient is the sum over ranks.
         if self.config.sequence_parallel:
             shared_key = gather_from_sequence_parallel_region(shared_key, group=self.tp_group)
         elif self.tp_group.size() > 1:
             shared_key = copy_to_tensor_model_parallel_region(shared_key, group=self.tp_group)
-        still, turned = query_LND.split([latent.nope_dim, model.rope.dim], dim=-1)
-        query_LND = torch.cat((still, turn(turned, turning, interleaved=self.interleaved)), dim=-1)
-        shared_L1D = turn(shared_key, turning, interleaved=self.interleaved)
+        plain, rotary_part = query_LND.split([latent.nope_dim, model.rope.dim], dim=-1)
+        query_LND = torch.cat((plain, rotate(rotary_part, cos_sin, interleaved=self.interleaved)), dim=-1)
+        shared_L1D = rotate(shared_key, cos_sin, interleaved=self.interleaved)
         key_LND = torch.cat((key_LND, shared_L1D.expand(-1, key_LND.shape[1], -1)), dim=-1)
         return query_LND, key_LND, value_LNV
 
 
 class WholeLinear(MegatronModule):
-    """A linear layer that every tensor rank has whole, in the form of Megatron's: (output, no bias left to add)."""
+    """Applies a linear layer replicated on every tensor rank; returns (output, None) as Megatron's layers do."""
 
     def __init__(self, config: TransformerConfig, columns: int, rows: int, *, bias: bool) -> None:
         super().__init__(config=config)

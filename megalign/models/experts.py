@@ -1,14 +1,15 @@
-"""The router of a mixture of experts, with an auxiliary loss that does not depend on how the work is cut.
+"""Implements the router of a mixture of experts, with an auxiliary loss that is the same for every layout and packing.
 
 The loss is coefficient x sum over layers of E x sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, equation 4): f_e
-the share of (token, choice) pairs of the global batch that go to expert e, P_e the mean softmax probability of e, both
-over real tokens. A forward pass without gradient counts both; the f_e of the whole job then enter the next backward
-pass as constants, so that the loss is a sum over tokens. Axes: T token positions on this rank, E experts.
+the fraction of (token, choice) pairs of the global batch that are routed to expert e, P_e the mean softmax probability
+of e, both over real tokens. A forward pass without gradient counts both; the f_e of the whole job then enter the next
+backward pass as constants, so that the loss is a sum over tokens. Axes: T token positions on this rank, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -17,11 +18,11 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from megalign.convert.model_config import MoeConfig
+from megalign.model_config import MoeConfig
 
 
 class OwnOutputLinear(RowParallelLinear):
-    """An expert's second matrix; Megatron adds the bias to its output in place, which autograd forbids on a view."""
+    """Clones an expert's output: Megatron adds the bias to it in place, which autograd forbids on a view."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(x)
@@ -29,47 +30,47 @@ class OwnOutputLinear(RowParallelLinear):
 
 
 class BalancedRouter(TopKRouter):
-    """Megatron's router; `counts_2E` and `pull_E` are the engine's to read and to set, and None where it has none."""
+    """Adds the auxiliary loss and its statistics to Megatron's router, inside `counting` and `balancing`."""
 
     def __init__(self, *args: Any, moe: MoeConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.moe = moe
         if moe.selection_bias:
-            # Megatron's is a buffer, which it moves by itself; here it stays as the checkpoint has it.
+            # Megatron updates its own buffer by the experts' load; here the routing bias stays as in the checkpoint.
             del self.expert_bias
             bias_E = nn.Parameter(torch.zeros(moe.num_experts, dtype=torch.float32), requires_grad=False)
             self.register_parameter("expert_bias", bias_E)
         self.counts_2E: Tensor | None = None  # float64: (token, choice) pairs, sums of probabilities
-        self.pull_E: Tensor | None = None  # fp32: the loss's derivative by a real token's probability of each expert
+        self.gradient_E: Tensor | None = None  # fp32: d loss / d a real token's probability of each expert
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(weights of the chosen experts, which they are), [T, E] each; padding_mask: what is not counted."""
+        """Return (routing weights, chosen mask), [T, E] each; padding_mask: tokens left out of the statistics."""
         plain = self.moe.score == "softmax" and self.moe.groups == 1
         probs_TE, chosen_TE = super().routing(logits) if plain else self._choose(logits.view(-1, self.num_experts))
         training = self.training and torch.is_grad_enabled()
-        if padding_mask is None or (self.pull_E if training else self.counts_2E) is None:
+        if padding_mask is None or (self.gradient_E if training else self.counts_2E) is None:
             return probs_TE, chosen_TE
         real_T1 = ~padding_mask.reshape(-1, 1)
         softmax_TE = self._scores(logits.view(-1, logits.shape[-1]), share=True)
         if training:
-            assert self.pull_E is not None
-            loss = (softmax_TE * real_T1 * self.pull_E).sum()
+            assert self.gradient_E is not None
+            loss = (softmax_TE * real_T1 * self.gradient_E).sum()
             return MoEAuxLossAutoScaler.apply(probs_TE, loss), chosen_TE
         if not self.training and self.counts_2E is not None:
             self.counts_2E += torch.stack(
-                [(one * real_T1).sum(dim=0, dtype=torch.float64) for one in (chosen_TE, softmax_TE)]
+                [(value_TE * real_T1).sum(dim=0, dtype=torch.float64) for value_TE in (chosen_TE, softmax_TE)]
             )
         return probs_TE, chosen_TE
 
     def _scores(self, logits_TE: Tensor, *, share: bool = False) -> Tensor:
-        """What experts are chosen and weighed by; share: of all experts' together."""
+        """Return router scores (softmax or sigmoid); share=True normalises them to sum to one."""
         if self.moe.score == "softmax":
             return logits_TE.softmax(dim=-1)
         scores_TE = logits_TE.sigmoid()
         return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20) if share else scores_TE
 
     def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights, chosen), by the best groups first (DeepSeek-V2, section 2.2.2; -V3, section 2.1.2)."""
+        """Return (routing weights, chosen mask), group-limited (DeepSeek-V2, section 2.2.2; -V3, section 2.1.2)."""
         moe, scores_TE = self.moe, self._scores(logits_TE)
         choice_TE = scores_TE.detach()
         if moe.selection_bias:
@@ -87,8 +88,33 @@ class BalancedRouter(TopKRouter):
         return weights_TE * moe.scale, chosen_TE
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Whatever the model's dtype becomes, the bias of the choice stays in fp32."""
+        """Convert the module but keep the routing bias (e_score_correction_bias) in fp32."""
         super()._apply(fn, recurse)
         if self.moe.selection_bias:
             self.expert_bias.data = self.expert_bias.data.float()
         return self
+
+
+@contextmanager
+def counting(routers: Sequence[BalancedRouter], *, device: torch.device) -> Iterator[list[Tensor]]:
+    """Let routers count real tokens in evaluation mode inside the block; yield the counts, float64 [2, E] each."""
+    counts = [torch.zeros(2, router.num_experts, dtype=torch.float64, device=device) for router in routers]
+    for router, counts_2E in zip(routers, counts, strict=True):
+        router.counts_2E = counts_2E
+    try:
+        yield counts
+    finally:
+        for router in routers:
+            router.counts_2E = None
+
+
+@contextmanager
+def balancing(routers: Sequence[BalancedRouter], gradients: Sequence[Tensor]) -> Iterator[None]:
+    """Add the auxiliary loss, given by its derivatives [E] for each router, to backward passes inside the block."""
+    for router, gradient_E in zip(routers, gradients, strict=True):
+        router.gradient_E = gradient_E
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.gradient_E = None

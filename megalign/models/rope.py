@@ -1,4 +1,7 @@
-"""Rotary positions: their frequencies, and the turning. Axes: L token positions, N heads, D head dimension."""
+"""Computes rotary position embeddings: frequencies, and the rotation of queries and keys.
+
+Axes: L token positions, N heads, D head dimension.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-from megalign.convert.model_config import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
+from megalign.model_config import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
 
 
 def frequencies(rope: Rope, *, long: bool = False) -> Tensor:
-    """Inverse frequencies [dim / 2] fp32; long: those of a sequence beyond LongRoPE's first training."""
+    """Return inverse frequencies [dim / 2] in fp32; long: for sequences beyond LongRoPE's original length."""
     exponent = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
     plain, scaling = 1.0 / (rope.theta**exponent), rope.scaling
     if isinstance(scaling, LinearScaling):
@@ -38,11 +41,14 @@ def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def _yarn(plain: Tensor, rope: Rope, scaling: YarnScaling) -> Tensor:
-    """Divided where a dimension turns less than `beta_slow` times over the first training's length, kept where it
-    turns more than `beta_fast` times (YaRN, equation 20)."""
+    """Scale frequencies as YaRN does (equation 20).
 
-    def dimension(turns: float) -> float:
-        inside = math.log(scaling.original_max_positions / (turns * 2 * math.pi))
+    A dimension's frequency is divided where it makes fewer than `beta_slow` rotations over the original length, kept
+    where it makes more than `beta_fast`, and blended between.
+    """
+
+    def dimension(rotations: float) -> float:
+        inside = math.log(scaling.original_max_positions / (rotations * 2 * math.pi))
         return rope.dim * inside / (2 * math.log(rope.theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
@@ -55,7 +61,7 @@ def _yarn(plain: Tensor, rope: Rope, scaling: YarnScaling) -> Tensor:
 
 
 class Rotary:
-    """Cosines and sines of a model's positions, for each of its kinds of rotary positions."""
+    """Computes cosines and sines of positions for each kind of rotary positions that a model has."""
 
     def __init__(self, ropes: tuple[Rope, ...]) -> None:
         self.ropes = ropes
@@ -63,7 +69,7 @@ class Rotary:
         self.long = [frequencies(rope, long=True) for rope in ropes]
 
     def __call__(self, position_L: Tensor, length_L: Tensor, dtype: torch.dtype) -> Tensor:
-        """[kinds, 2 (cosine, sine), L, dim / 2] in `dtype`; length_L: tokens of the sequence that a position is of."""
+        """Return [kinds, 2 (cosine, sine), L, dim / 2] in `dtype`; length_L: each position's sequence length."""
         tables = []
         for rope, short, long in zip(self.ropes, self.short, self.long, strict=True):
             frequency = short.to(position_L.device)
@@ -78,21 +84,21 @@ class Rotary:
         return torch.stack(tables).to(dtype)
 
     def angles(self, position_T: Tensor) -> Tensor:
-        """[T, 1, 1, dim] of the first kind, as TransformerEngine's layers take them."""
+        """Return angles [T, 1, 1, dim] of the first kind, the form that TransformerEngine's layers take."""
         angle = position_T.float()[:, None] * self.short[0].to(position_T.device)
         return torch.cat((angle, angle), dim=-1)[:, None, None, :]
 
 
-def turn(x_LND: Tensor, cos_sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Turn the first 2 * (last of cos_sin [2, L, dim / 2]) dimensions of every head, in the wider of both dtypes."""
+def rotate(x_LND: Tensor, cos_sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate the first `dim` dimensions of every head by cos_sin [2, L, dim / 2], in the more precise dtype."""
     cos, sin = cos_sin[:, :, None]
     dim = 2 * cos.shape[-1]
-    turning, still = x_LND[..., :dim], x_LND[..., dim:]
+    rotary, plain = x_LND[..., :dim], x_LND[..., dim:]
     if interleaved:
-        a, b = turning[..., 0::2], turning[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        a, b = rotary[..., 0::2], rotary[..., 1::2]
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
-        a, b = turning.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    turned = turned.to(x_LND.dtype)
-    return turned if not still.shape[-1] else torch.cat((turned, still), dim=-1)
+        a, b = rotary.chunk(2, dim=-1)
+        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    rotated = rotated.to(x_LND.dtype)
+    return rotated if not plain.shape[-1] else torch.cat((rotated, plain), dim=-1)

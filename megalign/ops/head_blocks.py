@@ -1,7 +1,7 @@
-"""A vocabulary head by blocks: the logits of a chunk of tokens over one tile of the vocabulary, and their gradient.
+"""Computes a vocabulary head by blocks: logits of a chunk of tokens over one tile of the vocabulary, and gradients.
 
-Axes: C tokens of a chunk, H hidden, V this rank's rows, R rows of a tile. Logits are fp32 (float64 for float64 inputs)
-whatever the inputs are. "Narrow" inputs are those of fewer bits than that.
+Axes: C tokens of a chunk, H hidden, V this rank's rows, R rows of a tile. Logits are computed in the accumulation
+dtype: fp32, or float64 for float64 inputs. Inputs of fewer bits, such as bfloat16, are called low precision.
 """
 
 from __future__ import annotations
@@ -10,35 +10,36 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megalign.ops.statistics import Statistics, Wanted, of_block
 from megalign.ops.vocab import VocabShard
 
-# Memory for the logits of one block. On a CPU more gains nothing; a GPU wants larger products.
+# Bytes for the logits of one block. More does not help on a CPU; a GPU needs larger products.
 BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
-# Memory for the logits of one chunk over a whole vocabulary, where a form has to keep them.
+# Bytes for the logits of one chunk over the whole vocabulary, where they are kept (`OwnLse`).
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
-# More tokens a chunk gain nothing.
+# Larger chunks are not faster.
 MOST_CHUNK_TOKENS = 2048
-# Tokens of such a chunk below which four products over larger chunks are taken. Three were faster at 524 tokens and
-# slower at 110 (benchmarks/logp.py, one CPU thread); where between they cross was not measured.
+# If fewer tokens fit into a chunk with kept logits, four products over larger chunks replace three over these. Three
+# were faster at 524 tokens and slower at 110 (benchmarks/logp.py, one CPU thread); between them it was not measured.
 FEWEST_KEPT = 512
 
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
-    """What a head does between its product and the softmax, and how it is to be computed.
+    """Configures the head's operations between its matrix product and the softmax, and how to compute them.
 
     logits = cap(scale x (hidden . weight + bias)) / temperature, with cap(z) = softcap x tanh(z / softcap) where given.
-    chunk_tokens: tokens computed at a time, by default what keeps a block of logits within a fixed memory.
-    tp_invariant: dH is the same to the bit at every tensor-parallel size; costs tensor-parallel size x its traffic.
-    narrow_grad: narrow inputs take their gradient's products narrow too, as tensor cores want them, and round the
-    logits' gradient once; else those products are fp32. By default on CUDA only.
-    into_main_grad: dW is added into the weight's fp32 `main_grad` (Megatron) where there is one.
+    chunk_tokens: tokens computed at a time; by default as many as keep a block of logits within BLOCK_BYTES.
+    tp_invariant: make dH bitwise equal at every tensor-parallel size; multiplies its traffic by that size.
+    low_precision_grad: for low-precision inputs, round the logits' gradient once and compute dH and dW in that
+    precision, for tensor cores; False computes them in fp32. Default: True on CUDA only.
     """
 
     temperature: float = 1.0
@@ -46,29 +47,28 @@ class HeadConfig:
     softcap: float | None = None
     chunk_tokens: int | None = None
     tp_invariant: bool = False
-    narrow_grad: bool | None = None
-    into_main_grad: bool = False
+    low_precision_grad: bool | None = None
 
     @property
     def factor(self) -> float:
-        """d logits / d product where the cap has slope one."""
+        """Return d logits / d product where the cap has slope one."""
         return self.scale / self.temperature
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of a dtype are added up in."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which numbers of `dtype` are added up."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Room:
-    """Buffers that all blocks of a call share: on a CPU fresh memory costs more than the exponentials in it."""
+class Workspace:
+    """Holds buffers that all blocks of a call share: on a CPU fresh memory costs more than the exponentials in it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._flat: dict[object, Tensor] = {}
 
     def take(self, name: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Contiguous, with whatever its last user left in it."""
+        """Return a contiguous tensor of `shape`, not initialised; its memory is shared by all calls with this name."""
         flat, size = self._flat.get(name), math.prod(shape)
         if flat is None or flat.numel() < size:
             flat = self._flat[name] = torch.empty(size, dtype=dtype, device=self.device)
@@ -76,22 +76,24 @@ class Room:
 
 
 class HeadBlocks:
-    """One call's head: products, and what stands between them and the softmax."""
+    """Holds one call's head and computes its blocks: matrix products, scaling and cap, gradients."""
 
     def __init__(
         self, hidden_dtype: torch.dtype, weight_VH: Tensor, bias_V: Tensor | None, shard: VocabShard, cfg: HeadConfig
     ) -> None:
         self.weight_VH, self.bias_V, self.shard, self.cfg = weight_VH, bias_V, shard, cfg
         self.tiles = shard.tiles
-        self.wide = wide(hidden_dtype)
+        self.accumulation_dtype = accumulation_dtype(hidden_dtype)
         self.on_cuda = weight_VH.is_cuda
-        self.narrow = hidden_dtype != self.wide
+        self.low_precision = hidden_dtype != self.accumulation_dtype
         self.exact_as_bfloat16 = hidden_dtype == weight_VH.dtype == torch.bfloat16 and not self.on_cuda
-        self.narrow_grad = self.narrow and (self.on_cuda if cfg.narrow_grad is None else cfg.narrow_grad)
-        self.room = Room(weight_VH.device)
+        self.low_precision_grad = self.low_precision and (
+            self.on_cuda if cfg.low_precision_grad is None else cfg.low_precision_grad
+        )
+        self.workspace = Workspace(weight_VH.device)
 
     def tokens_a_chunk(self, *, keep_logits: bool = False) -> int:
-        """Tokens of a chunk; the same at every tensor-parallel size, because numbers may depend on it."""
+        """Return a chunk's number of tokens, the same at every tensor-parallel size: numbers may depend on it."""
         if self.cfg.chunk_tokens:
             return self.cfg.chunk_tokens
         device = "cuda" if self.on_cuda else "cpu"
@@ -102,30 +104,30 @@ class HeadBlocks:
         return max(16, min(MOST_CHUNK_TOKENS, fitting))
 
     def keeps_logits(self, num_tokens: int) -> bool:
-        """Whether a chunk's logits over the whole vocabulary are kept until its statistics are known."""
+        """Tell whether a chunk's logits over the whole vocabulary are kept until its statistics are known."""
         if self.cfg.softcap is not None:
             return False  # the cap's slope is not in the exponentials
         return bool(self.cfg.chunk_tokens) or self.tokens_a_chunk(keep_logits=True) >= min(FEWEST_KEPT, num_tokens)
 
     def operand(self, hidden_CH: Tensor) -> Tensor:
-        """A chunk's hidden states as the logits' products take them (a wide copy for narrow ones on a CPU)."""
-        if self.on_cuda or not self.narrow:
+        """Return a chunk's hidden states as operand of the logits' product: on a CPU in the accumulation dtype."""
+        if self.on_cuda or not self.low_precision:
             return hidden_CH
-        return self.room.take("hidden", hidden_CH.shape, self.wide).copy_(hidden_CH)
+        return self.workspace.take("hidden", hidden_CH.shape, self.accumulation_dtype).copy_(hidden_CH)
 
     def weight(self, tile: slice) -> Tensor:
-        """A tile's rows as the logits' products take them."""
+        """Return a tile's weight rows as operand of the logits' product."""
         weight_RH = self.weight_VH[tile]
-        if self.on_cuda or not self.narrow:
+        if self.on_cuda or not self.low_precision:
             return weight_RH
-        return self.room.take("weight", weight_RH.shape, self.wide).copy_(weight_RH)
+        return self.workspace.take("weight", weight_RH.shape, self.accumulation_dtype).copy_(weight_RH)
 
     def logits(
         self, operand_CH: Tensor, weight_RH: Tensor, tile: slice, *, name: object = "logits"
     ) -> tuple[Tensor, Tensor | None]:
-        """(logits [C, R], slope of the cap [C, R] where there is one) in the shared buffers."""
-        logits_CR = self.room.take(name, (len(operand_CH), len(weight_RH)), self.wide)
-        if self.on_cuda and self.narrow:
+        """Return (logits [C, R], slope of the cap [C, R] or None), in the workspace."""
+        logits_CR = self.workspace.take(name, (len(operand_CH), len(weight_RH)), self.accumulation_dtype)
+        if self.on_cuda and self.low_precision:
             torch.mm(operand_CH, weight_RH.t(), out_dtype=torch.float32, out=logits_CR)
         else:
             with bfloat16_products(wanted=self.exact_as_bfloat16):
@@ -135,45 +137,50 @@ class HeadBlocks:
         if self.cfg.softcap is None:
             return (logits_CR if self.cfg.factor == 1.0 else logits_CR.mul_(self.cfg.factor)), None
         logits_CR.mul_(self.cfg.scale / self.cfg.softcap).tanh_()
-        slope_CR = self.room.take("slope", logits_CR.shape, self.wide)
+        slope_CR = self.workspace.take("slope", logits_CR.shape, self.accumulation_dtype)
         torch.mul(logits_CR, logits_CR, out=slope_CR).neg_().add_(1.0)
         return logits_CR.mul_(self.cfg.softcap / self.cfg.temperature), slope_CR
 
+    def statistics(self, logits_CR: Tensor, target: tuple[Tensor, Tensor], wanted: Wanted) -> Statistics:
+        """Return a block's statistics; its logits become exp(logit - largest). target: (owned [C], row [C])."""
+        scratch = partial(self.workspace.take, "scratch", logits_CR.shape, self.accumulation_dtype)
+        return of_block(logits_CR, *target, wanted, scratch)
+
     def hidden_grad(self, grad_CR: Tensor, weight_RH: Tensor, sum_CH: Tensor) -> None:
         """Add a block's part of dH to `sum_CH`."""
-        if not self.narrow_grad:
-            sum_CH.addmm_(grad_CR, weight_RH.to(self.wide))
+        if not self.low_precision_grad:
+            sum_CH.addmm_(grad_CR, weight_RH.to(self.accumulation_dtype))
         elif self.on_cuda:
             torch.addmm(sum_CH, grad_CR, weight_RH, out_dtype=torch.float32, out=sum_CH)
         else:
-            part_CH = self.room.take("dH", sum_CH.shape, weight_RH.dtype)
+            part_CH = self.workspace.take("dH", sum_CH.shape, weight_RH.dtype)
             sum_CH.add_(torch.mm(grad_CR, weight_RH, out=part_CH))
 
     def weight_grad(self, grad_CR: Tensor, hidden_CH: Tensor, sum_RH: Tensor) -> None:
         """Add a block's dW to `sum_RH`."""
-        if not self.narrow_grad:
-            sum_RH.addmm_(grad_CR.t(), hidden_CH.to(self.wide))
+        if not self.low_precision_grad:
+            sum_RH.addmm_(grad_CR.t(), hidden_CH.to(self.accumulation_dtype))
         elif self.on_cuda:
             torch.addmm(sum_RH, grad_CR.t(), hidden_CH, out_dtype=torch.float32, out=sum_RH)
         else:
-            # A CPU's narrow product is twice as fast over a copy that lies in the order it is read.
-            grad_RC = self.room.take("transposed", grad_CR.t().shape, grad_CR.dtype).copy_(grad_CR.t())
-            part_RH = self.room.take("dW", sum_RH.shape, hidden_CH.dtype)
+            # On a CPU the low-precision product is twice as fast with a contiguous transposed copy.
+            grad_RC = self.workspace.take("transposed", grad_CR.t().shape, grad_CR.dtype).copy_(grad_CR.t())
+            part_RH = self.workspace.take("dW", sum_RH.shape, hidden_CH.dtype)
             sum_RH.add_(torch.mm(grad_RC, hidden_CH, out=part_RH))
 
-    def narrowed(self, grad_CR: Tensor, dtype: torch.dtype) -> Tensor:
-        """The logits' gradient as its products take it."""
-        if not self.narrow_grad:
+    def grad_operand(self, grad_CR: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the logits' gradient as operand of the products that give dH and dW."""
+        if not self.low_precision_grad:
             return grad_CR
-        return self.room.take("narrow", grad_CR.shape, dtype).copy_(grad_CR)
+        return self.workspace.take("grad", grad_CR.shape, dtype).copy_(grad_CR)
 
 
 @contextmanager
 def bfloat16_products(*, wanted: bool) -> Iterator[None]:
-    """Let a CPU multiply fp32 numbers as bfloat16 with fp32 sums and result: exact for widened bfloat16.
+    """Let a CPU round fp32 operands to bfloat16 and sum in fp32: exact for operands that came from bfloat16.
 
-    torch has no CPU product of bfloat16 into fp32; this switch of oneDNN's is the one way to fp32 logits at more than
-    the speed of fp32. Processors without such products ignore it.
+    torch has no CPU product of bfloat16 with an fp32 result; this oneDNN switch is the only way to get fp32 logits
+    faster than by fp32 products. Processors without bfloat16 products ignore it.
     """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision

@@ -1,4 +1,4 @@
-"""Where the scored tokens' hidden states lie and where their gradient goes, a chunk at a time.
+"""Fetches the scored tokens' hidden states from their ranks and returns their gradient, a chunk at a time.
 
 Axes: N scored tokens of a call in order, L of them on this rank, C tokens of a chunk, H hidden. Without sequence
 parallelism every rank of the vocabulary's group holds all of them (L = N), and dH is all-reduced once. With it, ranks
@@ -16,48 +16,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalign.ops.head_blocks import wide
+from megalign.ops.head_blocks import accumulation_dtype
 from megalign.ops.statistics import tree
 from megalign.ops.vocab import group_size
 
 
 @dataclass(frozen=True, slots=True)
 class TokenShard:
-    """How many of the scored tokens each rank of the vocabulary's group holds, in rank order (sequence parallelism)."""
+    """Holds the number of scored tokens on each rank of the vocabulary's group, in order (sequence parallelism)."""
 
     counts: tuple[int, ...]
     rank: int
 
     @property
     def num_tokens(self) -> int:
-        """Scored tokens of all ranks."""
+        """Return the number of scored tokens of all ranks."""
         return sum(self.counts)
 
     def owners(self, part: slice) -> list[tuple[int, slice, slice]]:
-        """(rank, its own rows, rows of the chunk) of each rank that holds tokens of the chunk."""
-        found, start = [], 0
+        """Return (rank, its own rows, rows of the chunk) for each rank that holds tokens of the chunk."""
+        result, start = [], 0
         for rank, count in enumerate(self.counts):
             first, last = max(part.start, start), min(part.stop, start + count)
             if first < last:
-                found.append((rank, slice(first - start, last - start), slice(first - part.start, last - part.start)))
+                result.append((rank, slice(first - start, last - start), slice(first - part.start, last - part.start)))
             start += count
-        return found
+        return result
 
 
 def chunks(
     hidden_LH: Tensor, tokens: TokenShard | None, group: dist.ProcessGroup | None, chunk: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(which tokens, their hidden states) of each chunk in order; valid until the next but one is asked for."""
+    """Yield each chunk's (slice of tokens, hidden states); only two chunks are in memory at a time."""
     num_tokens = len(hidden_LH) if tokens is None else tokens.num_tokens
     parts = [slice(first, min(first + chunk, num_tokens)) for first in range(0, num_tokens, chunk)]
     if tokens is None or group is None or group_size(group) == 1:
         yield from ((part, hidden_LH[part]) for part in parts)
         return
     coming = _fetch(hidden_LH, tokens, group, parts[0]) if parts else None
-    for place, part in enumerate(parts):
+    for index, part in enumerate(parts):
         assert coming is not None
         hidden_CH, works = coming
-        coming = _fetch(hidden_LH, tokens, group, parts[place + 1]) if place + 1 < len(parts) else None
+        coming = _fetch(hidden_LH, tokens, group, parts[index + 1]) if index + 1 < len(parts) else None
         for work in works:
             work.wait()
         yield part, hidden_CH
@@ -66,7 +66,7 @@ def chunks(
 def _fetch(
     hidden_LH: Tensor, tokens: TokenShard, group: dist.ProcessGroup, part: slice
 ) -> tuple[Tensor, list[dist.Work]]:
-    """A chunk's room, and the broadcasts that are filling it."""
+    """Return a chunk's buffer and the broadcasts that are filling it."""
     hidden_CH = hidden_LH.new_empty(part.stop - part.start, hidden_LH.shape[1])
     works = []
     for rank, own, rows in tokens.owners(part):
@@ -78,9 +78,9 @@ def _fetch(
 
 
 class HiddenGrad:
-    """dH, added up over the ranks of the vocabulary's group.
+    """Accumulates dH over chunks and over the ranks of the vocabulary's group.
 
-    invariant: ranks' parts are gathered and added as the tree over tiles is, so that no bit depends on their number.
+    invariant: gather the ranks' parts and continue the tree over tiles, so that no bit depends on the number of ranks.
     """
 
     def __init__(
@@ -88,26 +88,26 @@ class HiddenGrad:
     ) -> None:
         self.tokens, self.group = tokens, group
         self.size = group_size(group)
-        self.invariant = invariant  # at one rank too, whose order of adding is what the others keep to
+        self.invariant = invariant  # on one rank too: more ranks reproduce its order of additions
         self.dtype = hidden_LH.dtype
-        self.wide = wide(hidden_LH.dtype)
-        # Sums run in fp32; only where ranks' parts of all tokens are still to be added are they kept in it.
-        self.grad_LH = torch.zeros_like(hidden_LH, dtype=self.wide if self._whole else self.dtype)
+        self.accumulation_dtype = accumulation_dtype(hidden_LH.dtype)
+        # Each chunk is summed in fp32; the whole is kept in fp32 only if it still has to be all-reduced.
+        self.grad_LH = torch.zeros_like(hidden_LH, dtype=self.accumulation_dtype if self._whole else self.dtype)
         self._sent: list[tuple[int, slice, Tensor, dist.Work | None]] = []
 
     @property
     def _whole(self) -> bool:
-        """Whether chunks are rows of `grad_LH` itself, reduced together at the end."""
-        return self.tokens is None and not self.invariant and (self.size > 1 or self.dtype == self.wide)
+        """Tell whether chunks are rows of `grad_LH` itself, reduced together at the end."""
+        return self.tokens is None and not self.invariant and (self.size > 1 or self.dtype == self.accumulation_dtype)
 
     def zeros(self, part: slice) -> Tensor:
-        """Room for this rank's part of a chunk's dH."""
+        """Return zeros for this rank's part of a chunk's dH."""
         if self._whole:
             return self.grad_LH[part]
-        return self.grad_LH.new_zeros(part.stop - part.start, self.grad_LH.shape[1], dtype=self.wide)
+        return self.grad_LH.new_zeros(part.stop - part.start, self.grad_LH.shape[1], dtype=self.accumulation_dtype)
 
     def put(self, part: slice, partial_CH: Tensor) -> None:
-        """A chunk's part is complete: send it on its way."""
+        """Take this rank's finished part of a chunk's dH and start its reduction over ranks."""
         if self._whole:
             return
         if self.invariant:
@@ -137,7 +137,7 @@ class HiddenGrad:
                 self.grad_LH[own] = whole_CH[rows]
 
     def _collect(self) -> None:
-        """Wait for the chunk under way; two at most are held."""
+        """Wait for the chunk that is being reduced and store this rank's rows of it."""
         for rank, own, reduced, work in self._sent:
             if work is not None:
                 work.wait()
@@ -146,9 +146,10 @@ class HiddenGrad:
         self._sent.clear()
 
     def result(self, scale: Tensor | None = None) -> Tensor:
-        """This rank's rows of dH, complete, in the dtype of the hidden states; once."""
+        """Return this rank's rows of dH in the dtype of the hidden states; may be called once."""
         self._collect()
         if self._whole and self.size > 1 and self.grad_LH.numel():
             dist.all_reduce(self.grad_LH, group=self.group)
-        grad_LH, self.grad_LH = self.grad_LH, self.grad_LH.new_empty(0)  # autograd copies what others hold
+        # Let go of it here: autograd copies a tensor that is referenced elsewhere.
+        grad_LH, self.grad_LH = self.grad_LH, self.grad_LH.new_empty(0)
         return (grad_LH if scale is None else grad_LH.mul_(scale)).to(self.dtype)

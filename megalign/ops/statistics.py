@@ -1,7 +1,7 @@
-"""What the softmax of a token needs of its logits, by tiles of the vocabulary, and its merging into one for all.
+"""Computes softmax statistics of each token over tiles of the vocabulary, and merges them over the whole of it.
 
 Axes: C tokens of a chunk, N tokens of a call, R rows of a tile. A token's statistics over some rows: log-sum-exp, the
-target's logit (0 where it lies elsewhere), and where asked for the entropy of the softmax over these rows and the
+target's logit (0 where it lies elsewhere), and if requested the entropy of the softmax over these rows and the
 largest logit. Two neighbouring sets merge into one, as a binary tree over tiles that the ranks continue: a rank holds a
 subtree, so that the numbers do not depend on how many ranks there are.
 """
@@ -24,19 +24,20 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Rows of the statistics beyond log-sum-exp and target."""
+    """Says which statistics are computed besides log-sum-exp and the target's logit."""
 
     entropy: bool = False
     largest: bool = False
 
     @property
     def num_rows(self) -> int:
+        """Return the number of statistics."""
         return 2 + self.entropy + self.largest
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Of each token over some rows of the vocabulary."""
+    """Holds the statistics of each token over some rows of the vocabulary."""
 
     lse_N: Tensor
     target_N: Tensor
@@ -44,13 +45,13 @@ class Statistics:
     largest_N: Tensor | None = None
 
     def rows(self) -> list[Tensor]:
-        """The tensors that are there, in order."""
+        """Return the tensors that were computed, in the order of the fields."""
         every = (self.lse_N, self.target_N, self.entropy_N, self.largest_N)
         return [row for row in every if row is not None]
 
 
 def from_rows(rows: Sequence[Tensor], wanted: Wanted) -> Statistics:
-    """The reverse of `Statistics.rows`."""
+    """Rebuild statistics from the result of `Statistics.rows`."""
     rest = list(rows[2:])
     entropy_N = rest.pop(0) if wanted.entropy else None
     return Statistics(rows[0], rows[1], entropy_N, rest.pop(0) if wanted.largest else None)
@@ -59,7 +60,7 @@ def from_rows(rows: Sequence[Tensor], wanted: Wanted) -> Statistics:
 def of_block(
     logits_CR: Tensor, owned_C: Tensor, row_C: Tensor, wanted: Wanted, scratch: Callable[[], Tensor]
 ) -> Statistics:
-    """A tile's statistics; its logits become exp(logit - largest). `row_C` is the target's, 0 where not `owned_C`."""
+    """Return a tile's statistics; its logits become exp(logit - largest). row_C: the target's row, 0 if not owned_C."""
     logit_C = logits_CR.gather(1, row_C[:, None]).squeeze(1).where(owned_C, 0.0)
     largest_C = logits_CR.amax(dim=1)
     logits_CR.sub_(largest_C[:, None])
@@ -73,7 +74,7 @@ def of_block(
 
 
 def of_nothing(like_N: Tensor, wanted: Wanted) -> Statistics:
-    """Over no rows at all: what changes nothing when merged."""
+    """Return the identity of `merge` (a rank without real vocabulary rows)."""
     none_N, zero_N = torch.full_like(like_N, -torch.inf), torch.zeros_like(like_N)
     return Statistics(
         none_N, zero_N, zero_N.clone() if wanted.entropy else None, none_N.clone() if wanted.largest else None
@@ -81,7 +82,7 @@ def of_nothing(like_N: Tensor, wanted: Wanted) -> Statistics:
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
-    """Statistics over the rows of both.
+    """Return the statistics over the rows of both.
 
     Entropy by the chain rule: H = sum_i w_i (H_i - log w_i), w_i the share of probability; no large terms cancel.
     """
@@ -95,7 +96,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
 
 
 def _share(lse_N: Tensor, entropy_N: Tensor, other_N: Tensor) -> Tensor:
-    # From the two parts' difference: against the merged log-sum-exp, its rounding would swallow a small share.
+    # From the difference of both log-sum-exps: the merged one's rounding would swallow a small weight.
     log_weight_N = -softplus(other_N - lse_N)
     part_N = log_weight_N.exp() * (entropy_N - log_weight_N)
     return part_N.where(lse_N > -torch.inf, 0.0)
@@ -111,7 +112,7 @@ def tree(parts: Sequence[Part], merge_two: Callable[[Part, Part], Part]) -> Part
 
 
 def over_ranks(mine: Statistics, wanted: Wanted, group: dist.ProcessGroup | None) -> Statistics:
-    """The whole vocabulary's statistics from each rank's: one all-gather of [rows, N], then the tree over ranks."""
+    """Merge the ranks' statistics into the whole vocabulary's: one all-gather of [rows, N], then the tree of ranks."""
     size = group_size(group)
     if size == 1 or not len(mine.lse_N):
         return mine
@@ -122,13 +123,13 @@ def over_ranks(mine: Statistics, wanted: Wanted, group: dist.ProcessGroup | None
 
 
 class TreeSum:
-    """Sum of tensors in the order of `tree`, holding only one partial sum a level."""
+    """Sums tensors in the order of `tree`, holding only one partial sum a level."""
 
     def __init__(self) -> None:
         self._held: list[tuple[int, Tensor]] = []
 
     def add(self, value: Tensor) -> None:
-        """Take the next tensor, which is not used by the caller again."""
+        """Add the next tensor; it may be overwritten."""
         level = 0
         while self._held and self._held[-1][0] == level:
             value = self._held.pop()[1].add_(value)
@@ -136,7 +137,7 @@ class TreeSum:
         self._held.append((level, value))
 
     def total(self) -> Tensor | None:
-        """The sum, or None of nothing; ends the sum."""
+        """Return the sum, None if nothing was added; to be called once."""
         total: Tensor | None = None
         while self._held:
             held = self._held.pop()[1]

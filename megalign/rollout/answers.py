@@ -4,9 +4,9 @@ The answer is the content of the last `\boxed{}`, else what follows the last `##
 words, else the last number, fraction, list or formula of the text. Numbers and lists of numbers are compared here, as
 exact fractions; all other mathematics (roots, polynomials, sets, intervals) by math-verify.
 
-math-verify alone is not enough: of 43 forms that people write every day, math-verify 0.9 misjudges 9, among them
-`1.5e3` = 1500, `1 1/2` = 1.5, a Unicode minus sign and the list `[1, 2]`. Its own time limits also work in main threads
-only.
+math-verify alone is not enough: of 43 forms that people write every day, math-verify 0.9 misjudges 9, such as
+`1.5e3` = 1500, `1 1/2` = 1.5, a Unicode minus sign and the list `[1, 2]`. Its own time limits, too, work only in the
+main thread.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from megalign.rollout.spelling import plainer
 
 LONGEST = 200  # characters of an answer
 LONGEST_WORDS = 40  # characters of an answer of words
-TAIL = 800  # characters at a text's end, in which an answer without a mark is looked for
+TAIL = 800  # characters at a text's end that are searched for an unmarked answer
 LARGEST_EXPONENT = 400  # of ten
-COMPARE_S = 5.0  # for mathematics, where time can be limited; its size is bounded everywhere
-ROUNDED = Fraction(2, 1_000_000)  # a decimal stands for a fraction without an exact one to six digits
+COMPARE_S = 5.0  # for one comparison by math-verify, in the main thread; sizes are bounded in every thread
+ROUNDED = Fraction(2, 1_000_000)  # relative error up to which a decimal equals a fraction without exact decimal
 
 DIGITS = r"(?:(?<!\d)\d{1,3}(?:[,' ]\d{3})+(?![\d])(?!,\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 PERCENT = r"\s?(?:%|percent\b|per cent\b)"
@@ -37,21 +37,21 @@ FORMS = {
     "mixed": re.compile(r"(?P<w>[-+]?\d+)\s(?P<a>\d+)/(?P<b>\d+)"),
     "scientific": re.compile(rf"(?P<a>{NUMBER})\s?[x*]\s?10\s?(?:\^|\*\*)\s?[({{]?(?P<e>[-+]?\d+)[)}}]?"),
 }
-# Ranges, dates, times, ratios, versions, tolerances: several numbers that are neither one nor a list.
+# Ranges, dates, times, ratios, versions, tolerances: neither a single number nor a list.
 JOINED = re.compile(rf"{DIGITS}(?:[-:]{DIGITS})+|\d+(?:/\d+){{2,}}|\d+(?:\.\d+){{2,}}|{NUMBER}\s?\+-\s?{DIGITS}")
 TOKEN = re.compile(
-    r"(?P<word>(?![xX](?=\s?\d))[^\W\d_]\w*(?:\^[({]?-?\d+[)}]?)?)"  # CO2 and m^2 hold no answers
+    r"(?P<word>(?![xX](?=\s?\d))[^\W\d_]\w*(?:\^[({]?-?\d+[)}]?)?)"  # the digits of CO2 and m^2 are not answers
     rf"|(?P<latex>\\[a-zA-Z]+)|(?P<number>{DIGITS})|(?P<sign>[-+*/^x%,;:()\[\]{{}}|\u221e])|(?P<gap> )|(?P<other>.|\n)"
 )
 OPENING, CLOSING = "([{", ")]}"
-# What ends before an answer.
+# Matches text that ends where the answer begins.
 VARIABLE = r"(?<![<>!])=|\\approx|\u2248|\\in(?![a-zA-Z])|\u2208|^\([A-Za-z]\)(?=.*\d)|^[A-Za-z][:)]\s"  # x =, (B), A:
 UNTAMED = re.compile(r"\d{31}|(?:\^|\*\*)\s?[({]?\s?[-+]?\d{4}|\^[^\s+*/-]*\^|\*\*.*\*\*|\d{3}!|\\(?:int|sum|prod|lim)")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer: a number, a list of numbers with its brackets, words, or other mathematics as text."""
+    """Holds one answer: a number, a list of numbers with its brackets, words, or other mathematics as text."""
 
     text: str
     number: Fraction | None = None
@@ -61,9 +61,9 @@ class Answer:
     words: bool = False  # such as yes, or a name
 
 
-def equal_answers(found: str, wanted: str) -> bool:
+def equal_answers(given: str, wanted: str) -> bool:
     """Tell whether the final answers of two texts are equal; False where one of them has none."""
-    left, right = final_answer(found), final_answer(wanted)
+    left, right = final_answer(given), final_answer(wanted)
     if left is None or right is None:
         return False
     if left.number is not None and right.number is not None:
@@ -73,7 +73,7 @@ def equal_answers(found: str, wanted: str) -> bool:
     if left.text == right.text or left.words or right.words:
         return left.text == right.text
     if left.members or right.members:
-        # A list equals no number; sets and intervals that are written otherwise are mathematics.
+        # A list never equals a number; sets and intervals in other forms are compared as mathematics.
         return (left.number is None and right.number is None) and _equal_mathematics(left, right)
     return not (_is_joined(left) or _is_joined(right)) and _equal_mathematics(left, right)
 
@@ -101,10 +101,10 @@ def read(text: str) -> Answer | None:
     text = re.sub(r"^-\s+(?=[\d.])", "-", re.split(VARIABLE, text)[-1].strip())
     if not text or len(text) > LONGEST or "\n" in text:
         return None
-    for one in (text, _without_unit(text)):
-        found = _number(one) or _list(one)
-        if found is not None:
-            return found
+    for candidate in (text, _without_unit(text)):
+        answer = _number(candidate) or _list(candidate)
+        if answer is not None:
+            return answer
     if _has_words(text):
         return None
     return Answer("".join(text.split()))
@@ -120,7 +120,7 @@ def _words(text: str) -> Answer | None:
 
 def _has_words(text: str) -> bool:
     """Tell whether the text has a word of two letters or more; variables have one."""
-    return any(sum(map(str.isalpha, one[0])) > 1 for one in TOKEN.finditer(text) if one["word"])
+    return any(sum(map(str.isalpha, token[0])) > 1 for token in TOKEN.finditer(text) if token["word"])
 
 
 def _without_unit(text: str) -> str:
@@ -136,21 +136,21 @@ def _last_boxed(text: str) -> str | None:
     start = text.rfind("\\boxed")
     opened = text.find("{", start) if start >= 0 else -1
     depth = 0
-    for place in range(opened, min(len(text), opened + 2 * LONGEST)) if opened >= 0 else ():
-        depth += (text[place] == "{") - (text[place] == "}")
+    for index in range(opened, min(len(text), opened + 2 * LONGEST)) if opened >= 0 else ():
+        depth += (text[index] == "{") - (text[index] == "}")
         if depth == 0:
-            return text[opened + 1 : place]
+            return text[opened + 1 : index]
     return None
 
 
 def _last_formula(tail: str) -> str | None:
     r"""Return the content of the last `$...$`, `\(...\)` or `\[...\]` if it holds LaTeX and no number follows it."""
-    found = None
+    last = None
     for match in re.finditer(r"\$([^$\n]{1,400})\$|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", tail, re.DOTALL):
-        found = match
-    if found is None or re.search(r"\d", tail[found.end() :]):
+        last = match
+    if last is None or re.search(r"\d", tail[last.end() :]):
         return None
-    content = next(group for group in found.groups() if group is not None)
+    content = next(group for group in last.groups() if group is not None)
     return content if "\\" in plainer(content) else None
 
 
@@ -159,9 +159,9 @@ def _last_in(text: str) -> Answer | None:
     for run in reversed(_runs(text)):
         for piece in (run, *reversed(run.split(" "))):
             piece = _trimmed(piece)
-            found = read(piece) if re.search(r"\d", piece) else None
-            if found is not None and (found.number is not None or found.members or piece == run or " " not in run):
-                return found
+            answer = read(piece) if re.search(r"\d", piece) else None
+            if answer is not None and (answer.number is not None or answer.members or piece == run or " " not in run):
+                return answer
     return None
 
 
@@ -173,11 +173,11 @@ def _runs(text: str) -> list[str]:
             runs.append(run)
             run, glued = "", bool(token["word"])
         elif glued and not run and token[0] in "-+/^":
-            glued = False  # between a word and a number it is no sign: GPT-4
+            glued = False  # between a word and a number it is not a sign, as in GPT-4
         else:
             run, glued = run + token[0], False
     runs.append(run)
-    return [trimmed for one in runs if (trimmed := _trimmed(one))]
+    return [trimmed for run in runs if (trimmed := _trimmed(run))]
 
 
 def _trimmed(run: str) -> str:
@@ -242,7 +242,7 @@ def _list(text: str) -> Answer | None:
     brackets = ""
     if text[:1] in ("(", "[", "{") and text[-1:] in (")", "]", "}"):
         brackets, text = text[0] + text[-1], text[1:-1]
-    for separator in (r";", r",\s", r"[,;]"):  # the first that leaves numbers: thousands hold commas too
+    for separator in (r";", r",\s", r"[,;]"):  # the first that yields numbers only, because thousands have commas too
         members = [_member(part) for part in re.split(separator, text)]
         if len(members) > 1 and all(member is not None for member in members):
             numbers = tuple(member for member in members if member is not None)
@@ -257,8 +257,8 @@ def _member(part: str) -> Fraction | str | None:
     endless = re.fullmatch(r"([-+]?)\s?(?:\u221e|inf(?:inity)?)", part.strip())
     if endless:
         return "-inf" if endless[1] == "-" else "inf"
-    one = _number(part)
-    return None if one is None else one.number
+    answer = _number(part)
+    return None if answer is None else answer.number
 
 
 def _is_joined(answer: Answer) -> bool:
@@ -296,13 +296,13 @@ def _equal_lists(left: Answer, right: Answer) -> bool:
 
 
 def _equal_mathematics(left: Answer, right: Answer) -> bool:
-    """Ask math-verify; False for expressions that are too large, or take too long, to compare."""
-    if any(len(one.text) > LONGEST or UNTAMED.search(one.text) for one in (left, right)):
+    """Compare by math-verify; False for expressions that are too large or take too long to compare."""
+    if any(len(answer.text) > LONGEST or UNTAMED.search(answer.text) for answer in (left, right)):
         return False
     try:
         with time_limit(COMPARE_S):
-            found, wanted = (_parsed(one) for one in (left, right))
-            return bool(found and wanted and _library()[1](wanted, found, timeout_seconds=None))
+            given, wanted = (_parsed(answer) for answer in (left, right))
+            return bool(given and wanted and _library()[1](wanted, given, timeout_seconds=None))
     except TimeIsUp:
         return False
 
@@ -310,13 +310,13 @@ def _equal_mathematics(left: Answer, right: Answer) -> bool:
 def _parsed(answer: Answer) -> list[Any]:
     parse, _, latex = _library()
     text = answer.brackets[:1] + answer.text + answer.brackets[1:] if answer.members else answer.text
-    found = parse(f"${text}$", extraction_config=[latex], parsing_timeout=None, fallback_mode="no_fallback")
-    return list(found)
+    expressions = parse(f"${text}$", extraction_config=[latex], parsing_timeout=None, fallback_mode="no_fallback")
+    return list(expressions)
 
 
 @cache
 def _library() -> tuple[Any, Any, Any]:
-    """Import math-verify: (parse, verify, its LaTeX configuration). Ours replaces its own time limits."""
+    """Import math-verify: (parse, verify, its LaTeX configuration); our time limit replaces its own."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):

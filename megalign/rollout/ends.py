@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megalign.convert.config_file import read_json
+from megalign.convert.hf.config_json import read_json
 from megalign.schema import UserError, shorten
 
 NO_END = "the tokenizer has no end-of-sequence token; sampling needs one to know where a response ends"

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import faulthandler
 import signal
-import sysconfig
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-LONGEST_MESSAGE = 200
+from megalign.modules import describe
+
 STDERR = 2  # faulthandler writes to a file descriptor
-PATIENCE_S = 10.0  # more, and half the limit: until a call that holds the interpreter ends the process
-PACKAGE = Path(__file__).resolve().parents[1]
+PATIENCE_S = 10.0  # added to 1.5 x the limit: then a call that holds the interpreter ends the process
 Result = TypeVar("Result")
 
 
@@ -31,7 +28,7 @@ class CallFailed(Exception):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[Callable[[], bool]]:
-    """Raise `TimeIsUp` in the block after `seconds` and again every second; yields a function: has it been raised yet?
+    """Raise `TimeIsUp` in the block after `seconds` and again every second; yield a function: was it raised?
 
     Uses SIGALRM, which also interrupts sleeps, regular expressions and products of huge integers, but reaches only the
     main thread: in other threads there is no limit. Blocks may be nested.
@@ -66,11 +63,11 @@ def call(function: Callable[..., Result], *arguments: Any, limit_s: float) -> Re
     with (
         _backstop(1.5 * limit_s + PATIENCE_S),
         _interrupts() as interrupted,
-        _told(interrupted, limit_s),
+        _failures(interrupted, limit_s),
         time_limit(limit_s) as rung,
     ):
         result = function(*arguments)
-        if rung():  # it caught what should have ended it
+        if rung():  # the function caught the TimeIsUp that should have ended it
             raise TimeIsUp
         return result
 
@@ -79,8 +76,8 @@ def call(function: Callable[..., Result], *arguments: Any, limit_s: float) -> Re
 def _backstop(seconds: float) -> Iterator[None]:
     """Print every thread's stack and end the process with code 1 where the block takes longer.
 
-    For one builtin that loops for ever, as sum(itertools.repeat(0)): Python then handles no signal and runs no other
-    thread, and an abrupt end is all that keeps the job from waiting for ever.
+    Needed for a builtin that loops for ever, such as sum(itertools.repeat(0)): Python then handles no signal and runs
+    no other thread, and only ending the process keeps the job from waiting for ever.
     """
     faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
     try:
@@ -90,8 +87,8 @@ def _backstop(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def _told(interrupted: Callable[[], bool], limit_s: float) -> Iterator[None]:
-    """Turn whatever ends the block into `CallFailed`."""
+def _failures(interrupted: Callable[[], bool], limit_s: float) -> Iterator[None]:
+    """Raise `CallFailed` for whatever ends the block."""
     try:
         yield
     except CallFailed:
@@ -126,21 +123,3 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def describe(error: BaseException) -> str:
-    """Format an error in one line: its class, its message, and the innermost line of the user's own code."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception:  # a class of the user's, whose own code fails
-        text = "(its message cannot be read)"
-    text = text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(Path(frame.filename))]
-    where = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}{': ' if text else ''}{text}{where}"
-
-
-def _is_users(path: Path) -> bool:
-    """Whether a file is neither megalign's nor Python's nor an installed package's."""
-    others = [PACKAGE, *(Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib"))]
-    return path.is_file() and not any(path.resolve().is_relative_to(other.resolve()) for other in others)

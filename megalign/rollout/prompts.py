@@ -8,8 +8,8 @@ from typing import Any
 
 from megalign.data.order import Span, step_items
 from megalign.data.prompts import load_prompt_groups
+from megalign.data.record_counts import RecordCounts
 from megalign.data.records import BadRecord
-from megalign.data.report import Report
 from megalign.data.tokenize import DEFAULT, TextOptions
 from megalign.rollout.rewards import Reward
 from megalign.schema import UserError
@@ -17,7 +17,7 @@ from megalign.schema import UserError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt: its tokens, and the text and record that its reward reads; `where` is `path:line`."""
+    """Holds a prompt: its tokens, and the text and record that its reward reads; `where` is `path:line`."""
 
     where: str
     ids: tuple[int, ...]
@@ -36,9 +36,9 @@ def load_prompts(
     options: TextOptions = DEFAULT,
     extra_fields: str = "error",
     on_bad_record: str = "stop",
-    report: Report | None = None,
+    report: RecordCounts | None = None,
 ) -> list[Prompt]:
-    """Read every prompt in file order; one that is wrong stops the job with its line and field, or is left out.
+    """Read every prompt in file order; a bad one stops the job with its line and field, or is skipped.
 
     max_length: of the prompt, in tokens: `data.max_length` less `rollout.max_new_tokens`. report: filled with the
     counts of kept and skipped records.
@@ -51,7 +51,7 @@ def load_prompts(
         if problem is not None:
             raise BadRecord("field of the reward", problem)
 
-    report = Report() if report is None else report
+    report = RecordCounts() if report is None else report
     groups = load_prompt_groups(
         path,
         tokenizer,
@@ -74,7 +74,7 @@ def load_prompts(
 
 
 def plain_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Decode without special tokens and without cleaning up blanks."""
+    """Decode token ids without special tokens, leaving spaces as they are."""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

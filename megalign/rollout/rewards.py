@@ -1,30 +1,52 @@
 """Finds and calls rewards: functions of the prompt's text, the response's text and the prompt's record.
 
-`rollout.reward` is the name of a registered function or `module:function`. The response text has no special tokens.
+`rollout.reward` is the name of a registered function or `module:function`. The response text has no special tokens. A
+function under `@batched` takes a list of `RewardCall` instead and returns a number for each, such as a judge model's.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import sys
-import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from numbers import Real
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from megalign.modules import find_function
 from megalign.rollout.answers import equal_answers
-from megalign.rollout.guard import CallFailed, call, describe
+from megalign.rollout.guard import CallFailed, call
 from megalign.schema import UserError, shorten
 
-RewardFunction = Callable[[str, str, dict[str, Any]], float]
 
-LIMIT_S = 300.0  # for one call, where nobody says otherwise: long enough for a judge that is asked over a network
+@dataclass(frozen=True, slots=True)
+class RewardCall:
+    """Holds a response to reward; `where` names the prompt's record in errors."""
+
+    prompt: str
+    response: str
+    record: Mapping[str, Any]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """Wraps a reward function that takes a list of calls; `batched` makes one."""
+
+    function: Callable[[list[RewardCall]], Sequence[float]]
+
+    def __call__(self, calls: list[RewardCall]) -> Sequence[float]:
+        """Return a number for each call."""
+        return self.function(calls)
+
+
+SingleFunction = Callable[[str, str, dict[str, Any]], float]
+RewardFunction = SingleFunction | Batched
+Function = TypeVar("Function", bound=RewardFunction)
+
+LIMIT_S = 300.0  # of one call where the job sets no limit: long enough for a judge model behind a network
 
 
 def call_limit_s(timeout_s: float) -> float:
@@ -34,14 +56,14 @@ def call_limit_s(timeout_s: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A named reward and the text fields its records must have; dots reach into nested ones (`metadata.source`)."""
+    """Holds a reward and the text fields its records must have; dots reach into nested ones (`metadata.source`)."""
 
     name: str
     function: RewardFunction
     needs: tuple[str, ...] = ()
 
     def check_record(self, record: Mapping[str, Any], where: str) -> None:
-        """Refuse a record that lacks a field this reward reads; before anything was sampled."""
+        """Refuse a record that lacks a field this reward reads."""
         problem = self.problem(record)
         if problem is not None:
             raise UserError(f"{where}: {problem}")
@@ -53,45 +75,93 @@ class Reward:
             for key in dotted.split("."):
                 value = value.get(key) if isinstance(value, Mapping) else None
             if not isinstance(value, str):
-                return f"{dotted} is {shorten(value)}; reward {self.name!r} needs a string there"
+                return f"{dotted} is {shorten(value)}; must be a string, which reward {self.name!r} needs there"
         return None
 
     def __call__(
         self, prompt: str, response: str, record: Mapping[str, Any], where: str, *, limit_s: float = LIMIT_S
     ) -> float:
-        """Call the function and return a finite float; anything else it does is an error that names record and reward.
+        """Return one response's reward, as `score` does."""
+        return self.score([RewardCall(prompt, response, record, where)], limit_s=limit_s)[0]
 
-        The function gets a copy of the record, so that no call depends on an earlier one's changes.
+    def score(self, calls: Sequence[RewardCall], *, limit_s: float = LIMIT_S) -> list[float]:
+        """Return the finite reward of each response; anything else is a UserError that names record and reward.
+
+        The function gets copies of the records, so that no call depends on an earlier one's changes. limit_s: for one
+        call of the function, which gets all responses at once if it is batched and one otherwise.
         """
+        size = max(1, len(calls)) if isinstance(self.function, Batched) else 1
+        parts = [calls[first : first + size] for first in range(0, len(calls), size)]
+        return [number for part in parts for number in self._score_together(part, limit_s=limit_s)]
+
+    def _score_together(self, calls: Sequence[RewardCall], *, limit_s: float) -> list[float]:
+        """Call the function once, within its time limit."""
         try:
-            return call(self._number, prompt, response, record, limit_s=limit_s)
+            return call(self._numbers, calls, limit_s=limit_s)
         except CallFailed as failed:
+            index = failed.index if isinstance(failed, _BadNumber) else None
+            where = calls[index or 0].where
+            if index is None and len(calls) > 1:
+                where = f"{where} to {calls[-1].where}"
             if isinstance(failed.__cause__, UserError):
                 raise UserError(f"{where}: {failed.__cause__}") from None
-            raise UserError(f"{where}: reward {self.name!r} {failed}; a finite number is needed") from None
+            raise UserError(f"{where}: reward {self.name!r} {failed}; must be a finite number") from None
 
-    def _number(self, prompt: str, response: str, record: Mapping[str, Any]) -> float:
-        """Call the function and convert its result, which may be a number of numpy or torch, to float."""
-        value: Any = self.function(prompt, response, deepcopy(dict(record)))
-        if inspect.iscoroutine(value):
-            value.close()  # else Python warns that nobody awaited it
+    def _numbers(self, calls: Sequence[RewardCall]) -> list[float]:
+        """Call the function and convert its results to float."""
+        copies = [replace(each, record=deepcopy(dict(each.record))) for each in calls]
+        if not isinstance(self.function, Batched):
+            return [_finite(self.function(each.prompt, each.response, dict(each.record)), 0) for each in copies]
+        values: Any = self.function(copies)
         try:
-            number = value if isinstance(value, (Real, Decimal)) else value.item()
-            good = isinstance(number, (Real, Decimal)) and math.isfinite(number)
-        except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError):
-            good = False
-        if not good:
-            raise CallFailed(f"returned {shorten(value)}")
-        return float(number)
+            count = -1 if isinstance(values, (str, bytes, Mapping)) else len(values)
+        except TypeError:
+            count = -1
+        if count != len(calls):
+            _close(values)
+            raise CallFailed(f"returned {shorten(values)} for {len(calls)} responses")
+        return [_finite(value, index) for index, value in enumerate(values)]
+
+
+class _BadNumber(CallFailed):
+    """Says what the function returned instead of a reward for the call at `index`."""
+
+    def __init__(self, text: str, index: int) -> None:
+        super().__init__(text)
+        self.index = index
+
+
+def _finite(value: Any, index: int) -> float:
+    """Convert a result, which may be a number of numpy or torch, to float."""
+    _close(value)
+    try:
+        number = value if isinstance(value, (Real, Decimal)) else value.item()
+        good = isinstance(number, (Real, Decimal)) and math.isfinite(number)
+    except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError):
+        good = False
+    if not good:
+        raise _BadNumber(f"returned {shorten(value)}", index)
+    return float(number)
+
+
+def _close(value: Any) -> None:
+    """Close a coroutine; else Python warns that nobody awaited it."""
+    if inspect.iscoroutine(value):
+        value.close()
+
+
+def batched(function: Callable[[list[RewardCall]], Sequence[float]]) -> Batched:
+    """Mark a reward function as one that takes a list of `RewardCall` and returns a number for each."""
+    return Batched(function)
 
 
 REWARDS: dict[str, Reward] = {}
 
 
-def reward(name: str, *, needs: tuple[str, ...] = ()) -> Callable[[RewardFunction], RewardFunction]:
+def reward(name: str, *, needs: tuple[str, ...] = ()) -> Callable[[Function], Function]:
     """Register a reward function under `name`."""
 
-    def register(function: RewardFunction) -> RewardFunction:
+    def register(function: Function) -> Function:
         REWARDS[name] = Reward(name, function, needs)
         return function
 
@@ -102,50 +172,26 @@ def choose_reward(spec: str) -> Reward:
     """Return the registered reward of that name, or the function that `module:function` names."""
     if ":" not in spec:
         if spec not in REWARDS:
-            raise UserError(f"rollout.reward is {spec!r}; known: {', '.join(sorted(REWARDS))}, or module:function")
+            raise UserError(f"rollout.reward is {spec!r}; must be {', '.join(sorted(REWARDS))} or module:function")
         return REWARDS[spec]
-    module_name, _, function_name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        lost = isinstance(error, ModuleNotFoundError) and error.name == module_name.split(".")[0]
-        looked = f"; looked for in {_module_folders()}; PYTHONPATH adds to these" if lost else ""
-        raise UserError(
-            f"rollout.reward is {spec!r}: module {module_name!r} cannot be imported: {error}{looked}"
-        ) from error
-    except (Exception, SystemExit) as error:
-        reason = f"module {module_name!r} cannot be imported: it raised {describe(error)}"
-        raise UserError(f"rollout.reward is {spec!r}: {reason}") from error
-    function = getattr(module, function_name, None)
-    if function is None:
-        raise UserError(f"rollout.reward is {spec!r}: module {module_name!r} has no {function_name!r}")
-    if not callable(function):
-        raise UserError(f"rollout.reward is {spec!r}: {function_name!r} is not a function (prompt, response, record)")
-    return Reward(spec, function)
-
-
-def _module_folders() -> str:
-    """List the folders of sys.path for an error message, those of Python itself in three words."""
-    own = sysconfig.get_path("stdlib"), sys.prefix, sys.base_prefix
-    folders = [folder or str(Path.cwd()) for folder in sys.path if not folder.startswith(own)]
-    return ", ".join([*dict.fromkeys(folders), "the installed packages"])
+    return Reward(spec, find_function("rollout.reward", spec, signature="(prompt, response, record)"))
 
 
 @reward("exact_match", needs=("answer",))
 def exact_match(prompt: str, response: str, record: dict[str, Any]) -> float:
-    """1 where the response is the record's answer, blanks at both ends aside."""
+    """Return 1 if the response equals the record's answer, apart from surrounding whitespace, else 0."""
     return float(response.strip() == record["answer"].strip())
 
 
 @reward("final_number", needs=("answer",))
 def final_number(prompt: str, response: str, record: dict[str, Any]) -> float:
-    """1 where the response ends in the answer that the record's answer ends in (`\\boxed{42}`, GSM8K's `#### 42`)."""
+    """Return 1 if the response's final answer equals the record's (`\\boxed{42}`, GSM8K's `#### 42`), else 0."""
     return float(equal_answers(response, record["answer"]))
 
 
 @reward("reasoning_gym", needs=("answer", "metadata.source_dataset"))
 def reasoning_gym(prompt: str, response: str, record: dict[str, Any]) -> float:
-    """What the record's own reasoning-gym environment scores the response with, blanks at both ends aside."""
+    """Return the score of the stripped response by the record's own reasoning-gym environment."""
     try:
         from reasoning_gym import get_score_answer_fn
     except ImportError as error:

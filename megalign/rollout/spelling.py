@@ -1,4 +1,4 @@
-"""Rewrites the many spellings of numbers and LaTeX into one, so that answers can be parsed."""
+"""Rewrites the many spellings of numbers and LaTeX into a single one, so that answers can be parsed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 
 IDEOGRAM = "[\\u3040-\\u30ff\\u3400-\\u9fff\\uac00-\\ud7af]"  # Chinese, Japanese, Korean
 SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
-# LaTeX that says the same in plain text; order matters.
+# (pattern, replacement) from LaTeX and Markdown to plain text; order matters.
 PLAINER = (
     (r"\\(?:left|right|displaystyle|,|!|;|:)", ""),
     (r"\{,\}", ","),

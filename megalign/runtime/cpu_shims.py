@@ -1,4 +1,4 @@
-"""Lets Megatron-Core run where there is no CUDA: the one place that knows which of its calls assume a GPU.
+"""Lets Megatron-Core run without CUDA; the only file that knows which of its calls assume a GPU.
 
 Megatron's own modules get a stand-in for the name `torch` whose factory functions put CUDA tensors on the CPU and whose
 `cuda` namespace is inert; `torch` itself stays as it is for everybody else. Never used where CUDA is available.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -16,6 +17,36 @@ from typing import Any
 import torch
 
 FACTORIES = ("tensor", "as_tensor", "zeros", "zeros_like", "ones", "empty", "empty_like", "full", "arange", "rand")
+
+
+def import_megatron() -> None:
+    """Import Megatron without torch's compiler, which takes a second to import; see `compiled_later`."""
+    if torch.cuda.is_available() or "megatron.core" in sys.modules:
+        return
+    with compiled_later():
+        # Its jit module keeps this torch.compile for modules that are imported later.
+        importlib.import_module("megatron.core")
+
+
+@contextlib.contextmanager
+def compiled_later() -> Iterator[None]:
+    """Have functions that are decorated with `torch.compile` inside the block compiled when they are first called.
+
+    Decorating imports torch's compiler, which takes a second, and a CPU job calls few of these functions or none.
+    """
+    compile_now = torch.compile
+
+    def compile_later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None:  # a decorator with arguments
+            return functools.partial(compile_later, **options)
+        compiled = functools.cache(lambda: compile_now(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 def install() -> None:
@@ -54,7 +85,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Inert:
-    """A stream or event that does nothing, and gives itself for any other it is asked for."""
+    """Stands in for a CUDA stream or event: every method does nothing and returns the object itself."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -91,7 +122,7 @@ def _inert_cuda() -> ModuleType:
 
 
 def _patch_tensor_methods() -> None:
-    """`Tensor.cuda()` is the tensor itself, and `Tensor.type()` answers as Megatron's optimizers compare it."""
+    """Make `Tensor.cuda()` return the tensor, and `Tensor.type()` give Megatron the CUDA names that it expects."""
     if getattr(torch.Tensor.cuda, "megalign_shim", False):
         return
     plain_type = torch.Tensor.type
@@ -101,7 +132,9 @@ def _patch_tensor_methods() -> None:
 
     def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = plain_type(self, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+        # DeepSpeed, too, sorts gradients by these names, and would drop those of a CUDA type where there is none.
+        for_megatron = sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.")
+        return answer.replace("torch.", "torch.cuda.", 1) if for_megatron and isinstance(answer, str) else answer
 
     cuda.megalign_shim = True  # type: ignore[attr-defined]
     for name, method in (("cuda", cuda), ("type", type_as_on_cuda), ("record_stream", lambda self, stream: None)):
@@ -109,7 +142,7 @@ def _patch_tensor_methods() -> None:
 
 
 def _patch_rng_tracker() -> None:
-    """The tracker forks CUDA generator states; dropout is 0 here, so a fork has nothing to protect."""
+    """Make the tracker use CPU generator states; dropout is 0 here, so its forks protect nothing."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -117,7 +150,7 @@ def _patch_rng_tracker() -> None:
 
 
 def _patch_experts() -> None:
-    """Split sizes of the all-to-all become numbers where they are on the CPU already; no TransformerEngine product."""
+    """Keep the all-to-all's split sizes on the CPU, and declare TransformerEngine's matrix product absent."""
     utils, dispatcher = (
         sys.modules.get(f"megatron.core.transformer.moe.{name}") for name in ("moe_utils", "token_dispatcher")
     )

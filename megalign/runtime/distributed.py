@@ -1,4 +1,4 @@
-"""Process start-up: the one place that reads RANK and its like."""
+"""Joins the processes of a job; the only file that reads RANK, WORLD_SIZE and LOCAL_RANK."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megalign.schema import UserError, reason_of
 
-Result = TypeVar("Result")
-PORT_S = 3.0  # for a port that some process's outgoing connection has for a moment
-NAME_S = 5.0  # for a name server that has no answer yet
-LAST_WORD_S = 2.0  # that rank 0, whose store it is, stays for the others to read why the job ends
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+ATTEMPT = "MEGALIGN_ATTEMPT"  # names a start of a job by Slurm: only its own ranks meet under it
+PORT_S = 3.0  # to wait for a port that an outgoing connection briefly occupies
+NAME_S = 5.0  # to wait for a name server that has no answer yet
+LAST_WORD_S = 2.0  # that rank 0, which serves the store, waits so that others can read why the job ends
 
 
 class MeetingError(Exception):
-    """Ranks did not meet: the message is the one line shown, and the exit code is 1."""
+    """Says that the ranks could not connect; the message is shown as one line, and the exit code is 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all of them."""
+    """Identifies this process among all processes of the job."""
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
 
     @property
     def is_main(self) -> bool:
+        """Tell whether this is rank 0, which writes the run directory."""
         return self.rank == 0
 
 
 def launched() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) when run alone."""
+    """Return (rank, world size, local rank) as the launcher set them; (0, 1, 0) when run alone."""
     rank, size, local_rank = _number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK")
     if size is None and rank:
         raise UserError(f"WORLD_SIZE is missing: RANK is {rank}; must be the number of processes")
@@ -59,7 +60,7 @@ def launched() -> tuple[int, int, int]:
 
 
 def _number(name: str) -> int | None:
-    """A whole number from the environment; None where nothing is set."""
+    """Read a whole number from the environment; None where nothing is set."""
     text = os.environ.get(name, "").strip()
     if text and not (text.isascii() and text.isdecimal()):
         raise UserError(f"{name} is {text!r}: must be a whole number >= 0, as torchrun sets it")
@@ -67,10 +68,16 @@ def _number(name: str) -> int | None:
 
 
 @contextmanager
-def process_group(*, timeout_s: float) -> Iterator[World]:
+def process_group(
+    *,
+    timeout_s: float,
+    limit: str = "watchdog.timeout_s",
+    before: Callable[[World, dist.Store], None] = lambda world, store: None,
+) -> Iterator[World]:
     """Join the job's processes (NCCL on CUDA, gloo else) and leave them at the end.
 
-    Every collective of the default group fails after `timeout_s` seconds with the operation's name.
+    Every collective of the default group fails after `timeout_s` seconds with the operation's name. limit: what the
+    user sets that time by. before: called when all ranks have met in the store, before they connect to each other.
     """
     rank, size, local_rank = launched()
     on_cuda = torch.cuda.is_available()
@@ -82,43 +89,68 @@ def process_group(*, timeout_s: float) -> Iterator[World]:
     if on_cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
-    store = _store(rank, size, timeout)
+    store = _store(rank, size, timeout, limit)
+    before(World(rank, size, device), store)
     try:
         dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:
         raise MeetingError(f"rank {rank} of {size}: the ranks could not connect: {reason_of(error)}") from error
+    given = {name for name in LAUNCHER_VARIABLES if name in os.environ}
     try:
-        yield World(rank, size, local_rank, device)
+        yield World(rank, size, device)
     finally:
+        for name in set(LAUNCHER_VARIABLES) - given:  # that `set_launcher_variables` added
+            os.environ.pop(name, None)
         megatron_groups = sys.modules.get("megatron.core.parallel_state")
         if megatron_groups is not None:  # its globals would keep every group's threads alive
             megatron_groups.destroy_model_parallel()
+        deepspeed_groups: Any = sys.modules.get("deepspeed.comm.comm")
+        if deepspeed_groups is not None and deepspeed_groups.cdb is not None:  # a later job would use them
+            deepspeed_groups.destroy_process_group()
+            deepspeed_groups.cdb = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def set_launcher_variables(world: World) -> None:
+    """Set the variables of a launcher that started this process without them, for libraries that read them.
+
+    They are there until the ranks leave the job (`process_group`).
+    """
+    _, _, local_rank = launched()
+    for name, value in zip(LAUNCHER_VARIABLES, (world.rank, world.size, local_rank), strict=True):
+        os.environ.setdefault(name, str(value))
+
+
+def raise_on_timeout() -> None:
+    """Have NCCL's collectives raise after their time-out, where a job would be ended; before the ranks join."""
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
+
+
 def make_deterministic() -> None:
     """Have torch choose deterministic kernels for the rest of the process, and raise where it has none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(True)
 
 
-def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """The rendezvous store; each attempt has names of its own, because a dead one's keys stay in the agent's store."""
+def _store(rank: int, size: int, timeout: timedelta, limit: str) -> dist.Store:
+    """Return the rendezvous store, with keys prefixed by attempt: the agent's store keeps those of a dead one."""
     if size == 1:
         return dist.HashStore()
     address, port = _meeting_point(size)
     under_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = rank == 0 and not under_agent
     until = time.monotonic() + timeout.total_seconds()
-    where = f"{timeout.total_seconds():g} s (watchdog.timeout_s) at MASTER_ADDR {address}, MASTER_PORT {port}"
+    where = f"{timeout.total_seconds():g} s ({limit}) at MASTER_ADDR {address}, MASTER_PORT {port}"
     if serves:
-        _check_port(port)
+        check_port(port)
     try:
         if not serves:
-            _await_server(address, port, until)
-        tcp = _tcp_store(address, port, serves=serves, timeout=timeout)
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+            await_server(address, port, until)
+        tcp = tcp_store(address, port, serves=serves, timeout=timeout)
+        # Another job's rank 0 may listen at this port: its ranks are not counted here, nor these there.
+        job = os.environ.get(ATTEMPT, "job")
+        store = dist.PrefixStore(f"{job}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
         if not under_agent:
             _await_ranks(store, rank, size, until)
     except (RuntimeError, OSError) as error:
@@ -127,12 +159,12 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
 
 
 def _await_ranks(store: dist.Store, rank: int, size: int, until: float) -> None:
-    """Wait until every rank has come to the store; refuse a second one of a number, or of another world size."""
+    """Wait until every rank has joined the store; refuse a duplicate RANK or a different WORLD_SIZE."""
     problem = ""
     if store.add(f"number {rank}", 1) > 1:
         problem = f"RANK is {rank}: another process of the job has it too; must be different for each"
-    elif (found := store.compare_set("size", "", str(size)).decode()) != str(size):
-        problem = f"WORLD_SIZE is {size}: another rank has {found}; must be the same for all"
+    elif (first := store.compare_set("size", "", str(size)).decode()) != str(size):
+        problem = f"WORLD_SIZE is {size}: another rank has {first}; must be the same for all"
     if problem:
         _end_meeting(store, rank, problem)
         raise UserError(problem)
@@ -162,28 +194,28 @@ def _end_meeting(store: dist.Store, rank: int, problem: str) -> None:
         time.sleep(LAST_WORD_S)
 
 
-def _tcp_store(address: str, port: int, *, serves: bool, timeout: timedelta) -> dist.Store:
-    """Join the store of rank 0; in a thread, because torch waits for ever for a server that is none of its own."""
-    found: list[dist.Store | Exception] = []
+def tcp_store(address: str, port: int, *, serves: bool, timeout: timedelta) -> dist.Store:
+    """Join rank 0's store, in a thread, because torch waits for ever if another kind of server answers."""
+    results: list[dist.Store | Exception] = []
 
     def join() -> None:
         try:
-            found.append(dist.TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False))
+            results.append(dist.TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False))
         except Exception as error:
-            found.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
     thread.join(timeout.total_seconds() + 5.0)
-    if not found:
+    if not results:
         raise RuntimeError("what listens there does not answer as a rank of a job does")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
 
 
 def _meeting_point(size: int) -> tuple[str, int]:
-    """MASTER_ADDR and MASTER_PORT, the first of which names a machine."""
+    """Return MASTER_ADDR and MASTER_PORT; UserError unless the address resolves."""
     address, port = os.environ.get("MASTER_ADDR", "").strip(), _number("MASTER_PORT")
     if not address:
         raise UserError(f"MASTER_ADDR is missing: WORLD_SIZE is {size}; must be the host name or address of rank 0")
@@ -191,58 +223,72 @@ def _meeting_point(size: int) -> tuple[str, int]:
         raise UserError(f"MASTER_PORT is missing: WORLD_SIZE is {size}; must be a free port of rank 0's machine")
     if not 0 < port < 65536:
         raise UserError(f"MASTER_PORT is {port}: must be 1 to 65535")
+    check_address(address, port)
+    return address, port
+
+
+def check_address(address: str, port: int, *, name: str = "MASTER_ADDR") -> None:
+    """Refuse an address that does not resolve."""
     until = time.monotonic() + NAME_S
     while True:
         try:
             socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
-            return address, port
+            return
         except (OSError, UnicodeError) as error:
             again = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
             if not again or time.monotonic() > until:
                 why = error.strerror if isinstance(error, OSError) else error
                 raise UserError(
-                    f"MASTER_ADDR is {address!r}: not resolved ({why}); must be the host name or address of rank 0"
+                    f"{name} is {address!r}: not resolved ({why}); must be the host name or address of rank 0"
                 ) from None
         time.sleep(0.5)
 
 
-def _check_port(port: int) -> None:
+def check_port(port: int) -> None:
     """Refuse a port that rank 0 cannot listen on."""
     until = time.monotonic() + PORT_S
-    while True:
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("", port))
-                return
-            except OSError as error:
-                busy = error.errno == errno.EADDRINUSE
-                if not busy or time.monotonic() > until:
-                    why = "another process uses it" if busy else error.strerror
-                    message = f"MASTER_PORT is {port}: {why}; must be a free port of rank 0's machine"
-                    raise UserError(message) from None
+    while (problem := _bind_problem(port)) is not None:
+        busy = problem.errno == errno.EADDRINUSE
+        if not busy or time.monotonic() > until:
+            why = "another process uses it" if busy else problem.strerror
+            raise UserError(f"MASTER_PORT is {port}: {why}; must be a free port of rank 0's machine")
         time.sleep(0.1)
 
 
-def _await_server(address: str, port: int, until: float) -> None:
-    """Wait until rank 0, or torchrun's agent, listens; torch's own waiting prints a page of warnings."""
+def _bind_problem(port: int) -> OSError | None:
+    """Return the error of listening on a port now; None if that works."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("", port))
+        except OSError as error:
+            return error
+    return None
+
+
+def await_server(address: str, port: int, until: float, *, who: str = "rank 0") -> None:
+    """Wait until the store's server listens; torch's own waiting prints a page of warnings."""
     while True:
         try:
-            limit = min(5.0, max(0.1, until - time.monotonic()))
-            with socket.create_connection((address, port), timeout=limit) as sock:
-                # Where nobody listens yet, a connection may be given its own port as its source, and meet itself.
-                if sock.getsockname() != sock.getpeername():
-                    return
+            if _listens(address, port, timeout_s=min(5.0, max(0.1, until - time.monotonic()))):
+                return
         except OSError as error:
             if time.monotonic() > until:
                 raise RuntimeError(
-                    f"rank 0 does not answer ({error.strerror or error}); must be started there and be reachable"
+                    f"{who} does not answer ({error.strerror or error}); must be started there and be reachable"
                 ) from None
         time.sleep(0.2)
 
 
+def _listens(address: str, port: int, *, timeout_s: float) -> bool:
+    """Connect to a port; OSError where that fails."""
+    with socket.create_connection((address, port), timeout=timeout_s) as sock:
+        # Where nothing listens yet, a connection may get the port as its own source port and connect to itself.
+        return bool(sock.getsockname() != sock.getpeername())
+
+
 def free_port() -> int:
-    """A TCP port nobody uses, below those that the system gives to outgoing connections."""
+    """Return an unused TCP port, below those that the system gives to outgoing connections."""
     draw = random.SystemRandom()
     while True:
         with socket.socket() as sock:

@@ -1,4 +1,4 @@
-"""A bar of bytes for tools that move checkpoints: a rich one on a terminal, plain lines elsewhere."""
+"""Shows the progress of tools that move checkpoints, in bytes: as a bar on a terminal, as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ EVERY_S = 10.0  # between plain lines
 
 
 class ByteBar:
-    """Told the total first and then what is done, by any thread; used as a context manager."""
+    """Shows how many of `total` bytes are written; a context manager, updated from any thread."""
 
     def __init__(self, label: str, console: Console) -> None:
         self.label, self.console = label, console
         self.lock = threading.Lock()
         self.total = self.done = 0
-        self.started = self.told = time.monotonic()
+        self.started = self.shown_at = time.monotonic()
         self.bar: Progress | None = None
         if console.is_terminal:
             columns = (
@@ -32,20 +32,20 @@ class ByteBar:
             self.task = self.bar.add_task(label, total=None)
 
     def begin(self, total: int) -> None:
-        """How many bytes there are."""
+        """Set the total number of bytes."""
         self.total, self.started = total, time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, total=total)
 
     def wrote(self, count: int) -> None:
-        """`count` bytes more are done."""
+        """Add `count` bytes to those written."""
         with self.lock:
             self.done += count
             if self.bar is not None:
                 self.bar.update(self.task, completed=self.done)
-            elif time.monotonic() - self.told > EVERY_S:
-                self.told = time.monotonic()
-                left = (self.total - self.done) * (self.told - self.started) / max(self.done, 1)
+            elif time.monotonic() - self.shown_at > EVERY_S:
+                self.shown_at = time.monotonic()
+                left = (self.total - self.done) * (self.shown_at - self.started) / max(self.done, 1)
                 gib = f"{self.done / 2**30:.2f} of {self.total / 2**30:.2f} GiB"
                 self.console.print(f"{self.label}: {gib}, left {left:.0f} s")
 

@@ -1,4 +1,4 @@
-"""Find what keeps a run from learning, and say it once, with numbers: before the first step, and as steps are taken."""
+"""Finds what keeps a run from learning and says it once, with numbers: before the first step and during the run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megalign.config import JobConfig
+from megalign.config.job import JobConfig
 from megalign.data.dataset import GroupDataset
 from megalign.data.group import Group, same_rewards
 from megalign.data.pairing import own_sequences
@@ -15,8 +15,8 @@ from megalign.rollout.prompts import Prompt
 from megalign.train.console import counted, shown
 from megalign.train.schedule import learning_rate
 
-MOST = 0.5  # above this share it is most of them
-EQUAL_REWARDS, NO_GRADIENT = "equal rewards", "no gradient"  # kinds that rounds and steps raise too
+MOST = 0.5  # a fraction above this counts as most
+EQUAL_REWARDS, NO_GRADIENT = "equal rewards", "no gradient"  # kinds that rounds and steps report too
 
 
 def doubts_about_rate(cfg: JobConfig, num_steps: int) -> Iterator[str]:
@@ -34,8 +34,9 @@ def doubts_about_rate(cfg: JobConfig, num_steps: int) -> Iterator[str]:
         )
     elif warmup >= num_steps:
         yield (
-            f"optimizer.schedule.warmup_steps is {warmup} and the run has {num_steps} steps: the learning rate rises "
-            f"to the last step, where it is {highest:.3g} of optimizer.lr {optimizer.lr:g}"
+            f"optimizer.schedule.warmup_steps is {warmup} and the run has {num_steps} steps: the learning rate still "
+            f"rises at the last step, to {highest:.3g} (optimizer.lr: {optimizer.lr:g}); set warmup_steps below "
+            f"{num_steps}"
         )
 
 
@@ -53,10 +54,11 @@ def doubts_about_number(cfg: JobConfig, dataset: GroupDataset) -> Iterator[str]:
             f"data.groups_per_step is {groups_per_step} and an epoch has {counted(dataset.epoch_size, 'group')}: every "
             "step takes some of them more than once"
         )
-    lengths = [len(group.prompt_ids) + len(one.ids) for group in dataset.groups for one in group.responses]
+    lengths = [len(group.prompt_ids) + len(response.ids) for group in dataset.groups for response in group.responses]
     yield from _doubts_about_budget(cfg, lengths, "sequences")
-    raw = (one for group in dataset.groups for one in group.raw.get("responses") or () if isinstance(one, Mapping))
-    marks = [one["finished"] for one in raw if one.get("finished") is not None]
+    raw = (response for group in dataset.groups for response in group.raw.get("responses") or ())
+    mappings = (response for response in raw if isinstance(response, Mapping))
+    marks = [response["finished"] for response in mappings if response.get("finished") is not None]
     if marks.count(False) > MOST * len(marks):
         yield (
             f"{marks.count(False)} of {len(marks)} responses say that they were cut before the model ended them "
@@ -82,7 +84,7 @@ def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
     equal = [_rewards(group) for group in dataset.groups if len(group.responses) > 1 and same_rewards(_rewards(group))]
     if len(equal) <= MOST * len(dataset):
         return
-    where, rewards = f"{len(equal)} of {len(dataset)} records", [one for group in equal for one in group]
+    where, rewards = f"{len(equal)} of {len(dataset)} records", [reward for group in equal for reward in group]
     if dataset.pairing.kind == "samples":
         yield EQUAL_REWARDS, _equal_rewards(where, rewards)
         return
@@ -98,7 +100,7 @@ def doubts_about_contrast(dataset: GroupDataset) -> Iterator[tuple[str, str]]:
 def doubts_about_held_out(trained: Collection[Hashable], held_out: Sequence[Hashable], what: str) -> Iterator[str]:
     """Yield a doubt where most of the held-out records, or prompts, are among those that are trained on."""
     known = set(trained)
-    seen = sum(one in known for one in held_out)
+    seen = sum(item in known for item in held_out)
     if seen > MOST * len(held_out):
         yield (
             f"{seen} of {len(held_out)} held-out {what} of eval.path are also trained on: their evaluation does not "
@@ -108,7 +110,7 @@ def doubts_about_held_out(trained: Collection[Hashable], held_out: Sequence[Hash
 
 def identity(group: Group) -> Hashable:
     """Return the tokens of a record, prompt and responses, to compare records by."""
-    return group.prompt_ids, tuple(one.ids for one in group.responses)
+    return group.prompt_ids, tuple(response.ids for response in group.responses)
 
 
 def doubts_about_rounds(cfg: JobConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
@@ -140,16 +142,16 @@ def _doubts_about_budget(cfg: JobConfig, lengths: Sequence[int], what: str) -> I
 
 
 def _same_contrast(dataset: GroupDataset, group: Group) -> bool:
-    """Whether all that the loss compares inside a group is the same tokens."""
+    """Tell whether all responses that the loss compares inside a group have the same tokens."""
     if dataset.pairing.kind == "single":
         return False
-    picked = [one for _, one in own_sequences(group, dataset.pairing, seed=dataset.seed, epoch=0)]
+    picked = [response for _, response in own_sequences(group, dataset.pairing, seed=dataset.seed, epoch=0)]
     first = picked[0]
-    return len(picked) > 1 and all(one.ids == first.ids and one.scored == first.scored for one in picked[1:])
+    return len(picked) > 1 and all((other.ids, other.scored) == (first.ids, first.scored) for other in picked[1:])
 
 
 def _rewards(group: Group) -> list[float]:
-    return [one.reward for one in group.responses if one.reward is not None]
+    return [response.reward for response in group.responses if response.reward is not None]
 
 
 def _equal_rewards(where: str, rewards: Sequence[float]) -> str:
@@ -166,10 +168,10 @@ def _extent(rewards: Sequence[float]) -> str:
 
 @dataclass
 class Doubts:
-    """Collect the reasons to doubt that a run learns, from its settings, data and steps; each kind is said once."""
+    """Collects reasons to doubt that a run learns, from its settings, data and steps; each kind is reported once."""
 
     cfg: JobConfig
-    told: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
 
     def before(
         self,
@@ -179,55 +181,56 @@ class Doubts:
         held_out: GroupDataset | Sequence[Prompt] = (),
     ) -> list[str]:
         """Find doubts that can be known before the first step; `dataset` is None in rounds, which have `prompts`."""
-        found = list(doubts_about_rate(self.cfg, num_steps))
+        doubts = list(doubts_about_rate(self.cfg, num_steps))
         if dataset is None:
-            found += doubts_about_rounds(self.cfg, prompts)
-            asked = [] if isinstance(held_out, GroupDataset) else [one.ids for one in held_out]
-            return found + list(doubts_about_held_out([one.ids for one in prompts], asked, "prompts"))
-        found += doubts_about_number(self.cfg, dataset)
+            doubts += doubts_about_rounds(self.cfg, prompts)
+            held_out_ids = [] if isinstance(held_out, GroupDataset) else [prompt.ids for prompt in held_out]
+            return doubts + list(doubts_about_held_out([prompt.ids for prompt in prompts], held_out_ids, "prompts"))
+        doubts += doubts_about_number(self.cfg, dataset)
         if isinstance(held_out, GroupDataset):
             trained = [identity(group) for group in dataset.groups]
-            found += doubts_about_held_out(trained, [identity(group) for group in held_out.groups], "records")
+            doubts += doubts_about_held_out(trained, [identity(group) for group in held_out.groups], "records")
         for kind, text in doubts_about_contrast(dataset):
-            self.told.add(kind)
-            found.append(text)
-        return found
+            self.reported.add(kind)
+            doubts.append(text)
+        return doubts
 
     def of_round(self, number: int, records: Sequence[Mapping[str, Any]], stats: Mapping[str, float]) -> list[str]:
         """Find doubts about a sampled round, `number` from 1, in its records and statistics."""
         rollout = self.cfg.rollout
         assert rollout is not None
-        found = []
+        doubts = []
         rewards = [[response["reward"] for response in record["responses"]] for record in records]
         if all(map(same_rewards, rewards)) and self._first(EQUAL_REWARDS):
-            same = sum(len({tuple(one["response_ids"]) for one in record["responses"]}) == 1 for record in records)
+            by_group = [[tuple(each["response_ids"]) for each in record["responses"]] for record in records]
+            same = sum(len(set(responses)) == 1 for responses in by_group)
             text = _equal_rewards(
-                f"all {len(records)} groups of round {number}", [one for group in rewards for one in group]
+                f"all {len(records)} groups of round {number}", [reward for group in rewards for reward in group]
             )
-            found.append(text + (f"; in {same} groups all {rollout.k} responses are the same" if same else ""))
+            doubts.append(text + (f"; in {same} groups all {rollout.k} responses are the same" if same else ""))
         cut = stats.get("rollout_unfinished_fraction", 0.0)
         if cut > MOST and self._first("cut"):
             count = sum(map(len, rewards))
-            found.append(
+            doubts.append(
                 f"{round(cut * count)} of {count} responses of round {number} are cut at rollout.max_new_tokens "
                 f"{rollout.max_new_tokens}, before the model ended them"
             )
         skipped = int(stats.get("rollout_skipped_groups", 0.0))
         if skipped > MOST * len(records) and self._first("skipped"):
-            found.append(
+            doubts.append(
                 f"loss {self.cfg.loss.name} has no use for {skipped} of {len(records)} groups of round {number}, and "
                 f"its steps take the other {len(records) - skipped} more than once"
             )
-        return found
+        return doubts
 
     def of_step(self, step: int, batch: StepBatch, norm: float) -> list[str]:
         """Find doubts about a finished step, `step` from 1."""
         rewards: dict[int, list[float]] = {}
-        for one in batch.sequences if self.cfg.loss.traits().pairing.kind == "samples" else ():
-            if one.response.reward is not None:
-                rewards.setdefault(one.group, []).append(one.response.reward)
-        # A step whose rewards happen to be equal explains its own gradient of zero; whole rounds and files are judged
-        # elsewhere, since steps of few groups meet that in healthy runs.
+        for sequence in batch.sequences if self.cfg.loss.traits().pairing.kind == "samples" else ():
+            if sequence.response.reward is not None:
+                rewards.setdefault(sequence.group, []).append(sequence.response.reward)
+        # Equal rewards explain a gradient of zero, and a step of few groups has them in healthy runs too; whole rounds
+        # and files are judged in `of_round` and `before`.
         equal = bool(rewards) and all(map(same_rewards, rewards.values()))
         if norm == 0 and not equal and self._first(NO_GRADIENT):
             return [
@@ -237,7 +240,7 @@ class Doubts:
         return []
 
     def _first(self, kind: str) -> bool:
-        """Whether this kind was not said before; from now on it was."""
-        new = kind not in self.told
-        self.told.add(kind)
+        """Tell whether this kind was not reported before, and mark it as reported."""
+        new = kind not in self.reported
+        self.reported.add(kind)
         return new

@@ -1,4 +1,4 @@
-"""Format a run's numbers as lines, and show them under a bar on a terminal."""
+"""Formats a run's numbers as lines, and shows them under a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-# Metrics on a line of progress beside the loss, with their names there, in this order.
+# Metrics that a progress line shows beside the loss, with their names there, in this order.
 SHOWN = {
     "reward": "reward",  # of an evaluation
     "reward_mean": "reward",
@@ -51,13 +51,13 @@ def outcomes(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
 
 def step_numbers(record: Mapping[str, Any], *, rounds: int) -> str:
     """Write a finished step's numbers; `rounds` is how many the run has, if any."""
-    place = f"round {record['round']}/{rounds}" if "round" in record else f"epoch {record['epoch']:.2f}"
+    progress = f"round {record['round']}/{rounds}" if "round" in record else f"epoch {record['epoch']:.2f}"
     parts = [f"loss {shown(record['loss'])}", f"grad_norm {shown(record['grad_norm'])}", f"lr {record['lr']:.3g}"]
     parts += [f"{name} {value:.3f}" for name, value in outcomes(record)]
     speed = f"{record['tokens_per_second']:.0f} tok/s"
     if "round_tokens_per_second" in record:
         speed += f" ({record['round_tokens_per_second']:.0f} with sampling)"
-    return " ".join([place, *parts, speed])
+    return " ".join([progress, *parts, speed])
 
 
 def evaluation_numbers(record: Mapping[str, Any]) -> str:
@@ -68,7 +68,7 @@ def evaluation_numbers(record: Mapping[str, Any]) -> str:
 
 
 class StepBar(Progress):
-    """Show a bar with the newest numbers below it; 80 columns hold both."""
+    """Shows a bar with the newest numbers below it; both fit into 80 columns."""
 
     def __init__(self, console: Console) -> None:
         self.numbers = ""
@@ -84,6 +84,7 @@ class StepBar(Progress):
         self._current: TaskID | None = None
 
     def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the bar, and below it the step's numbers."""
         yield self.make_tasks_table(self.tasks)
         if self.numbers:
             # Wrapped even where it is drawn again below a log line, which is printed unwrapped.
@@ -96,7 +97,7 @@ class StepBar(Progress):
         self._current = self.add_task(name, completed=done, total=total, left="")
 
     def show(self, name: str | None = None, done: int | None = None, left: str = "", numbers: str = "") -> None:
-        """Move the bar; what is not given stays."""
+        """Update the bar; arguments that are not given stay as they are."""
         assert self._current is not None
         self.numbers = numbers or self.numbers
         fields: dict[str, Any] = {"left": left} if left else {}
@@ -104,13 +105,14 @@ class StepBar(Progress):
 
 
 class ConsoleHandler(logging.Handler):
-    """Print log lines above a bar, if there is one; those of level DEBUG are for the file alone."""
+    """Prints log lines above a bar, if there is one; those of level DEBUG are for the file alone."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print a record's line, warnings in yellow."""
         style = "yellow" if record.levelno >= logging.WARNING else ""
-        # Unwrapped: a path that is cut in two cannot be copied.
+        # Unwrapped: a path that is broken over lines cannot be copied.
         self.console.print(Text(self.format(record), style=style), soft_wrap=True)

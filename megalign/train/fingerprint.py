@@ -1,6 +1,6 @@
-"""What makes two jobs the same job, as plain values that a checkpoint keeps in job.json and a resume compares.
+"""Describes a job by plain values that identify it; a checkpoint keeps them and a resume compares them.
 
-Contents count, not paths: a moved model or data file is the same. Free to change are run.dir and the run's length, the
+Contents count, not paths: a moved model or data file is the same. A resumed run may change run.dir, its length, the
 layout, settings of speed, and what is written where and when.
 """
 
@@ -12,27 +12,24 @@ from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megalign.config import JobConfig
-from megalign.convert.digest import folder_digest, tokenizer_digest, weights_digest
-from megalign.convert.reader import resolve_model
+from megalign.config.job import JobConfig
+from megalign.convert.hf.digest import folder_digest, tokenizer_digest, weights_digest
 from megalign.data.dataset import GroupDataset
 from megalign.rollout.prompts import Prompt
 from megalign.schema import UserError, allowed_keys, shorten
+from megalign.train.inputs import Inputs
 
-if TYPE_CHECKING:
-    from megalign.train.check import Inputs
-
-# Keys of `data` and `rollout` that change no batch, or only as far as the digest of the records shows.
+# Keys of `data` and `rollout` that change no batch, or only in ways that the digest of the records shows.
 FREE_DATA = {"tokens_per_micro_batch", "packing", "format", "on_bad_record", "extra_fields", "cache_dir", "sources"}
 FREE_ROLLOUT = {"rounds"}
-SOURCES = "data.sources"  # compared with data.path as one, by what is read from them
+SOURCES = "data.sources"  # compared together with data.path, by the records read from them
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A key in which two jobs differ, with both values as text."""
+    """Names a key in which two jobs differ, with both values as text."""
 
     key: str
     was: str
@@ -43,10 +40,10 @@ class Difference:
 
 
 def settings(cfg: JobConfig) -> dict[str, Any]:
-    """The sections and keys that identify a job; None stands where contents belong (`describe` fills them in)."""
+    """Return the sections and keys that identify a job; None where `describe` fills in a digest of contents."""
     plain = cfg.model_dump(mode="json", by_alias=True)
     data = {key: value for key, value in plain["data"].items() if key not in FREE_DATA}
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "run": {key: plain["run"][key] for key in ("seed", "dtype")},
         "model": plain["model"] | {"path": None},
         "data": data | {"path": None},
@@ -59,35 +56,38 @@ def settings(cfg: JobConfig) -> dict[str, Any]:
     }
     if plain["rollout"] is not None:
         kept = {key: value for key, value in plain["rollout"].items() if key not in FREE_ROLLOUT}
-        found["rollout"] = kept | {"path": None}
-    return found
+        result["rollout"] = kept | {"path": None}
+    return result
 
 
 def describe(cfg: JobConfig, inputs: Inputs, weights: Path | None) -> dict[str, Any]:
-    """The job's fingerprint; `weights` is a converted checkpoint that stands for the weights of model.path."""
-    found = settings(cfg)
-    found["model"]["path"] = _model(cfg.model.path, inputs.hf_dir)
+    """Return the job's fingerprint; weights: a converted checkpoint whose weights replace those of model.path."""
+    result = settings(cfg)
+    result["model"]["path"] = _model(cfg.model.path, inputs.policy.folder)
     if inputs.reference is not None:
-        found["reference"]["source"] = _model(str(cfg.reference.source), inputs.reference[0])
+        result["reference"]["source"] = _model(str(cfg.reference.source), inputs.reference.folder)
     if cfg.teachers:
-        teachers = {one.name: _model(one.path, resolve_model(one.path)) for one in cfg.teachers}
+        teachers = {
+            teacher.name: _model(teacher.path, model.folder)
+            for teacher, model in zip(cfg.teachers, inputs.teachers, strict=True)
+        }
         named = ", ".join(f"{name} {about['shown']}" for name, about in teachers.items())
-        digest = _text_digest([name, one["digest"]] for name, one in teachers.items())
-        found["teachers"] = {"shown": named, "digest": digest}
+        digest = _text_digest([name, model["digest"]] for name, model in teachers.items())
+        result["teachers"] = {"shown": named, "digest": digest}
     if inputs.records is not None:
         dataset = inputs.records.dataset
-        paths = [cfg.data.path] if cfg.data.path is not None else [one.path for one in cfg.data.sources or ()]
+        paths = [cfg.data.path] if cfg.data.path is not None else [source.path for source in cfg.data.sources or ()]
         digest = records_digest(dataset)
         shown = f"{', '.join(map(str, paths))} ({len(dataset)} records, {digest[:8]})"
-        found["data"]["path"] = {"shown": shown, "digest": digest}
+        result["data"]["path"] = {"shown": shown, "digest": digest}
     if cfg.rollout is not None:
         digest = prompts_digest(inputs.prompts)
         shown = f"{cfg.rollout.path} ({len(inputs.prompts)} prompts, {digest[:8]})"
-        found["rollout"]["path"] = {"shown": shown, "digest": digest}
+        result["rollout"]["path"] = {"shown": shown, "digest": digest}
     if weights is not None:
         digest = folder_digest(weights)
-        found["checkpoint"]["resume"] = {"shown": f"{weights} (weights {digest[:8]})", "digest": digest}
-    plain: dict[str, Any] = json.loads(json.dumps(found))  # as a checkpoint gives it back
+        result["checkpoint"]["resume"] = {"shown": f"{weights} (weights {digest[:8]})", "digest": digest}
+    plain: dict[str, Any] = json.loads(json.dumps(result))  # as a checkpoint gives it back
     return plain
 
 
@@ -98,7 +98,7 @@ def _model(path: str, hf_dir: Path) -> dict[str, str]:
 
 
 def records_digest(dataset: GroupDataset) -> str:
-    """Digest the tokenised records in order: ids, rewards, log-probs, scores; all a group holds but its raw text."""
+    """Digest the tokenised records in order: ids, rewards, log-probs, scores; everything except the raw text."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr([(span.num_records, span.weight) for span in dataset.spans]).encode())
     for group in dataset.groups:
@@ -128,7 +128,7 @@ def _add(digest: Any, value: Any) -> None:
             content = array("q" if kind is int else "d", value)
             digest.update(f"{content.typecode}{len(content)} ".encode() + content.tobytes())
             return
-        except (TypeError, OverflowError):  # of several kinds
+        except (TypeError, OverflowError):  # mixed kinds, or too large
             pass
     if isinstance(value, Mapping):
         value = sorted(value.items())
@@ -153,15 +153,15 @@ def _without_paths(value: Any) -> Any:
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[Difference]:
-    """The keys whose values differ; one that only one side has is new or gone in this version, and says nothing."""
-    found = []
+    """Return the keys whose values differ; keys of only one side are new or gone in this version and do not count."""
+    result = []
     for key in (key for key in now if key in was):
         before, after, name = was[key], now[key], f"{prefix}{key}"
         if _is_section(before) and _is_section(after):
-            found += differences(before, after, f"{name}.")
+            result += differences(before, after, f"{name}.")
         elif _without_paths(before) != _without_paths(after):
-            found.append(Difference(name, _shown(before), _shown(after)))
-    return found
+            result.append(Difference(name, _shown(before), _shown(after)))
+    return result
 
 
 def _is_section(value: Any) -> bool:
@@ -179,10 +179,10 @@ def _shown(value: Any) -> str:
 def check_allow(cfg: JobConfig) -> None:
     """Refuse a `checkpoint.allow` that names no key or section of a job's fingerprint."""
     known = {*_names(settings(cfg)), SOURCES}
-    for place, key in enumerate(cfg.checkpoint.allow):
+    for index, key in enumerate(cfg.checkpoint.allow):
         if key not in known:
             raise UserError(
-                f"checkpoint.allow.{place} is {key!r}: must be a key that identifies a job, or a section of such keys"
+                f"checkpoint.allow.{index} is {key!r}: must be a key that identifies a job, or a section of such keys"
                 f"{allowed_keys(key, known)}"
             )
 
@@ -195,9 +195,9 @@ def _names(tree: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
 
 
 def is_allowed(difference: Difference, allow: Iterable[str]) -> bool:
-    """Whether `checkpoint.allow` names the key or a section that it is in."""
+    """Tell whether `checkpoint.allow` names the key or a section that it is in."""
     key = difference.key
-    if key == "rollout":  # rounds or none: a checkpoint's place in the one means nothing in the other
+    if key == "rollout":  # rounds or none: a position in the one means nothing in the other
         return False
-    named = {"data.path" if one == SOURCES else one for one in allow}
-    return any(key == one or key.startswith(f"{one}.") for one in named)
+    named = {"data.path" if name == SOURCES else name for name in allow}
+    return any(key == name or key.startswith(f"{name}.") for name in named)

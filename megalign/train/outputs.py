@@ -1,4 +1,4 @@
-"""Where training starts from and what it writes to, checked before it starts by one process without a model."""
+"""Checks what training starts from and where it writes, in one process, before a model is built."""
 
 from __future__ import annotations
 
@@ -9,25 +9,34 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from megalign.config import JobConfig, load_config
-from megalign.convert.writer import Owner, check_target, is_export, model_specs
-from megalign.engines.megatron_state import holds_optimizer
+from megalign.config.job import JobConfig, load_config
+from megalign.convert.hf.export_dir import Owner, check_target, is_export
+from megalign.convert.hf.model import HFModel
+from megalign.convert.hf.writer import specs_of
+from megalign.engines.build import dtype_of, engine_package, lora_of
 from megalign.schema import UserError
-from megalign.train.check import Inputs, check_adapters
-from megalign.train.checkpoint import Found, check_whole, find_checkpoint, newer_than, read_job
+from megalign.train.checkpoint import (
+    Facts,
+    ResumePoint,
+    check_whole,
+    find_checkpoint,
+    newer_than,
+    read_facts,
+    read_plain,
+)
 from megalign.train.fingerprint import Difference, describe, differences, is_allowed, job_digest, settings
+from megalign.train.inputs import Inputs
 from megalign.train.run_dir import check_config_file, check_run_dir, holds_own, is_inside, nearest, probe
 from megalign.train.schedule import keeps_last
-from megalign.train.session import dtype_of
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What training starts from.
+    """Describes the state that training starts from.
 
-    checkpoint: a run's, with optimizer and position. weights: a converted checkpoint, whose weights stand for those of
-    model.path. own: `checkpoint` is one of this run directory's. rolled_back: newer ones of the same run are beside it.
-    changed: keys in which the job differs from the one that saved the checkpoint, and is allowed to.
+    checkpoint: a run's, with optimizer and position. weights: a converted checkpoint, whose weights replace those of
+    model.path. own: `checkpoint` is in this run directory. rolled_back: newer checkpoints of the run lie beside it.
+    changed: keys in which the job differs, as checkpoint.allow permits, from the one that saved the checkpoint.
     """
 
     job: dict[str, Any]
@@ -43,11 +52,11 @@ class Start:
 
 
 def job_date(cfg: JobConfig) -> str:
-    """The day that chat templates get as today: data.date, else that of the run to go on with, else today."""
+    """Return the date that chat templates see as today's: data.date, else the resumed run's, else today's."""
     if cfg.data.date is not None:
         return cfg.data.date
-    found = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume)
-    about = None if found is None else read_job(found.folder)
+    point = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume)
+    about = None if point is None else read_plain(point.folder)
     saved = None if about is None else about["job"]["data"].get("date")
     if saved is None and cfg.checkpoint.resume != "never":
         saved = _date_of_same(cfg)
@@ -55,7 +64,7 @@ def job_date(cfg: JobConfig) -> str:
 
 
 def _date_of_same(cfg: JobConfig) -> str | None:
-    """The day of a run of the same settings in the directory, which was ended before it saved."""
+    """Return the date of an earlier run in the directory, with the same settings, that saved no checkpoint."""
     try:
         before = load_config(str(Path(cfg.run.dir) / "config.yaml"))
     except UserError:
@@ -64,12 +73,12 @@ def _date_of_same(cfg: JobConfig) -> str | None:
 
 
 def with_date(cfg: JobConfig, day: str | None) -> JobConfig:
-    """The configuration with `data.date` set."""
+    """Return the configuration with `data.date` set."""
     return cfg.model_copy(update={"data": cfg.data.model_copy(update={"date": day})})
 
 
 def check_outputs(cfg: JobConfig, inputs: Inputs) -> Start:
-    """Refuse what training cannot go on from or write to: checkpoints, run.dir, export.hf_dir and their disks."""
+    """Refuse checkpoints that training cannot resume from, and a run.dir or export.hf_dir that it cannot write to."""
     start = _find_start(cfg, inputs)
     check_run_dir(Path(cfg.run.dir))
     check_config_file(Path(cfg.run.dir))
@@ -80,59 +89,77 @@ def check_outputs(cfg: JobConfig, inputs: Inputs) -> Start:
 
 
 def _find_start(cfg: JobConfig, inputs: Inputs) -> Start:
-    found = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume)
+    point = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume)
     weights = None
-    if found is not None:
-        check_whole(found.folder, inputs.model)
-        check_adapters(cfg, found.folder)
-        if not holds_optimizer(found.folder):
-            weights, found = found.folder, None
-        elif found.since and found.named is not None:
-            weights = _converted(found.named, inputs)
+    if point is not None:
+        check_whole(point.folder, inputs.policy)
+        facts = read_facts(point.folder)
+        _check_engine(cfg, point.folder, facts)
+        if not facts.optimizer:
+            weights, point = point.folder, None
+        elif point.since and point.named is not None:
+            weights = _converted(point.named, inputs)
     job = describe(cfg, inputs, weights)
     owner = Owner(str(Path(cfg.run.dir).resolve()), job_digest(job))
-    if found is None:
+    if point is None:
         named = None if weights is None else str(Path(cfg.checkpoint.resume).resolve())
         return Start(job, owner, weights=weights, started_from=named)
-    return _go_on(cfg, found, Start(job, replace(owner, resumed=found.own), found.folder, weights, own=found.own))
+    return _go_on(cfg, point, Start(job, replace(owner, resumed=point.own), point.folder, weights, own=point.own))
+
+
+def _check_engine(cfg: JobConfig, checkpoint: Path, facts: Facts) -> None:
+    """Refuse a checkpoint of another engine, or of a run with other adapters; a converted one may get any adapters."""
+    if facts.engine != cfg.engine.name:
+        raise UserError(
+            f"{checkpoint} was saved by engine {facts.engine}; must be one of engine.name {cfg.engine.name}; an export "
+            "of that run can be model.path"
+        )
+    saved = facts.adapters
+    if saved != lora_of(cfg) and (saved is not None or facts.optimizer):
+        was = "without adapters" if saved is None else f"with rank {saved.rank}, alpha {saved.alpha:g}, targets "
+        was += "" if saved is None else ", ".join(saved.targets)
+        raise UserError(
+            f"{checkpoint} was trained {was}; lora must be the same, or model.path an export of that run; "
+            "to begin anew, another run.dir or checkpoint.resume=never"
+        )
 
 
 def _converted(named: Path, inputs: Inputs) -> Path | None:
-    """The converted checkpoint that a run began with, if it is one: its weights are still those of the reference."""
-    again = find_checkpoint(named / "no run", str(named))
-    if again is None or holds_optimizer(again.folder):
+    """Return the converted checkpoint that a run began with, if any: the reference still has its weights."""
+    start = find_checkpoint(named / "no run", str(named))
+    if start is None or read_facts(start.folder).optimizer:
         return None
-    check_whole(again.folder, inputs.model)
-    return again.folder
+    check_whole(start.folder, inputs.policy)
+    return start.folder
 
 
-def _go_on(cfg: JobConfig, found: Found, start: Start) -> Start:
-    """Compare the job with the one that saved the checkpoint."""
-    saved, notes = read_job(found.folder), []
-    if found.since:
+def _go_on(cfg: JobConfig, point: ResumePoint, start: Start) -> Start:
+    """Return the start with its checkpoint, after comparing the job with the one that saved it."""
+    saved, notes = read_plain(point.folder), []
+    if point.since:
         notes.append(
-            f"this run has saved {found.folder.name} since it started from {found.named}, and goes on from there; to "
+            f"this run has saved {point.folder.name} since it started from {point.named}, and goes on from there; to "
             "start from it once more give another run.dir"
         )
-    named = None if found.named is None else str(found.named.resolve())
-    newer = newer_than(found.folder) if found.own and found.named is not None and not found.since else []
-    goes_on = found.own and not newer
+    named = None if point.named is None else str(point.named.resolve())
+    newer = newer_than(point.folder) if point.own and point.named is not None and not point.since else []
+    goes_on = point.own and not newer
     if saved is None:
-        notes.append(f"{found.folder} does not say which job saved it; that it was this one is not checked")
+        notes.append(f"{point.folder} does not say which job saved it, so this is not checked")
         return replace(start, rolled_back=bool(newer), started_from=None if goes_on else named, notes=tuple(notes))
     was, now = saved["job"], start.job
     if start.weights is None and not _uses_initial(cfg):
         now = now | {"checkpoint": was.get("checkpoint")}
-    found_differences = differences(was, now)
-    refused = [one for one in found_differences if not is_allowed(one, cfg.checkpoint.allow)]
+    changes = differences(was, now)
+    refused = [difference for difference in changes if not is_allowed(difference, cfg.checkpoint.allow)]
     if refused:
-        raise UserError(_other_job(cfg, found, found_differences, refused))
-    notes += [f"checkpoint.allow: {one}" for one in found_differences]
+        raise UserError(_other_job(cfg, point, changes, refused))
+    notes += [f"checkpoint.allow: {difference}" for difference in changes]
     return replace(
         start,
         job=now,
         rolled_back=bool(newer),
-        changed=tuple(one.key for one in found_differences),
+        changed=tuple(difference.key for difference in changes),
         started_from=saved.get("started_from") if goes_on else named,
         num_steps_before=saved.get("num_steps"),
         notes=tuple(notes),
@@ -143,25 +170,26 @@ def _uses_initial(cfg: JobConfig) -> bool:
     return cfg.loss.traits().reference and cfg.reference.source == "initial"
 
 
-def _other_job(cfg: JobConfig, found: Found, all_found: list[Difference], refused: list[Difference]) -> str:
-    """One line: the keys that differ, with both values, and the ways on."""
-    told = "; ".join(map(str, refused))
-    other = "another run.dir" if found.own else "another directory"
-    if any(one.key == "rollout" for one in refused):
+def _other_job(cfg: JobConfig, point: ResumePoint, changes: list[Difference], refused: list[Difference]) -> str:
+    """Return one line: the keys that differ, with both values, and how to continue."""
+    listed = "; ".join(map(str, refused))
+    other = "another run.dir" if point.own else "another directory"
+    if any(difference.key == "rollout" for difference in refused):
         allow = ""
     else:
-        allow = f"; to go on with the changes, checkpoint.allow=[{', '.join(one.key for one in all_found)}]"
+        keys = ", ".join(difference.key for difference in changes)
+        allow = f"; to go on with the changes, checkpoint.allow=[{keys}]"
     anew = f"to begin anew, {other} or checkpoint.resume=never"
-    return f"{found.folder} is another job's: {told}; must be this job's; {anew}{allow}"
+    return f"{point.folder} is another job's: {listed}; must be this job's; {anew}{allow}"
 
 
 def _check_export(cfg: JobConfig, inputs: Inputs, start: Start) -> None:
-    """Refuse an export that must fail, or would replace what is not this run's."""
+    """Refuse an export that would fail, or would replace files that are not this run's."""
     target, run_dir = Path(str(cfg.export.hf_dir)), Path(cfg.run.dir)
     shown = f"export.hf_dir is {cfg.export.hf_dir!r}"
     if holds_own(run_dir, target):
         raise UserError(f"{shown}: the run's own files are there; must be another directory, such as {{run.dir}}/hf")
-    read = {f"teachers.{place}.path": teacher.path for place, teacher in enumerate(cfg.teachers)}
+    read = {f"teachers.{index}.path": teacher.path for index, teacher in enumerate(cfg.teachers)}
     read["reference.source"] = cfg.reference.source or ""
     for field, path in read.items():
         if Path(path).expanduser().resolve() == target.resolve():
@@ -170,7 +198,7 @@ def _check_export(cfg: JobConfig, inputs: Inputs, start: Start) -> None:
     moves = start.checkpoint is None or not start.own
     goes = moves and is_inside(target, run_dir) and is_export(target)
     try:
-        check_target(target, inputs.hf_dir, overwrite=True, owner=None if goes else start.owner)
+        check_target(target, inputs.policy.folder, overwrite=True, owner=None if goes else start.owner)
         probe(target)
     except UserError as error:
         raise UserError(f"{shown}: {error}") from None
@@ -180,15 +208,19 @@ def _check_export(cfg: JobConfig, inputs: Inputs, start: Start) -> None:
 
 
 def _check_room(cfg: JobConfig, inputs: Inputs, start: Start) -> None:
-    """Refuse a disk that has no room for an export and, in a new run, for one checkpoint."""
+    """Refuse a disk without space for an export and, in a new run, for one checkpoint."""
     needs: list[tuple[str, Path, int]] = []
-    specs = model_specs(inputs.model, dtype_of(cfg)).values()
-    size = sum(spec.num_bytes for spec in specs)
     if start.checkpoint is None and keeps_last(cfg):
-        whole = size + _optimizer_bytes(cfg, specs)
-        needs.append((f"run.dir is {cfg.run.dir!r}: a checkpoint", Path(cfg.run.dir), whole))
+        size = engine_package(cfg).checkpoint_bytes(cfg, inputs.policy)
+        needs.append((f"run.dir is {cfg.run.dir!r}: a checkpoint", Path(cfg.run.dir), size))
     if cfg.export.hf_dir is not None:
-        needs.append((f"export.hf_dir is {cfg.export.hf_dir!r}: an export", Path(cfg.export.hf_dir), size))
+        needs.append(
+            (
+                f"export.hf_dir is {cfg.export.hf_dir!r}: an export",
+                Path(cfg.export.hf_dir),
+                export_bytes(cfg, inputs.policy),
+            )
+        )
     taken: dict[int, int] = {}
     for what, folder, num_bytes in needs:
         above = nearest(folder)
@@ -202,7 +234,6 @@ def _check_room(cfg: JobConfig, inputs: Inputs, start: Start) -> None:
         taken[disk] = taken.get(disk, 0) + num_bytes
 
 
-def _optimizer_bytes(cfg: JobConfig, specs: Any) -> int:
-    """Two fp32 moments a weight, and under bf16 an fp32 copy of it; with adapters only theirs, which are few."""
-    count = sum(spec.num_bytes // spec.dtype.itemsize for spec in specs)
-    return 0 if cfg.lora is not None else count * (12 if cfg.run.dtype == "bf16" else 8)
+def export_bytes(cfg: JobConfig, model: HFModel) -> int:
+    """Return the size of an export's weights."""
+    return sum(spec.num_bytes for spec in specs_of(model, dtype_of(cfg)).values())

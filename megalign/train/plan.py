@@ -1,8 +1,8 @@
-"""Say before the first step how long a run is and what it evaluates."""
+"""Describes before the first step how long a run is and what it evaluates."""
 
 from __future__ import annotations
 
-from megalign.config import JobConfig
+from megalign.config.job import JobConfig
 from megalign.train.console import counted
 
 

@@ -1,4 +1,4 @@
-"""Describe a sampled round: its numbers in a line, and a prompt with two of its responses as text."""
+"""Describes a sampled round: its numbers in a line, and a prompt with two of its responses as text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from megalign.data.group import same_rewards
 from megalign.rollout.prompts import plain_text
 from megalign.train.console import shown
-from megalign.train.report import Reporter
+from megalign.train.reporter import Reporter
 
-MAX_SAMPLES, LEAST_PERIOD = 10, 3  # of shown samples in a run, about, and rounds from one to the next
-HEAD, TAIL = 240, 160  # characters that are shown of a longer text: an answer often stands at the end
+MAX_SAMPLES, LEAST_PERIOD = 10, 3  # rough number of samples shown in a run, and least number of rounds between them
+HEAD, TAIL = 240, 160  # characters shown of a longer text's start and end, where answers often are
 
 
 def report_round(
@@ -23,7 +23,7 @@ def report_round(
     stats: Mapping[str, float],
     tokenizer: Any,
 ) -> None:
-    """Report a round that was just sampled, `number` from 1; every few rounds with a sample of its texts."""
+    """Report a round that was just sampled, `number` from 1; in some rounds with a sample of its texts."""
     if not report.main:
         return
     report.progress(round_line(number, rounds, records, stats))
@@ -32,7 +32,7 @@ def report_round(
 
 
 def round_line(number: int, rounds: int, records: Sequence[Mapping[str, Any]], stats: Mapping[str, float]) -> str:
-    """Say what round `number` (from 1) has sampled and what it earned."""
+    """Describe round `number` (from 1) in a line: rewards, responses and lengths."""
     count = sum(len(record["responses"]) for record in records)
     return (
         f"round {number}/{rounds}: mean reward {shown(stats['rollout_reward_mean'])} over {count} responses to "
@@ -42,12 +42,12 @@ def round_line(number: int, rounds: int, records: Sequence[Mapping[str, Any]], s
 
 
 def shows_sample(number: int, rounds: int) -> bool:
-    """Whether round `number` (from 1) is one of those whose texts are shown: the first, every few, and the last."""
+    """Tell whether texts of round `number` (from 1) are shown: of the first, some between, and the last."""
     return (number - 1) % max(LEAST_PERIOD, -(-rounds // MAX_SAMPLES)) == 0 or number == rounds
 
 
 def round_sample(number: int, rounds: int, records: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
-    """Show a prompt with its best and its worst response, of the first group that has two rewards if there is one."""
+    """Show a prompt with its best and its worst response, of the first group with different rewards if there is one."""
 
     def reward(response: Mapping[str, Any]) -> float:
         return float(response["reward"])

@@ -1,4 +1,4 @@
-"""The run directory when a job starts: what an earlier job left there is kept aside, never trained over."""
+"""Prepares the run directory when a job starts; what an earlier job left there is moved aside, never overwritten."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalign.config import JobConfig, dump_config, load_config
-from megalign.convert.writer import is_export
+from megalign.config.job import JobConfig, dump_config, load_config
+from megalign.convert.hf.export_dir import is_export
+from megalign.files import move, write_whole
+from megalign.rollout.command import ROLLOUT_FILE
 from megalign.schema import UserError
 from megalign.train.checkpoint import NAME, newer_than, write_latest
 
 FOLDERS = ("checkpoints", "steps", "tensorboard")
 FILES = ("metrics.jsonl", "log.txt", "config.yaml", "status.json")
+OWN = (*FOLDERS, *FILES, ROLLOUT_FILE)  # all names that a job, or the command rollout, writes in a run directory
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Refuse a run directory that cannot be made or written, or in which something else has a name that is needed."""
+    """Refuse a run directory that cannot be made or written, or in which a needed name is of another kind."""
     shown = f"run.dir is {str(run_dir)!r}"
     try:
-        for name in (*FOLDERS, *FILES, "rollout.jsonl"):
+        for name in OWN:
             path = run_dir / name
             if path.exists() and path.is_dir() != (name in FOLDERS):
                 kind = "directory" if name in FOLDERS else "file"
@@ -45,13 +48,13 @@ def check_config_file(run_dir: Path) -> None:
         written = False
     if not written:
         raise UserError(
-            f"run.dir is {str(run_dir)!r}: config.yaml in it was not written by a run, which would write its own over "
-            "it; must be another directory, or the file have another name"
+            f"run.dir is {str(run_dir)!r}: config.yaml in it was not written by a run, and a run would overwrite it; "
+            "must be another directory, or the file must have another name"
         )
 
 
 def probe(path: Path) -> None:
-    """OSError unless a directory can be made at `path`, with all above it; makes none that stays."""
+    """Raise OSError unless a directory and its parents can be made at `path`; leaves nothing behind."""
     path = path.absolute()
     above = nearest(path.parent)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=above) as made:
@@ -59,13 +62,13 @@ def probe(path: Path) -> None:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself or the first above it that is there, be it a link to nowhere."""
+    """Return the path or its nearest parent that exists; a broken link counts as existing."""
     path = path.absolute()
-    return next(one for one in (path, *path.parents) if one.exists() or one.is_symlink())
+    return next(above for above in (path, *path.parents) if above.exists() or above.is_symlink())
 
 
 def holds_training(run_dir: Path) -> bool:
-    """Whether a job has trained here: metrics, checkpoints or dumped steps say so."""
+    """Tell whether a job has trained here: there are metrics, checkpoints or dumped steps."""
     metrics, steps, checkpoints = (run_dir / name for name in ("metrics.jsonl", "steps", "checkpoints"))
     if metrics.is_file() and metrics.stat().st_size > 0:
         return True
@@ -77,31 +80,31 @@ def holds_training(run_dir: Path) -> bool:
 def open_run_dir(
     cfg: JobConfig, *, resumed: Path | None, rolled_back: bool, changed: bool, inputs: Sequence[Path]
 ) -> list[str]:
-    """Create the run directory with the resolved configuration; lines for the log about what was kept aside.
+    """Create the run directory with the resolved configuration; return log lines about what was moved aside.
 
-    resumed: the checkpoint of this directory that the run goes on from; without one, what another run left is moved
-    to `earlier_<n>`, whole. rolled_back: newer checkpoints beside it go there. changed: the job goes on with other
-    settings than it began with, so that its metrics and configuration up to now are copied there.
-    inputs: what the job reads, which stays where it is.
+    resumed: the checkpoint of this directory that the run resumes from; if None, everything of an earlier run is moved
+    to `earlier_<n>`. rolled_back: newer checkpoints beside `resumed` are moved there. changed: the job resumes with
+    other settings, so its metrics and configuration up to now are copied there. inputs: the job's input files, which
+    are never moved.
     """
-    run_dir, told = Path(cfg.run.dir), []
+    run_dir, lines = Path(cfg.run.dir), []
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if resumed is None and holds_training(run_dir):
-            told.append(_set_aside(run_dir, cfg.export.hf_dir, inputs))
+            lines.append(_set_aside(run_dir, cfg.export.hf_dir, inputs))
         elif resumed is not None and (rolled_back or changed):
-            told += _set_back(run_dir, resumed if rolled_back else None)
-        (run_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+            lines += _set_back(run_dir, resumed if rolled_back else None)
+        write_whole(run_dir / "config.yaml", dump_config(cfg))
         (run_dir / "status.json").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"run.dir is {cfg.run.dir!r}: {error.strerror}; must be a directory that can be written"
         ) from None
-    return told
+    return lines
 
 
 def _free(run_dir: Path) -> Path:
-    """Make the next `earlier_<n>`."""
+    """Create the next unused directory `earlier_<n>`."""
     number = 1
     while (run_dir / f"earlier_{number}").exists():
         number += 1
@@ -118,9 +121,9 @@ def _set_aside(run_dir: Path, hf_dir: str | None, inputs: Sequence[Path]) -> str
     moved = []
     for name in names:
         path = run_dir / name
-        if path.exists() and not any(is_inside(one, path) for one in inputs):
+        if path.exists() and not any(is_inside(source, path) for source in inputs):
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            path.rename(aside / name)
+            move(path, aside / name)
             moved.append(name)
     return f"{run_dir} held an earlier run: its {', '.join(moved)} are kept in {aside}"
 
@@ -133,24 +136,25 @@ def _set_back(run_dir: Path, checkpoint: Path | None) -> list[str]:
             shutil.copyfile(run_dir / name, aside / name)
     newer = [] if checkpoint is None else newer_than(checkpoint)
     if checkpoint is not None and newer:
-        write_latest(checkpoint.parent, checkpoint.name)  # first: from here on nothing goes on from the newer ones
+        # First, so that from now on no run resumes from the newer ones.
+        write_latest(checkpoint.parent, checkpoint.name)
         (aside / "checkpoints").mkdir()
         for path in newer:
-            path.rename(aside / "checkpoints" / path.name)
+            move(path, aside / "checkpoints" / path.name)
         write_latest(aside / "checkpoints", newer[-1].name)
     names = ", ".join(["metrics.jsonl", "config.yaml", *(path.name for path in newer)])
-    return [f"what the run had before it goes on from here is kept in {aside}: {names}"]
+    return [f"the run's state before this resume is kept in {aside}: {names}"]
 
 
 def holds_own(run_dir: Path, path: Path) -> bool:
-    """Whether a path is the run directory, is around it, or belongs to what this or an earlier run keeps in it."""
+    """Tell whether a path is or contains the run directory, or is something that a run keeps in it."""
     if is_inside(run_dir, path):
         return True
     inside = path.resolve().relative_to(run_dir.resolve()).parts[0] if is_inside(path, run_dir) else ""
-    return inside in (*FOLDERS, *FILES, "rollout.jsonl") or re.fullmatch(r"earlier_\d+", inside) is not None
+    return inside in OWN or re.fullmatch(r"earlier_\d+", inside) is not None
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path is a directory or lies in it."""
+    """Tell whether a path is the directory `folder` or lies in it."""
     path, folder = path.resolve(), folder.resolve()
     return path == folder or folder in path.parents

@@ -1,15 +1,15 @@
-"""The learning rate of a step, which every engine takes from here, and what a run's length means to a resumed one."""
+"""Computes each step's learning rate, and what a changed run length means for a resumed run."""
 
 from __future__ import annotations
 
 import math
 
-from megalign.config import JobConfig
-from megalign.sections import OptimizerSection
+from megalign.config.job import JobConfig
+from megalign.config.sections import OptimizerSection
 
 
 def learning_rate(cfg: OptimizerSection, step: int, num_steps: int) -> float:
-    """Rate at `step` (from 1): linear warm-up, then constant, or cosine or linear down to `min_lr` at the last step."""
+    """Return the rate at `step` (from 1): linear warm-up, then constant, cosine or linear to `min_lr` at the last."""
     schedule = cfg.schedule
     if step <= schedule.warmup_steps:
         return cfg.lr * step / schedule.warmup_steps
@@ -21,12 +21,12 @@ def learning_rate(cfg: OptimizerSection, step: int, num_steps: int) -> float:
 
 
 def keeps_last(cfg: JobConfig) -> bool:
-    """Whether a checkpoint follows the last step: where checkpoints are wanted, or nothing else would be kept."""
+    """Tell whether the last step is saved: if checkpoints are on, or nothing else would keep the model."""
     return bool(cfg.checkpoint.every) or cfg.export.hf_dir is None
 
 
 def resume_lines(cfg: JobConfig, step: int, num_steps: int, num_steps_before: int | None) -> list[str]:
-    """Lines for the log of a run resumed after `step`: that no steps are left, or that its rate jumps.
+    """Return log lines for a run resumed after `step`: that no steps are left, or that its rate jumps.
 
     num_steps_before: the run's length when the checkpoint was saved, where that is known.
     """

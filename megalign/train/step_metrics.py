@@ -1,4 +1,4 @@
-"""Describe a finished step: its line of metrics, and the sequences it trained on."""
+"""Describes a finished step: its line of metrics, and the sequences it trained on."""
 
 from __future__ import annotations
 
@@ -9,30 +9,15 @@ from typing import Any
 
 import torch
 
-from megalign.config import JobConfig
-from megalign.engines.engine import Engine
+from megalign.engines.protocol import Engine
 from megalign.engines.step import StepBatch, StepResult
-from megalign.train.feeds import DatasetFeed, Feed
-from megalign.train.rounds import RoundFeed
-
-
-def position(cfg: JobConfig, feed: Feed, step: int) -> dict[str, float]:
-    """Say how far the data are used after `step` steps: `epoch`, and in rounds `round` (from 1; 0 before the first).
-
-    An epoch of rounds is every prompt sampled from once.
-    """
-    if isinstance(feed, RoundFeed):
-        assert cfg.rollout is not None
-        number = -(-step // cfg.rollout.updates_per_round)
-        return {"epoch": number * cfg.rollout.prompts_per_round / len(feed.inputs.prompts), "round": number}
-    assert isinstance(feed, DatasetFeed) and cfg.data.groups_per_step is not None
-    return {"epoch": step * cfg.data.groups_per_step / feed.dataset.epoch_size}
+from megalign.files import write_whole
 
 
 def step_metrics(
     engine: Engine, batch: StepBatch, result: StepResult, *, rate: float, norm: float, seconds: float
 ) -> dict[str, Any]:
-    """Collect the metrics of a step's global batch; the same on every rank, times excepted."""
+    """Collect the metrics of a step's global batch, the same on every rank except for times."""
     tokens = sum(len(sequence) for sequence in batch.sequences)
     return {
         "loss": result.loss,
@@ -62,16 +47,17 @@ def dump_step(run_dir: Path, step: int, batch: StepBatch, result: StepResult) ->
     """Write `steps/step_<n>.jsonl`: one line a sequence that the step trained on."""
     folder = run_dir / "steps"
     folder.mkdir(exist_ok=True)
-    with open(folder / f"step_{step}.jsonl", "w", encoding="utf-8") as file:
-        for index, sequence in enumerate(batch.sequences):
-            line = {
-                "record": sequence.record,
-                "group": sequence.group,
-                "role": sequence.role,
-                "prompt_ids": list(sequence.prompt_ids),
-                "response_ids": list(sequence.response.ids),
-                "logp": float(result.policy_S[index]),
-                "reference_logp": None if batch.reference is None else batch.reference[index].total,
-                "coefficient": float(result.coefficient_S[index]),
-            }
-            file.write(json.dumps(line) + "\n")
+    lines = []
+    for index, sequence in enumerate(batch.sequences):
+        line = {
+            "record": sequence.record,
+            "group": sequence.group,
+            "role": sequence.role,
+            "prompt_ids": list(sequence.prompt_ids),
+            "response_ids": list(sequence.response.ids),
+            "logp": float(result.policy_S[index]),
+            "reference_logp": None if batch.reference is None else batch.reference[index].total,
+            "coefficient": float(result.coefficient_S[index]),
+        }
+        lines.append(json.dumps(line) + "\n")
+    write_whole(folder / f"step_{step}.jsonl", "".join(lines))

@@ -1,4 +1,4 @@
-"""Summarise a finished run: first, best and last evaluation, steps, time, and where its results are."""
+"""Summarises a finished run: first, best and last evaluation, steps, time, and where its results are."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megalign.config import JobConfig
+from megalign.config.job import JobConfig
+from megalign.runtime.command_line import program
 from megalign.train.checkpoint import latest
 from megalign.train.console import SHOWN, counted, duration, shown
-from megalign.train.report import Reporter
+from megalign.train.reporter import Reporter
 
 Line = Mapping[str, Any]
 Row = tuple[str, Line, str]  # name, line of metrics, prefix of its metrics
@@ -23,7 +24,7 @@ Row = tuple[str, Line, str]  # name, line of metrics, prefix of its metrics
 def report_summary(report: Reporter, cfg: JobConfig, *, step: int, begun_at: int, seconds: float) -> None:
     """Report a finished run's summary table, its time, and where model and checkpoints are.
 
-    step: finished ones. begun_at: those before this start. seconds: since this start.
+    step: finished steps. begun_at: those before this start. seconds: time since this start.
     """
     if not report.main:
         return
@@ -37,7 +38,7 @@ def report_summary(report: Reporter, cfg: JobConfig, *, step: int, begun_at: int
     newest = latest(report.run_dir / "checkpoints")
     model = cfg.export.hf_dir
     if model is None:
-        how = "" if newest is None else f"; python tools/megatron_to_hf.py {newest} OUT_HF_DIR writes it"
+        how = "" if newest is None else f"; {program()} export {newest} OUT_HF_DIR writes it"
         model = f"not exported, since export.hf_dir is none{how}"
     report.say(f"model: {model}")
     report.say(f"checkpoints: {'none' if newest is None else newest}")
@@ -74,7 +75,7 @@ def summary_rows(lines: Sequence[Line]) -> list[Row]:
 
 
 def summary_table(rows: Sequence[Row], *, title: str | None) -> Table:
-    """Build the table, with a column for each number that some row has; without a title it has no rules, either."""
+    """Build the table, with a column for each number that some row has; without a title it has no lines either."""
     keys = {"loss": ["loss"]}
     for key, name in SHOWN.items():
         keys.setdefault(name, []).append(key)
@@ -106,7 +107,7 @@ def as_text(table: Table) -> str:
 
 
 def time_line(lines: Sequence[Line], *, step: int, begun_at: int, seconds: float) -> str:
-    """Say how many steps were taken in which time, and how much of it was sampling, scoring, steps and evaluation."""
+    """Describe in a line the steps taken, their time, and the parts of it: sampling, scoring, steps, evaluation."""
     mine = [line for line in lines if line["step"] > begun_at or begun_at == 0]
 
     def total(name: str) -> float:

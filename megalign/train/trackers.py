@@ -1,4 +1,4 @@
-"""Send a run's numbers to tensorboard or wandb as well."""
+"""Sends a run's metrics to tensorboard or wandb, besides `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class Tracker:
-    """One destination of metrics besides `metrics.jsonl`."""
+    """Sends metrics to TensorBoard or W&B, besides `metrics.jsonl`."""
 
     def __init__(self, writer: Any, kind: str) -> None:
         self._writer, self._kind = writer, kind
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Send a line of metrics; words such as the pass mode stay behind."""
-        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+        """Send a line of metrics; texts such as the pass mode are left out."""
+        numbers = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
         if self._kind == "wandb":
             self._writer.log(numbers, step=record["step"])
             return

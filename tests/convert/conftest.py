@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import write_checkpoint
+
+from tests.support.tiny_checkpoints import write_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -1,61 +1,52 @@
-"""tools/compare_logits.py: its numbers by hand, its verdict and its exit code."""
+"""The command compare: its numbers by hand, its verdict and its exit code."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import write_checkpoint
 
-TOOL = Path(__file__).parents[2] / "tools" / "compare_logits.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("compare_logits", TOOL)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from megalign.commands.compare import main
+from megalign.convert.logits import logit_gap
+from tests.support.tiny_checkpoints import write_checkpoint
 
 
-def test_numbers_by_hand(tool):
+def test_numbers_by_hand():
     # first token: p = (1/2, 1/2) against (3/4, 1/4): KL = 1/2 log(2/3) + 1/2 log 2; second token: the same
     a_TV = torch.tensor([[0.0, 0.0], [4.0, 2.0]])
     b_TV = torch.tensor([[math.log(3.0), 0.0], [4.0, 2.0]])
-    difference = tool.compare(a_TV, b_TV)
+    difference = logit_gap(a_TV, b_TV)
     assert difference.max_abs == pytest.approx(math.log(3.0))
     assert difference.max_relative == pytest.approx(math.log(3.0) / 4)
     assert difference.same_top1 == 1.0
     assert difference.mean_kl == pytest.approx((math.log(2 / 3) + math.log(2)) / 2 / 2)
     assert difference.within(0.28) and not difference.within(0.27)
-    assert tool.compare(a_TV, torch.tensor([[0.0, 1.0], [4.0, 2.0]])).same_top1 == 0.5
-    assert not tool.compare(a_TV, b_TV * math.nan).within(1.0)
+    assert logit_gap(a_TV, torch.tensor([[0.0, 1.0], [4.0, 2.0]])).same_top1 == 0.5
+    assert not logit_gap(a_TV, b_TV * math.nan).within(1.0)
 
 
-def test_verdicts(tool, checkpoints, tmp_path, capsys):
+def test_verdicts(checkpoints, tmp_path, capsys):
     source = checkpoints("llama-bias")
-    assert tool.main([str(source), str(source), "--tokens", "9"]) == 0
+    assert main([str(source), str(source), "--tokens", "9"]) == 0
     assert "EQUAL" in capsys.readouterr().out
     other = write_checkpoint(tmp_path / "other", "llama-bias")
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"] *= 1.001
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     arguments = [str(source), str(other), "--tokens", "9"]
-    assert tool.main(arguments) == 1
+    assert main(arguments) == 1
     assert "DIFFERENT" in capsys.readouterr().out
     # every logit grows by 0.1 %: relative to the largest that is 1e-3, up to rounding
-    assert tool.main([*arguments, "--tolerance", "1.01e-3"]) == 0
-    assert tool.main([*arguments, "--tolerance", "0.99e-3"]) == 1
+    assert main([*arguments, "--tolerance", "1.01e-3"]) == 0
+    assert main([*arguments, "--tolerance", "0.99e-3"]) == 1
 
 
-def test_wrong_input(tool, checkpoints, tmp_path, capsys):
+def test_wrong_input(checkpoints, tmp_path, capsys):
     source = str(checkpoints("llama-bias"))
 
     def refusal(*arguments):
-        assert tool.main(list(arguments)) == 2
+        capsys.readouterr()  # of writing a checkpoint
+        assert main(list(arguments)) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1
         return message
@@ -73,5 +64,5 @@ def test_wrong_input(tool, checkpoints, tmp_path, capsys):
     (holed / "model.safetensors").write_bytes(b"short")
     assert "does not load" in refusal(source, str(holed))
     with pytest.raises(SystemExit) as stop:
-        tool.main([source, source, "--tokens", "0"])
+        main([source, source, "--tokens", "0"])
     assert stop.value.code == 2

@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 import transformers
-from tiny_checkpoints import CASES, LLAMA3_ROPE, SIZES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megalign.convert import read_model_config
-from megalign.convert.hf_config import noise_left_out
-from megalign.convert.model_config import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
+from megalign.convert.hf.config import noise_left_out
+from megalign.convert.hf.config_json import read_json
+from megalign.model_config import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from megalign.models import rope
 from megalign.schema import UserError
+from tests.support.tiny_checkpoints import CASES, LLAMA3_ROPE, SIZES
 
 MINIMAL = {
     "hidden_size": 512,
@@ -124,42 +125,44 @@ def test_kinds_of_scaling(tmp_path):
 
 
 REFUSED = {
-    "architectures is ['GemmaForCausalLM']; known: Deepseek": {"architectures": ["GemmaForCausalLM"]},
-    "architectures is ['LlamaForSequenceClassification']; known": {"architectures": ["LlamaForSequenceClassification"]},
-    "model_type is 'gpt2'; known: deepseek_v2, deepseek_v3, gemma2, gemma3_text, glm, glm4, gpt_oss, granite, llama": {
+    "architectures is ['GemmaForCausalLM']; must be one of Deepseek": {"architectures": ["GemmaForCausalLM"]},
+    "architectures is ['LlamaForSequenceClassification']; must be one of": {
+        "architectures": ["LlamaForSequenceClassification"]
+    },
+    "model_type is 'gpt2'; must be one of deepseek_v2, deepseek_v3, gemma2, gemma3_text, glm, glm4, gpt_oss": {
         "architectures": None,
         "model_type": "gpt2",
     },
     "model_type is 'mistral'; LlamaForCausalLM has 'llama'": {"model_type": "mistral"},
-    "hidden_act is 'gelu'; allowed: silu, gelu_pytorch_tanh": {"hidden_act": "gelu"},
-    "quantization_config.quant_method is 'gptq'; allowed: fp8": {"quantization_config": {"quant_method": "gptq"}},
-    "quantization_config.weight_block_size is [128]; needed: rows and columns": {
+    "hidden_act is 'gelu'; must be silu or gelu_pytorch_tanh": {"hidden_act": "gelu"},
+    "quantization_config.quant_method is 'gptq'; must be fp8": {"quantization_config": {"quant_method": "gptq"}},
+    "quantization_config.weight_block_size is [128]; must be rows and columns": {
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}
     },
-    "rope_parameters.rope_type is 'dynamic'; allowed: default, linear, llama3, longrope, yarn": {
+    "rope_parameters.rope_type is 'dynamic'; must be one of default, linear, llama3, longrope, yarn": {
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}
     },
-    "rope_scaling.factor is missing; a number": {"rope_scaling": {"type": "linear"}},
-    "rope_parameters.short_factor is [1.0]; needed: a list of 2 numbers > 0": {
+    "rope_scaling.factor is missing; must be a number": {"rope_scaling": {"type": "linear"}},
+    "rope_parameters.short_factor is [1.0]; must be a list of 2 numbers > 0": {
         "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 1.0]}
     },
-    "rope_parameters.factor is missing; a number": {"rope_parameters": {"rope_type": "llama3"}},
-    "rope_parameters.high_freq_factor is 1.0; it must be above": {
+    "rope_parameters.factor is missing; must be a number": {"rope_parameters": {"rope_type": "llama3"}},
+    "rope_parameters.high_freq_factor is 1.0; must be above": {
         "rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}
     },
-    "partial_rotary_factor is 0.5; allowed: 1.0": {"partial_rotary_factor": 0.5},
+    "partial_rotary_factor is 0.5; must be 1.0": {"partial_rotary_factor": 0.5},
     "rope_parameters is {'full_attention': {'rope_theta': 1.0}}; parameters by layer": {
         "rope_parameters": {"full_attention": {"rope_theta": 1.0}}
     },
-    "rope_parameters is 'big'; allowed: an object": {"rope_parameters": "big"},
-    "num_key_value_heads is 4; it must divide num_attention_heads, 6": {"num_key_value_heads": 4},
-    "num_attention_heads is 7; it must divide hidden_size, 24": {"num_attention_heads": 7, "num_key_value_heads": 7},
+    "rope_parameters is 'big'; must be an object": {"rope_parameters": "big"},
+    "num_key_value_heads is 4; must divide num_attention_heads, 6": {"num_key_value_heads": 4},
+    "num_attention_heads is 7; must divide hidden_size, 24": {"num_attention_heads": 7, "num_key_value_heads": 7},
     "5 of head_dim 5 dimensions rotate": {"head_dim": 5},
-    "hidden_size is 24.0; allowed: a whole number >= 1": {"hidden_size": 24.0},
-    "vocab_size is -1; allowed: a whole number >= 1": {"vocab_size": -1},
+    "hidden_size is 24.0; must be a whole number >= 1": {"hidden_size": 24.0},
+    "vocab_size is -1; must be a whole number >= 1": {"vocab_size": -1},
     "num_hidden_layers is missing": {"num_hidden_layers": None},
-    "rms_norm_eps is True; allowed: a number > 0": {"rms_norm_eps": True},
-    "tie_word_embeddings is 'no'; allowed: true, false": {"tie_word_embeddings": "no"},
+    "rms_norm_eps is True; must be a number > 0": {"rms_norm_eps": True},
+    "tie_word_embeddings is 'no'; must be true or false": {"tie_word_embeddings": "no"},
 }
 
 
@@ -178,7 +181,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match="config.json is not readable JSON"):
         read_model_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="config.json holds list; a JSON object is needed"):
+    with pytest.raises(UserError, match="config.json holds list; must be a JSON object"):
         read_model_config(tmp_path)
 
 
@@ -205,14 +208,14 @@ def test_older_scaling_is_of_full_layers_alone(tmp_path, model_type):
 
 
 REFUSED_BY_TYPE = {
-    "rope_parameters is {'rope_type': 'default', 'rope_theta': 1.0}; needed: full_attention and sliding": {
+    "rope_parameters is {'rope_type': 'default', 'rope_theta': 1.0}; must be full_attention and sliding": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1.0}
     },
     "rope_scaling is {'rope_type': 'yarn'": {
         "rope_parameters": {"full_attention": {"rope_type": "default"}},
         "rope_scaling": YARN,
     },
-    "rope_parameters.full_attention.truncate is False; allowed: true": {
+    "rope_parameters.full_attention.truncate is False; must be true": {
         "rope_parameters": {"full_attention": {**YARN, "truncate": False}}
     },
 }
@@ -236,7 +239,7 @@ def test_nulls_of_gpt_oss_are_defaults(tmp_path):
 def test_windows_that_are_switched_off_and_listed(tmp_path):
     listed = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
     assert read(tmp_path, **of("smollm3", use_sliding_window=True, **listed)).full_layers == (1,)
-    with pytest.raises(UserError, match="use_sliding_window is False; needed: true, for layer_types has sliding"):
+    with pytest.raises(UserError, match="use_sliding_window is False; must be true, for layer_types has sliding"):
         read(tmp_path, **of("smollm3", use_sliding_window=False, **listed))
 
 
@@ -253,8 +256,7 @@ def test_mistral_with_layer_types_is_ministral(tmp_path):
 
 def test_noise_of_training_is_never_applied(tmp_path):
     plain = read(tmp_path, **llama(attention_dropout=0.0))
-    assert noise_left_out(tmp_path) == ""
+    assert noise_left_out(read_json(tmp_path / "config.json")) == ""
     assert read(tmp_path, **llama(attention_dropout=0.1, embd_pdrop=0.2)) == plain
-    assert (
-        noise_left_out(tmp_path) == "not applied, though config.json asks for it: attention_dropout 0.1, embd_pdrop 0.2"
-    )
+    told = noise_left_out(read_json(tmp_path / "config.json"))
+    assert told == "not applied, though config.json asks for it: attention_dropout 0.1, embd_pdrop 0.2"

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
-from families import write_family
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import write_checkpoint
 
 from megalign.convert import HFWriter, audit, load_shard, read_model_config, resolve_model
-from megalign.convert.safetensors_file import Spec
-from megalign.convert.writer import HFPart
+from megalign.convert.hf.safetensors_file import Spec
+from megalign.convert.hf.writer import HFPart
 from megalign.schema import UserError
+from tests.support.families import write_family
+from tests.support.tiny_checkpoints import write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -71,17 +71,17 @@ DAMAGE = {
     f"tensor {DOWN} has shape [24, 39]; config.json asks for [24, 40]": lambda f: change_tensors(
         f, lambda tensors: tensors.update({DOWN: torch.ones(24, 39)})
     ),
-    f"tensor {DOWN} is stored as I64; allowed: F64, F32, BF16, F16": lambda f: change_tensors(
+    f"tensor {DOWN} is stored as I64; must be one of F64, F32, BF16, F16": lambda f: change_tensors(
         f, lambda tensors: tensors.update({DOWN: torch.ones(24, 40, dtype=torch.int64)})
     ),
     f"tensor {DOWN} is missing; Qwen2ForCausalLM (config.json) needs it": lambda f: remove_everywhere(f, DOWN),
     "tensor model.layers.2.mlp.down_proj.weight has no place in this Qwen2ForCausalLM": add_to_other_layer,
     "tensor model.embed_tokens.weight is also in": duplicate,
-    f"weight_map.{DOWN} is '../x.safetensors'; needed: a file beside the index": lambda f: change_index(
+    f"weight_map.{DOWN} is '../x.safetensors'; must be a file beside the index": lambda f: change_index(
         f, **{DOWN: "../x.safetensors"}
     ),
     "; that file does not hold the tensor": lambda f: change_index(f, **{DOWN: weight_map(f)["lm_head.weight"]}),
-    "weight_map is {}; needed: tensor names": lambda f: (f / INDEX).write_text('{"weight_map": {}}'),
+    "weight_map is {}; must be tensor names": lambda f: (f / INDEX).write_text('{"weight_map": {}}'),
     "holds neither model.safetensors nor model.safetensors.index.json": lambda f: (f / INDEX).unlink(),
     f"{INDEX} is a Git LFS pointer, not the file of 12345 bytes": lambda f: (f / INDEX).write_text(POINTER),
     ".safetensors is a Git LFS pointer": lambda f: (f / weight_map(f)[DOWN]).write_text(POINTER),
@@ -119,7 +119,7 @@ def test_duplicate_head_of_a_tied_model(tmp_path):
 
 def test_layouts_that_do_not_divide(sharded):
     cfg = read_model_config(sharded)
-    with pytest.raises(UserError, match="parallel.tensor is 4; it must divide num_key_value_heads, 2"):
+    with pytest.raises(UserError, match="parallel.tensor is 4; must divide num_key_value_heads, 2"):
         load_shard(sharded, cfg, [], tp_rank=0, tp_size=4)
 
 
@@ -133,7 +133,7 @@ def test_resolve_model(folder):
         resolve_model(str(folder))
     with pytest.raises(UserError, match="nowhere is not a directory"):
         resolve_model("nowhere")
-    with pytest.raises(UserError, match="needed: hf://org/name or hf://org/name@revision"):
+    with pytest.raises(UserError, match="must be hf://org/name or hf://org/name@revision"):
         resolve_model("hf://name")
 
 
@@ -158,13 +158,13 @@ def test_target_that_is_taken(sharded, folder, tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     copy_all(sharded, target)  # an empty directory is as good as none
-    with pytest.raises(UserError, match="exists and is not empty; needed: a new or empty directory"):
+    with pytest.raises(UserError, match="exists and is not empty; must be a new or empty directory"):
         copy_all(sharded, target)
     copy_all(sharded, target, overwrite=True)
     assert audit(target, read_model_config(target)).keys() == audit(sharded, read_model_config(sharded)).keys()
     with pytest.raises(UserError, match="is the model the export starts from"):
         copy_all(folder, folder, overwrite=True)
-    refused = "not empty; needed: a new or empty directory, or an earlier export"
+    refused = "not empty; must be a new or empty directory, or an earlier export"
     with pytest.raises(UserError, match=refused):  # somebody else's checkpoint
         copy_all(sharded, folder, overwrite=True)
     (target / "notes.txt").write_text("kept")

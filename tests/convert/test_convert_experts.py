@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import EXPERT_CASES, SIZES, write_checkpoint
 
-from megalign.convert import MoeConfig, audit, hf_parts, load_shard, megatron_names, read_model_config, unshard
+from megalign.convert import audit, hf_parts, load_shard, megatron_names, read_model_config, unshard
+from megalign.model_config import MoeConfig
 from megalign.schema import UserError
+from tests.support.tiny_checkpoints import EXPERT_CASES, SIZES, write_checkpoint
 
 ARCHITECTURES = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}
 MOE = {
@@ -176,20 +177,28 @@ def test_windows(tmp_path):
 
 
 REFUSED = [
-    ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5; it must be at most num_experts, 4"),
-    ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1; with shares that sum to one it must be"),
-    ("mixtral", {"num_local_experts": 8}, "num_experts is 4; it must agree with num_local_experts, 8"),
+    ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5; must be at most num_experts, 4"),
+    (
+        "mixtral",
+        {"num_experts_per_tok": 1},
+        "num_experts_per_tok is 1; must be at least 2 where routing weights sum to one",
+    ),
+    ("mixtral", {"num_local_experts": 8}, "num_experts is 4; must agree with num_local_experts, 8"),
     ("mixtral", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, "layer_types is"),
-    ("qwen2_moe", {"num_experts": 0}, "num_experts is 0; allowed: a whole number >= 1"),
-    ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0; allowed: a whole"),
-    ("qwen2_moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1; allowed: true, false"),
-    ("qwen2_moe", {"qkv_bias": "yes"}, "qkv_bias is 'yes'; allowed: true, false"),
-    ("qwen3_moe", {"norm_topk_prob": True, "num_experts_per_tok": 1}, "num_experts_per_tok is 1; with shares"),
-    ("qwen3_moe", {"moe_intermediate_size": 8.0}, "moe_intermediate_size is 8.0; allowed: a whole number >= 1"),
-    ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "mlp_only_layers is [0, 1]; needed: a layer with experts among the 2"),
-    ("qwen3_moe", {"decoder_sparse_step": 3}, "decoder_sparse_step is 3; needed: a layer with experts among the 2"),
-    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; allowed: a whole number >= 1"),
-    ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers is ['0']; allowed: a list of layer numbers"),
+    ("qwen2_moe", {"num_experts": 0}, "num_experts is 0; must be a whole number >= 1"),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0; must be a whole"),
+    ("qwen2_moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1; must be true or false"),
+    ("qwen2_moe", {"qkv_bias": "yes"}, "qkv_bias is 'yes'; must be true or false"),
+    ("qwen3_moe", {"norm_topk_prob": True, "num_experts_per_tok": 1}, "num_experts_per_tok is 1; must be at least 2"),
+    ("qwen3_moe", {"moe_intermediate_size": 8.0}, "moe_intermediate_size is 8.0; must be a whole number >= 1"),
+    (
+        "qwen3_moe",
+        {"mlp_only_layers": [0, 1]},
+        "mlp_only_layers is [0, 1]; must leave a layer with experts among the 2",
+    ),
+    ("qwen3_moe", {"decoder_sparse_step": 3}, "decoder_sparse_step is 3; must leave a layer with experts among the 2"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; must be a whole number >= 1"),
+    ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers is ['0']; must be a list of layer numbers"),
 ]
 
 
@@ -296,9 +305,9 @@ def test_which_sizes_tensor_ranks_divide(tmp_path):
 
     load("mixtral", intermediate_size=9)
     load("qwen2-moe-tied", moe_intermediate_size=7, intermediate_size=39)  # no layer is dense
-    with pytest.raises(UserError, match="parallel.tensor is 2; it must divide intermediate_size, 39"):
+    with pytest.raises(UserError, match="parallel.tensor is 2; must divide intermediate_size, 39"):
         load("qwen2-moe", intermediate_size=39)
-    with pytest.raises(UserError, match="parallel.tensor is 2; it must divide shared_expert_intermediate_size, 15"):
+    with pytest.raises(UserError, match="parallel.tensor is 2; must divide shared_expert_intermediate_size, 15"):
         load("qwen2-moe", shared_expert_intermediate_size=15)
 
 

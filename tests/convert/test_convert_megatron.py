@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +13,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_checkpoints import CASES, COMPANIONS, write_checkpoint
 
-from megalign.convert.torch_dist import read_index
+from megalign.convert.hf.model import read_model
+from megalign.convert.megatron.torch_dist import read_index
 from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
-from megalign.runtime.distributed import process_group, spawn
+from megalign.runtime.distributed import process_group
+from tests.support.processes import run_python, run_ranks
+from tests.support.tiny_checkpoints import CASES, COMPANIONS, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,25 +36,27 @@ def same_checkpoint(a: Path, b: Path) -> None:
 
 def export_at(folder: str, tensor: int, pipeline: int) -> None:
     """Load every case at a layout, take an optimizer step of rate 0 and export it."""
+    from megalign.config.layout import Layout
     from megalign.convert import read_model_config
-    from megalign.data.batch import pack
-    from megalign.data.group import Response, Sequence
-    from megalign.engines.groups import make_groups
-    from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
-    from megalign.train.session import export
+    from megalign.data.group import Response, TokenSequence
+    from megalign.data.micro_batch import pack
+    from megalign.engines.export import export
+    from megalign.engines.megatron.engine import AdamW, MegatronEngine
+    from megalign.engines.megatron.groups import make_groups
+    from megalign.engines.megatron.shard import EngineOptions
 
     with process_group(timeout_s=60) as world:
-        groups = make_groups(tensor=tensor, pipeline=pipeline, timeout_s=60)
-        sequence = Sequence(0, 0, "response", (1, 2, 3), Response((4, 130)))
+        groups = make_groups(Layout(tensor, pipeline), timeout_s=60)
+        sequence = TokenSequence(0, 0, "response", (1, 2, 3), Response((4, 130)))
         for case, (_, dtype, _, _) in CASES.items():
             source = Path(folder) / case
             model = read_model_config(source)
             options = EngineOptions(dtype=getattr(torch, dtype), device=world.device)
-            engine = MegatronEngine(model, groups, options, adamw=AdamW(weight_decay=0.1))
+            engine = MegatronEngine(model, groups, options, adamw=AdamW(weight_decay=0.1, clip_norm=1.0))
             engine.load_weights(source)
             engine.backward([pack([sequence], [0])], lambda place, head: (head.logp()[0].sum(), None))
-            assert engine.update(0.0, clip_norm=1.0) > 0
-            export(engine, model, source, Path(folder) / f"{case}-{tensor}x{pipeline}")
+            assert engine.update(0.0) > 0
+            export(engine, read_model(source), Path(folder) / f"{case}-{tensor}x{pipeline}")
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +69,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 2)])
 def test_a_step_of_rate_zero_gives_the_same_checkpoint_back(checkpoints: Path, tensor: int, pipeline: int) -> None:
-    spawn(export_at, tensor * pipeline, str(checkpoints), tensor, pipeline)
+    run_ranks(export_at, tensor * pipeline, str(checkpoints), tensor, pipeline)
     for case in CASES:
         same_checkpoint(checkpoints / case, checkpoints / f"{case}-{tensor}x{pipeline}")
 
 
 def export_that_fails_on_rank_1(folder: str) -> None:
     """Rank 1 may write nothing: all ranks hear of it, none waits for another, and nothing is left."""
+    from megalign.config.layout import Layout
     from megalign.convert import read_model_config
-    from megalign.engines.groups import make_groups
-    from megalign.engines.megatron import EngineOptions, MegatronEngine
+    from megalign.engines.export import export
+    from megalign.engines.megatron.engine import MegatronEngine
+    from megalign.engines.megatron.groups import make_groups
+    from megalign.engines.megatron.shard import EngineOptions
     from megalign.schema import UserError
-    from megalign.train.session import export
 
     with process_group(timeout_s=60) as world:
-        groups = make_groups(tensor=2, pipeline=1, timeout_s=20)
+        groups = make_groups(Layout(tensor=2), timeout_s=20)
         source = Path(folder) / "qwen2"
         model = read_model_config(source)
         engine = MegatronEngine(model, groups, EngineOptions(dtype=torch.bfloat16, device=world.device), adamw=None)
@@ -88,7 +93,7 @@ def export_that_fails_on_rank_1(folder: str) -> None:
         if world.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         with pytest.raises(UserError, match="model.safetensors cannot be written: File too large"):
-            export(engine, model, source, Path(folder) / "failed")
+            export(engine, read_model(source), Path(folder) / "failed")
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         with pytest.raises(UserError, match="_extra_state/shard_0_2 cannot be read: .*posix.system"):
             engine.load(Path(folder) / "hostile")
@@ -114,7 +119,7 @@ def make_hostile(folder: Path) -> None:
 def test_an_export_that_fails_on_one_rank_fails_on_all(checkpoints: Path) -> None:
     hf_to_megatron(str(checkpoints / "qwen2"), checkpoints / "hostile")
     make_hostile(checkpoints / "hostile")
-    spawn(export_that_fails_on_rank_1, 2, str(checkpoints))
+    run_ranks(export_that_fails_on_rank_1, 2, str(checkpoints))
     assert not Path("ran").exists()
     assert not [path for path in checkpoints.iterdir() if "failed" in path.name]
 
@@ -134,9 +139,7 @@ def test_torch_dist_checkpoints_lead_back_bitwise(checkpoints: Path) -> None:
 
 def test_the_tools_convert_and_refuse(checkpoints: Path, tmp_path: Path) -> None:
     def run(tool: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return run_python(tmp_path, ROOT / "tools" / tool, *arguments, environment={"PYTHONPATH": str(ROOT)})
 
     source = checkpoints / "qwen3-bias"
     assert run("hf_to_megatron.py", source, tmp_path / "megatron").returncode == 0

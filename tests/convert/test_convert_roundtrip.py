@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_checkpoints import CASES, COMPANIONS, EXPERT_CASES, write_checkpoint
 
 from megalign.convert import HFWriter, hf_parts, hf_state, load_shard, megatron_names, read_model_config, unshard
+from tests.support.tiny_checkpoints import CASES, COMPANIONS, EXPERT_CASES, write_checkpoint
 
 
 def stored(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -15,17 +14,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from families import write_family
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import write_checkpoint
 
+from megalign.commands import convert, export, verify
 from megalign.convert.report import compare
-from megalign.convert.transfer import How, hf_to_megatron, megatron_to_hf
+from megalign.convert.transfer import ConversionOptions, hf_to_megatron, megatron_to_hf
 from megalign.schema import UserError
+from tests.support.families import write_family
+from tests.support.tiny_checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
@@ -37,15 +36,7 @@ DOWN, KEY, EMBED, NORM = (
 )
 
 
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOLS = {name: tool(name) for name in ("hf_to_megatron", "megatron_to_hf", "verify_checkpoint")}
+TOOLS = {"hf_to_megatron": convert, "megatron_to_hf": export, "verify_checkpoint": verify}
 
 
 def weight_map(folder: Path) -> dict[str, str]:
@@ -106,12 +97,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard of noise": (lambda f: cut(f, 5000, b"\xff" * 5000), "is not a complete safetensors file"),
     "missing shard": (lambda f: (f / weight_map(f)[DOWN]).unlink(), f"is missing; {INDEX} names it"),
     "index to nowhere": (lambda f: reindex(f, **{DOWN: "nowhere.safetensors"}), "nowhere.safetensors is missing"),
-    "index to another folder": (lambda f: reindex(f, **{DOWN: "../x.safetensors"}), "needed: a file beside the index"),
+    "index to another folder": (lambda f: reindex(f, **{DOWN: "../x.safetensors"}), "must be a file beside the index"),
     "index to the wrong file": (
         lambda f: reindex(f, **{DOWN: weight_map(f)["lm_head.weight"]}),
         f"weight_map.{DOWN} is 'model-",
     ),
-    "index without a map": (lambda f: (f / INDEX).write_text("{}"), "weight_map is None; needed: tensor names"),
+    "index without a map": (lambda f: (f / INDEX).write_text("{}"), "weight_map is None; must be tensor names"),
     "index that is no JSON": (lambda f: (f / INDEX).write_text('{"weight_map'), f"{INDEX} is not readable JSON"),
     "no weights": (lambda f: (f / INDEX).unlink(), "holds neither model.safetensors nor"),
     "wrong shape": (lambda f: retensor(f, DOWN, torch.ones(24, 39)), f"{DOWN} has shape [24, 39]; config.json asks"),
@@ -121,17 +112,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "tensor model.layers.1.mlp.up_proj.bias has no place in this Qwen2ForCausalLM",
     ),
     "tensor in two files": (lambda f: retensor(f, EMBED, torch.ones(131, 24), file_of=DOWN), f"{EMBED} is also in"),
-    "whole numbers": (lambda f: retensor(f, DOWN, torch.ones(24, 40).long()), f"{DOWN} is stored as I64; allowed:"),
+    "whole numbers": (lambda f: retensor(f, DOWN, torch.ones(24, 40).long()), f"{DOWN} is stored as I64; must be"),
     "dtypes that do not go together": (
         lambda f: retensor(f, KEY, torch.ones(8, 24, dtype=torch.float64)),
-        f"{KEY} as float64; needed: one dtype",
+        f"{KEY} as float64; must be one dtype",
     ),
-    "NaN scale": (lambda f: quantise(f, BAD_SCALE), f"{DOWN}_scale_inv is nan at [1, 2]; needed: finite numbers > 0"),
+    "NaN scale": (lambda f: quantise(f, BAD_SCALE), f"{DOWN}_scale_inv is nan at [1, 2]; must be finite numbers > 0"),
     "missing scale": (lambda f: quantise(f, None), f"tensor {DOWN}_scale_inv is missing"),
-    "scale of another shape": (lambda f: quantise(f, torch.ones(3, 4)), "has shape [3, 4]; needed: [3, 5]"),
+    "scale of another shape": (lambda f: quantise(f, torch.ones(3, 4)), "has shape [3, 4]; must be [3, 5]"),
     "unknown quantisation": (
         lambda f: reconfigure(f, quantization_config={"quant_method": "gptq"}),
-        "quantization_config.quant_method is 'gptq'; allowed: fp8",
+        "quantization_config.quant_method is 'gptq'; must be fp8",
     ),
     "unknown architecture": (lambda f: reconfigure(f, architectures=["Qwen9ForCausalLM"]), "architectures is ['Qwen9"),
     "config of fewer layers": (lambda f: reconfigure(f, num_hidden_layers=1), "has no place in this Qwen2ForCausalLM"),
@@ -139,7 +130,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "config of another head": (lambda f: reconfigure(f, tie_word_embeddings=True), "lm_head.weight differs from"),
     "config of no sense": (
         lambda f: reconfigure(f, num_attention_heads="six"),
-        "num_attention_heads is 'six'; allowed",
+        "num_attention_heads is 'six'; must be",
     ),
     "config that is no JSON": (lambda f: (f / "config.json").write_text("{,}"), "config.json is not readable JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
@@ -155,7 +146,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "FP8 that is no matrix": (
         lambda f: (quantise(f, torch.ones(3, 5)), retensor(f, NORM, torch.ones(24).to(torch.float8_e4m3fn))),
-        f"{NORM} in F8_E4M3 has shape [24]; needed: a matrix",
+        f"{NORM} in F8_E4M3 has shape [24]; must be a matrix",
     ),
     "pickle": (with_pickle, "reads its pickles with --allow-pickle"),
 }
@@ -216,12 +207,12 @@ DAMAGE_BACK: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: file_of_tensors(f).write_bytes(b"\xff" * file_of_tensors(f).stat().st_size),
         "cannot be read",
     ),
-    "no index": (lambda f: (f / ".metadata").unlink(), "needed: the index of a checkpoint that megalign wrote"),
-    "index of noise": (lambda f: (f / ".metadata").write_bytes(b"noise"), "needed: the index of a checkpoint"),
+    "no index": (lambda f: (f / ".metadata").unlink(), "must be the index of a checkpoint that megalign wrote"),
+    "index of noise": (lambda f: (f / ".metadata").write_bytes(b"noise"), "must be the index of a checkpoint"),
     "index that runs code": (lambda f: (f / ".metadata").write_bytes(pickle.dumps(Hostile())), "it names posix.system"),
     "values that run code": (lambda f: torch.save({"about": Hostile()}, f / "common.pt"), "common.pt cannot be read: "),
     "no values": (lambda f: (f / "common.pt").unlink(), "common.pt"),
-    "no format": (lambda f: (f / "metadata.json").unlink(), "is not a megalign checkpoint; needed: a directory with"),
+    "no format": (lambda f: (f / "metadata.json").unlink(), "is not a megalign checkpoint; must be a directory with"),
     "config of another width": (
         lambda f: reconfigure(f / "hf", intermediate_size=48),
         "tensor decoder.layers.mlp.linear_fc1.weight has shape [2, 80, 24]; hf/config.json asks for [2, 96, 24]",
@@ -298,26 +289,26 @@ def test_a_target_that_comes_up_meanwhile(sources: Path, tmp_path: Path) -> None
         out.mkdir()
         (out / "notes").write_text("kept")
 
-    for convert, source in ((hf_to_megatron, str(sources / "hf")), (megatron_to_hf, sources / "megatron")):
+    for converting, source in ((hf_to_megatron, str(sources / "hf")), (megatron_to_hf, sources / "megatron")):
         with pytest.raises(
             UserError, match="out (cannot be made: Directory not empty; move it|exists and is not empty)"
         ):
-            convert(source, out, How(begin=come_up))  # type: ignore[arg-type]
+            converting(source, out, ConversionOptions(begin=come_up))  # type: ignore[arg-type]
         assert (out / "notes").read_text() == "kept"
         shutil.rmtree(out)
-        convert(source, out)  # type: ignore[arg-type]
+        converting(source, out)  # type: ignore[arg-type]
         assert not compare(sources / "hf", out).differences
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         shutil.rmtree(out)
 
 
 def test_a_source_that_changes_meanwhile(sources: Path, tmp_path: Path) -> None:
-    for convert, kind in ((hf_to_megatron, "hf"), (megatron_to_hf, "megatron")):
+    for converting, kind in ((hf_to_megatron, "hf"), (megatron_to_hf, "megatron")):
         source = Path(shutil.copytree(sources / kind, tmp_path / kind))
         file = max(source.iterdir(), key=lambda path: path.stat().st_size)
         with pytest.raises(UserError, match=f"{kind} has changed while it was read"):
-            touch = How(wrote=lambda count, file=file: os.utime(file, ns=(count, count)))  # type: ignore[misc]
-            convert(str(source) if kind == "hf" else source, tmp_path / "out", touch)  # type: ignore[arg-type]
+            touch = ConversionOptions(wrote=lambda count, file=file: os.utime(file, ns=(count, count)))  # type: ignore[misc]
+            converting(str(source) if kind == "hf" else source, tmp_path / "out", touch)  # type: ignore[arg-type]
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"hf", kind})
 
 
@@ -375,20 +366,20 @@ def test_a_disk_without_space(sources: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_verify(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    verify = TOOLS["verify_checkpoint"].main
-    assert verify([str(sources / "hf"), str(sources / "megatron")]) == 0
+    compared = verify.main
+    assert compared([str(sources / "hf"), str(sources / "megatron")]) == 0
     assert "equal bit by bit, 0 differ (largest difference 0), 0 only in A, 0 only in B" in capsys.readouterr().out
     folder = Path(shutil.copytree(sources / "hf", tmp_path / "hf"))
     retensor(folder, DOWN, torch.ones(24, 40, dtype=torch.bfloat16))
-    assert verify([str(sources / "megatron"), str(folder)]) == 1
+    assert compared([str(sources / "megatron"), str(folder)]) == 1
     told = capsys.readouterr().out
     assert DOWN in told and "1 differ" in told
-    assert verify([str(folder), str(tmp_path / "nowhere")]) == 2
+    assert compared([str(folder), str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not a directory" in capsys.readouterr().err
     retensor(folder, DOWN, torch.full((24, 40), 1.001))
     narrow = Path(shutil.copytree(folder, tmp_path / "bf16"))
     retensor(narrow, DOWN, torch.ones(24, 40).bfloat16())
-    assert verify([str(folder), str(narrow)]) == 1
+    assert compared([str(folder), str(narrow)]) == 1
     assert "1 differ (largest difference 0.001)" in capsys.readouterr().out
     odd = {name: torch.arange(3).to(getattr(torch, name)) for name in ("int64", "int8", "bool", "float8_e5m2")}
     for place in "ab":
@@ -396,7 +387,7 @@ def test_verify(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (tmp_path / place / "config.json").write_text("{}")
         save_file(odd, tmp_path / place / "model.safetensors")
         odd["int8"] = odd["int8"] + 1
-    assert verify([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert compared([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     assert "4 tensors: 3 equal bit by bit, 1 differ (largest difference 1)" in capsys.readouterr().out
 
 

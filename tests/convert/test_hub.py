@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from tiny_checkpoints import COMPANIONS, write_checkpoint
-
 from megalign.convert.report import compare
+from tests.support.tiny_checkpoints import COMPANIONS, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 COMMIT, REVISION = "5e1f" * 10, "v1.2"

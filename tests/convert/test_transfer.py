@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from families import EXPERT_FAMILIES, FAMILY_CASES, write_family
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import CASES, COMPANIONS, EXPERT_CASES, write_checkpoint
 
 from megalign.convert import load_shard, read_model_config
-from megalign.convert.megatron_source import key_specs, whole_names
-from megalign.convert.reader import HFSource
+from megalign.convert.hf.model import read_model
+from megalign.convert.hf.reader import HFSource
+from megalign.convert.hf.safetensors_file import Spec
+from megalign.convert.megatron.keys import extra_state_of
+from megalign.convert.megatron.reader import key_specs, whole_names
+from megalign.convert.megatron.torch_dist import TorchDistReader
 from megalign.convert.report import compare, tensor_map, tensor_map_back
-from megalign.convert.safetensors_file import Spec
-from megalign.convert.torch_dist import TorchDistReader, extra_state_of
-from megalign.convert.transfer import How, adapter_config, hf_to_megatron, megatron_specs, megatron_to_hf
-from megalign.runtime.distributed import process_group, spawn
+from megalign.convert.transfer import ConversionOptions, adapter_config, hf_to_megatron, megatron_specs, megatron_to_hf
+from megalign.model_config import Lora
+from megalign.runtime.distributed import process_group
 from megalign.schema import UserError
+from tests.support.families import EXPERT_FAMILIES, FAMILY_CASES, write_family
+from tests.support.processes import run_ranks
+from tests.support.tiny_checkpoints import CASES, COMPANIONS, EXPERT_CASES, write_checkpoint
 
 if TYPE_CHECKING:
-    from megalign.engines.megatron import MegatronEngine
+    from megalign.engines.megatron.engine import MegatronEngine
 
 ALL = [*CASES, *EXPERT_CASES, *FAMILY_CASES]
 IN_BF16 = [case for number, case in enumerate(FAMILY_CASES) if number % 2]  # the others in fp32
@@ -67,13 +70,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(sources: Path) -> Path:
     for case in [*ALL, *OTHERWISE]:
-        hf_to_megatron(str(sources / case), sources / f"{case}-megatron", How(2, max_shard_bytes=60_000))
+        hf_to_megatron(str(sources / case), sources / f"{case}-megatron", ConversionOptions(2, max_shard_bytes=60_000))
     return sources
 
 
 def test_there_and_back_is_bitwise(converted: Path) -> None:
     for case in [*ALL, *OTHERWISE]:
-        megatron_to_hf(converted / f"{case}-megatron", converted / f"{case}-back", How(2, max_shard_bytes=50_000))
+        megatron_to_hf(
+            converted / f"{case}-megatron", converted / f"{case}-back", ConversionOptions(2, max_shard_bytes=50_000)
+        )
         same(converted / case, converted / f"{case}-back", *COMPANIONS)
         assert not compare(converted / case, converted / f"{case}-megatron").differences
 
@@ -83,19 +88,21 @@ def keys_of_engines(folder: str) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    from megalign.engines import megatron_state
-    from megalign.engines.groups import make_groups
-    from megalign.engines.megatron import EngineOptions, MegatronEngine
+    from megalign.config.layout import Layout
+    from megalign.engines.megatron import checkpoint as megatron_checkpoint
+    from megalign.engines.megatron.engine import MegatronEngine
+    from megalign.engines.megatron.groups import make_groups
+    from megalign.engines.megatron.shard import EngineOptions
 
     with process_group(timeout_s=60) as world:
-        groups = make_groups(tensor=1, pipeline=1, timeout_s=60)
+        groups = make_groups(Layout(), timeout_s=60)
         for case in ALL:
             source, checkpoint = Path(folder) / case, Path(folder) / f"{case}-megatron"
             model = read_model_config(source)
             reader = TorchDistReader(checkpoint)
             dtype = getattr(torch, reader.common()["about"]["dtype"].removeprefix("torch."))
             engine = MegatronEngine(model, groups, EngineOptions(dtype=dtype, device=world.device), adamw=None)
-            state = engine.chunks[0].sharded_state_dict(metadata=dict(megatron_state.METADATA))
+            state = engine.shard.chunks[0].sharded_state_dict(metadata=dict(megatron_checkpoint.METADATA))
             plain, objects = {}, set()
             for entry in state.values():
                 for one in entry.build() if hasattr(entry, "build") else [entry]:
@@ -107,7 +114,7 @@ def keys_of_engines(folder: str) -> None:
             assert objects == {extra_state_of(name, model) for name in whole_names(model)} - {None}, case
             assert objects == set(reader.index.state_dict_metadata) - set(reader.specs), case
             loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
-            engine.chunks[0].load_state_dict(loaded)
+            engine.shard.chunks[0].load_state_dict(loaded)
             fresh = MegatronEngine(model, groups, EngineOptions(dtype=dtype, device=world.device), adamw=None)
             fresh.load_weights(source)
             for (name, mine), (_, right) in zip(engine.full_tensors(), fresh.full_tensors(), strict=True):
@@ -119,48 +126,56 @@ def sampler_has_live_weights(engine: MegatronEngine, source: Path, case: str) ->
     """What rounds sample with is the model that transformers loads."""
     import transformers
 
-    from megalign.train.rounds import refresh
+    from megalign.rollout.transformers_sampler import TransformersSampler
 
     right = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=engine.dtype)
     sampler = transformers.AutoModelForCausalLM.from_config(right.config, dtype=engine.dtype)
-    refresh(sampler, engine, SimpleNamespace(model=engine.model))  # type: ignore[arg-type]
+    TransformersSampler(sampler, (0,)).update(engine.hf_tensors())
     expected = right.state_dict()
     for name, tensor in sampler.state_dict().items():
         assert torch.equal(tensor, expected[name]), (case, name)
 
 
 def test_megatron_loads_what_is_written(converted: Path) -> None:
-    spawn(keys_of_engines, 1, str(converted))
+    run_ranks(keys_of_engines, 1, str(converted))
+
+
+def is_routed(case: str) -> bool:
+    return case in EXPERT_CASES or FAMILY_CASES[case][0] in EXPERT_FAMILIES
 
 
 def steps_of_rate_zero(folder: str) -> None:
     """Each family loaded at TP2 x PP2 (experts over 2 ranks), a step of rate 0, and exported from there."""
-    from megalign.data.batch import pack
-    from megalign.data.group import Response, Sequence
-    from megalign.engines.groups import make_groups
-    from megalign.engines.megatron import AdamW, EngineOptions, MegatronEngine
-    from megalign.train.session import export
+    from megalign.config.layout import Layout
+    from megalign.data.group import Response, TokenSequence
+    from megalign.data.micro_batch import pack
+    from megalign.engines.export import export
+    from megalign.engines.megatron.engine import AdamW, MegatronEngine
+    from megalign.engines.megatron.groups import make_groups
+    from megalign.engines.megatron.shard import EngineOptions
 
     with process_group(timeout_s=120) as world:
-        sequence = Sequence(0, 0, "response", (1, 2, 3), Response((4, 130)))
-        for case in [*EXPERT_CASES, *FAMILY_CASES]:
-            routed = case in EXPERT_CASES or FAMILY_CASES[case][0] in EXPERT_FAMILIES
-            groups = make_groups(tensor=2, pipeline=2, expert=2 if routed else 1, timeout_s=60)
+        sequence = TokenSequence(0, 0, "response", (1, 2, 3), Response((4, 130)))
+        groups = None
+        for case in sorted([*EXPERT_CASES, *FAMILY_CASES], key=is_routed):
+            layout = Layout(tensor=2, pipeline=2, expert=2 if is_routed(case) else 1, sequence=is_routed(case))
+            if groups is None or groups.layout != layout:
+                groups = make_groups(layout, timeout_s=60)
             source = Path(folder) / case
             model = read_model_config(source)
             bf16 = case in IN_BF16 or EXPERT_CASES.get(case, ("", ""))[1] == "bfloat16"
             dtype = torch.bfloat16 if bf16 else torch.float32
-            options = EngineOptions(dtype=dtype, device=world.device, sequence_parallel=routed)
-            engine = MegatronEngine(model, groups, options, adamw=AdamW(weight_decay=0.1))
+            options = EngineOptions(dtype=dtype, device=world.device)
+            engine = MegatronEngine(model, groups, options, adamw=AdamW(weight_decay=0.1, clip_norm=1.0))
             engine.load_weights(source)
-            batch = pack([sequence], [0], multiple_of=engine.cut.multiple_of)
+            batch = pack([sequence], [0], multiple_of=engine.shape.multiple_of)
             engine.backward([batch], lambda place, head: (head.logp()[0].sum(), None))
-            assert engine.update(0.0, clip_norm=1.0) > 0
-            export(engine, model, source, Path(folder) / f"{case}-2x2")
+            assert engine.update(0.0) > 0
+            export(engine, read_model(source), Path(folder) / f"{case}-2x2")
 
 
 def test_a_step_of_rate_zero_gives_every_family_back(sources: Path) -> None:
-    spawn(steps_of_rate_zero, 4, str(sources))
+    run_ranks(steps_of_rate_zero, 4, str(sources))
     for case in [*EXPERT_CASES, *FAMILY_CASES]:
         same(sources / case, sources / f"{case}-2x2", *COMPANIONS)
 
@@ -170,7 +185,7 @@ def test_interrupted_conversions_go_on(sources: Path, tmp_path: Path, case: str)
     class Stop(Exception):
         pass
 
-    def stopping(after: int) -> How:
+    def stopping(after: int) -> ConversionOptions:
         seen = []
 
         def wrote(count: int) -> None:
@@ -178,7 +193,7 @@ def test_interrupted_conversions_go_on(sources: Path, tmp_path: Path, case: str)
             if len(seen) == after:
                 raise Stop
 
-        return How(max_shard_bytes=20_000, wrote=wrote)
+        return ConversionOptions(max_shard_bytes=20_000, wrote=wrote)
 
     for convert, source, out, plain in (
         (lambda a, b, how: hf_to_megatron(str(a), b, how), sources / case, tmp_path / "m", sources / f"{case}-plain"),
@@ -194,13 +209,13 @@ def test_interrupted_conversions_go_on(sources: Path, tmp_path: Path, case: str)
         assert finished
         again: list[int] = []
         totals: list[int] = []
-        convert(source, out, How(max_shard_bytes=20_000, begin=totals.append, wrote=again.append))
+        convert(source, out, ConversionOptions(max_shard_bytes=20_000, begin=totals.append, wrote=again.append))
         assert sum(again) == totals[0]
         kept = {path.name: stamp for path, stamp in finished.items() if (out / path.name).stat().st_mtime_ns == stamp}
         assert kept, "everything was written anew"
         assert not partial.exists()
         if plain is not None:
-            hf_to_megatron(str(source), plain, How(max_shard_bytes=20_000))
+            hf_to_megatron(str(source), plain, ConversionOptions(max_shard_bytes=20_000))
             assert not compare(plain, out).differences
     same(sources / case, tmp_path / "hf")
 
@@ -212,7 +227,9 @@ def test_two_jobs_do_not_write_one_directory(sources: Path, tmp_path: Path) -> N
         inside.set()
         assert go_on.wait(30)
 
-    first = threading.Thread(target=hf_to_megatron, args=(str(sources / "qwen2"), tmp_path / "out", How(begin=wait)))
+    first = threading.Thread(
+        target=hf_to_megatron, args=(str(sources / "qwen2"), tmp_path / "out", ConversionOptions(begin=wait))
+    )
     first.start()
     try:
         assert inside.wait(30)
@@ -228,7 +245,7 @@ def test_maps_name_every_tensor(converted: Path) -> None:
     for case in ALL:
         source = HFSource(converted / case, read_model_config(converted / case))
         specs = megatron_specs(source)
-        assert set(key_specs(specs, source.cfg)) == set(TorchDistReader(converted / f"{case}-megatron").specs)
+        assert set(key_specs(specs, source.model)) == set(TorchDistReader(converted / f"{case}-megatron").specs)
         assert tensor_map(str(converted / case)).row_count == len(specs)
         assert tensor_map_back(converted / f"{case}-megatron").row_count == len(stored(converted / case))
 
@@ -321,7 +338,7 @@ def test_experts_in_four_bits_are_what_transformers_makes_of_them(tmp_path: Path
     packed.mkdir()
     (packed / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
     save_file(tensors, packed / "model.safetensors")
-    hf_to_megatron(str(packed), tmp_path / "megatron", How(2))
+    hf_to_megatron(str(packed), tmp_path / "megatron", ConversionOptions(2))
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
     back = stored(tmp_path / "hf")
     assert back.keys() == stored(source).keys()
@@ -344,10 +361,10 @@ def test_experts_in_four_bits_are_what_transformers_makes_of_them(tmp_path: Path
     down = "model.layers.2.mlp.experts.down_proj"
     bad = tensors[f"{down}_scales"].clone()
     bad[1, 2, 0] = 255
-    refuse({f"{down}_scales": bad}, rf"{down}_scales is 255 \(not a number\) at \[1, 2, 0\]; needed: 0 to 254")
+    refuse({f"{down}_scales": bad}, rf"{down}_scales is 255 \(not a number\) at \[1, 2, 0\]; must be 0 to 254")
     refuse({f"{down}_scales": None}, f"tensor {down}_scales is missing; {down}_blocks is stored as MXFP4 and needs it")
-    refuse({f"{down}_scales": bad[:, :, :0]}, rf"{down}_scales has shape \[4, 64, 0\]; needed: \[4, 64, 1\]")
-    refuse({f"{down}_blocks": bad}, rf"{down}_blocks has shape \[4, 64, 1\]; needed: bytes")
+    refuse({f"{down}_scales": bad[:, :, :0]}, rf"{down}_scales has shape \[4, 64, 0\]; must be \[4, 64, 1\]")
+    refuse({f"{down}_blocks": bad}, rf"{down}_blocks has shape \[4, 64, 1\]; must be bytes")
     refuse({f"{down}_blocks": None}, rf"tensor {down}_scales has no place|tensor {down} is missing")
 
 
@@ -357,13 +374,13 @@ def test_pickles_are_read_behind_a_flag(sources: Path, tmp_path: Path) -> None:
     tensors = stored(sources / "qwen2")
     (folder / "config.json").write_bytes((sources / "qwen2" / "config.json").read_bytes())
     torch.save(tensors, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="never pickles; tools/hf_to_megatron.py reads its pickles with --allow-pickle"):
+    with pytest.raises(UserError, match="never pickles; megalign convert reads its pickles with --allow-pickle"):
         hf_to_megatron(str(folder), tmp_path / "megatron")
-    hf_to_megatron(str(folder), tmp_path / "megatron", How(allow_pickle=True))
+    hf_to_megatron(str(folder), tmp_path / "megatron", ConversionOptions(allow_pickle=True))
     assert not compare(sources / "qwen2", tmp_path / "megatron").differences
     torch.save({"weight": threading.Thread}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="is not a pickle of plain tensors"):
-        hf_to_megatron(str(folder), tmp_path / "other", How(allow_pickle=True))
+        hf_to_megatron(str(folder), tmp_path / "other", ConversionOptions(allow_pickle=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "megatron"]
 
 
@@ -379,5 +396,5 @@ def test_adapters_name_their_base_as_the_user_does(base, name, revision):
     """And as `peft` looks for it: on the Hub without the scheme that `model.path` has."""
     import peft
 
-    config = peft.LoraConfig(**adapter_config({"rank": 2, "alpha": 4.0, "targets": ["q_proj"]}, base=base))
+    config = peft.LoraConfig(**adapter_config(Lora(2, 4.0, ("q_proj",)), base=base))
     assert (config.base_model_name_or_path, config.revision) == (name, revision)

@@ -1,14 +1,14 @@
-"""Every way a record can be wrong: the run stops with file, line and field, or skips and counts."""
+"""Check every fault of a record: the run stops with file, line and field, or skips and counts the record."""
 
 import json
 
 import pytest
-from toy_tokenizer import FORGETFUL, VOCAB_SIZE, assistant, toy_tokenizer, user
 
 from megalign.data.config import DataConfig
 from megalign.data.dataset import load_dataset
 from megalign.data.group import Pairing
 from megalign.schema import UserError
+from tests.support.toy_tokenizer import FORGETFUL, VOCAB_SIZE, assistant, toy_tokenizer, user
 
 SINGLE, SAMPLES, PREFERENCE = Pairing("single"), Pairing("samples"), Pairing("preference")
 CONTRAST, EPA = Pairing("contrast", strong=1, weak=0), Pairing("contrast", strong=1, weak=2)
@@ -43,21 +43,21 @@ BAD = [
     (SINGLE, {"prompt": "", "completion": "c"}, "field prompt is ''"),
     (SINGLE, {"prompt": "p", "completion": 3}, "field completion is 3"),
     (SINGLE, {"prompt": None, "completion": "c"}, "field prompt is None"),
-    (SINGLE, b'{"prompt": "p", "completion": "\\ud800"}', "field completion is '\\ud800'; allowed: valid Unicode"),
+    (SINGLE, b'{"prompt": "p", "completion": "\\ud800"}', "field completion is '\\ud800'; must be valid Unicode"),
     (SINGLE, {"prompt": "p", "completion": [assistant("c")]}, "field completion is [{'role': 'assistant'"),
-    (SINGLE, {"prompt": "p", "prompt_ids": [5], "completion": "c"}, "fields prompt and prompt_ids are both there"),
+    (SINGLE, {"prompt": "p", "prompt_ids": [5], "completion": "c"}, "fields prompt and prompt_ids are both given"),
     (SINGLE, {"prompt_ids": [], "completion": "c"}, "field prompt_ids is []"),
     (SINGLE, {"prompt_ids": [5], "response_ids": []}, "field response_ids is []"),
     (SINGLE, {"prompt_ids": [5], "response_ids": [6, "7"]}, "field response_ids[1] is '7'"),
     (SINGLE, {"prompt_ids": [True], "response_ids": [6]}, "field prompt_ids[0] is True"),
     (SINGLE, {"prompt_ids": [-1], "response_ids": [6]}, "field prompt_ids[0] is -1"),
     (SINGLE, {"prompt_ids": "5 6", "response_ids": [6]}, "field prompt_ids is '5 6'"),
-    (SINGLE, {"prompt_ids": [5], "response_ids": [VOCAB_SIZE]}, f"field response_ids is {VOCAB_SIZE}; allowed: token"),
-    (SINGLE, {"prompt_ids": [VOCAB_SIZE], "response_ids": [5]}, f"field prompt_ids is {VOCAB_SIZE}; allowed: token"),
+    (SINGLE, {"prompt_ids": [5], "response_ids": [VOCAB_SIZE]}, f"field response_ids is {VOCAB_SIZE}; must be token"),
+    (SINGLE, {"prompt_ids": [VOCAB_SIZE], "response_ids": [5]}, f"field prompt_ids is {VOCAB_SIZE}; must be token"),
     (
         SINGLE,
         {"prompt": "p" * 10, "completion": "c" * 10},
-        "field completion is 21 tokens long, prompt included; allowed: at most 20",
+        "field completion is 21 tokens long, prompt included; must be at most 20",
     ),
     (SINGLE, {**GOOD["single"], "teacher_scores": {"a": 0.5}}, "field teacher_scores.a is 0.5"),
     (SINGLE, {**GOOD["single"], "teacher_scores": {"a": float("nan")}}, "field teacher_scores.a is nan"),
@@ -71,8 +71,8 @@ BAD = [
     (SINGLE, talk(user("u"), assistant("a"), user("v")), "field messages[2].role is 'user'"),
     (SINGLE, talk(assistant("a")), "field messages[0].role is 'assistant'"),
     (SINGLE, talk(user("u"), assistant("")), "field messages[1].content is ''"),
-    (SINGLE, GOOD["samples"], "field responses gives 2 responses to this loss; allowed: one response"),
-    (SINGLE, GOOD["preference"], "field chosen gives 2 responses to this loss; allowed: one response"),
+    (SINGLE, GOOD["samples"], "field responses holds 2 responses; must be one response"),
+    (SINGLE, GOOD["preference"], "field chosen holds 2 responses; must be one response"),
     (SAMPLES, {"prompt": "p", "responses": {}}, "field responses is {}"),
     (SAMPLES, {"prompt": "p", "responses": []}, "field responses is []"),
     (SAMPLES, {"prompt": "p", "responses": ["a", "b"]}, "field responses[0] is 'a'"),
@@ -84,21 +84,21 @@ BAD = [
     (SAMPLES, samples(reward=10**400), "field responses[1].reward is 1000000"),
     (SAMPLES, {"prompt": "p", "responses": [{"text": "a"}, TWO[1]]}, "field responses[0].reward is missing"),
     (SAMPLES, {"prompt": "p", "responses": [{"reward": 1}, TWO[1]]}, "field responses[0].text is missing"),
-    (SAMPLES, samples(text="both"), "fields responses[1].text and responses[1].response_ids are both there"),
+    (SAMPLES, samples(text="both"), "fields responses[1].text and responses[1].response_ids are both given"),
     (SAMPLES, samples(response_ids=[]), "field responses[1].response_ids is []"),
     (SAMPLES, samples(response_ids=[5, 999]), "field responses[1].response_ids is 999"),
     (SAMPLES, samples(note="x"), "field responses[1].note is not known"),
-    (SAMPLES, samples(logp=[-1.0]), "field responses[1].logp has 1 values; allowed: 2, one for each"),
+    (SAMPLES, samples(logp=[-1.0]), "field responses[1].logp has 1 values; must be 2, one for each"),
     (SAMPLES, samples(logp=[-1.0, 0.1]), "field responses[1].logp[1] is 0.1"),
     (SAMPLES, samples(logp=[-1.0, float("-inf")]), "field responses[1].logp[1] is -inf"),
     (SAMPLES, samples(logp=-1.0), "field responses[1].logp is -1.0"),
-    (SAMPLES, GOOD["preference"], "field chosen is a pair without rewards; allowed: two or more"),
-    (SAMPLES, GOOD["single"], "field completion gives one response to this loss; allowed: two or more"),
-    (PREFERENCE, talk(user("u"), assistant("a")), "field messages gives one response to this loss; allowed: chosen"),
+    (SAMPLES, GOOD["preference"], "field chosen is a pair without rewards; must be two or more"),
+    (SAMPLES, GOOD["single"], "field completion holds one response; must be two or more"),
+    (PREFERENCE, talk(user("u"), assistant("a")), "field messages holds one response; must be chosen"),
     (PREFERENCE, {"prompt": "p", "chosen": "c"}, "field rejected is missing"),
     (PREFERENCE, {"chosen": "c", "rejected": "r"}, "field prompt is missing"),
     (PREFERENCE, {"chosen_ids": [5], "rejected_ids": [6]}, "field prompt is missing"),
-    (PREFERENCE, {"prompt": "p", "responses": [TWO[0], TWO[0]]}, "field responses is [1.0, 1.0]; allowed: rewards"),
+    (PREFERENCE, {"prompt": "p", "responses": [TWO[0], TWO[0]]}, "field responses is [1.0, 1.0]; must be rewards"),
     (
         PREFERENCE,
         {"chosen": [user("u"), assistant("a")], "rejected": [user("v"), assistant("a")]},
@@ -109,14 +109,14 @@ BAD = [
         {"chosen": [user("u"), assistant("a")], "rejected": [user("u"), assistant("a")]},
         "field rejected is the same conversation as chosen",
     ),
-    (CONTRAST, {"prompt": "p", "responses": [TWO[0], TWO[0]]}, "field responses is [1.0, 1.0]; allowed: a response"),
-    (EPA, {**GOOD["contrast"], "weak": [[0]]}, "field weak[0] is [0]; allowed: [record, response]"),
+    (CONTRAST, {"prompt": "p", "responses": [TWO[0], TWO[0]]}, "field responses is [1.0, 1.0]; must be a response"),
+    (EPA, {**GOOD["contrast"], "weak": [[0]]}, "field weak[0] is [0]; must be [record, response]"),
     (EPA, {**GOOD["contrast"], "weak": [[0, -1]]}, "field weak[0] is [0, -1]"),
     (EPA, {**GOOD["contrast"], "weak": "all"}, "field weak is 'all'"),
-    (EPA, {"prompt": "x", "responses": TWO, "weak": [[7, 0]]}, "field weak[0] is [7, 0]; allowed: records 0 to 2"),
-    (EPA, {"prompt": "x", "responses": TWO, "weak": [[2, 2]]}, "field weak[0] is [2, 2]; allowed: responses 0 to 1"),
-    (EPA, {"prompt": "x", "responses": TWO, "weak": [[0, 0]]}, "field weak[0] is [0, 0]; allowed: another prompt's"),
-    (EPA, {"prompt": "x", "responses": TWO, "weak": [[1, 0]]}, "field weak[0] is [1, 0]; allowed: another prompt's"),
+    (EPA, {"prompt": "x", "responses": TWO, "weak": [[7, 0]]}, "field weak[0] is [7, 0]; must be records 0 to 2"),
+    (EPA, {"prompt": "x", "responses": TWO, "weak": [[2, 2]]}, "field weak[0] is [2, 2]; must be responses 0 to 1"),
+    (EPA, {"prompt": "x", "responses": TWO, "weak": [[0, 0]]}, "field weak[0] is [0, 0]; must be another prompt's"),
+    (EPA, {"prompt": "x", "responses": TWO, "weak": [[1, 0]]}, "field weak[0] is [1, 0]; must be another prompt's"),
 ]
 
 
@@ -143,7 +143,7 @@ def test_bad_record(pairing, record, message, tmp_path, tokenizer):
     with pytest.raises(UserError) as error:
         load(path, pairing, tokenizer)
     assert str(error.value).startswith(f"{path}:2: {message}")
-    assert "allowed: " in str(error.value) or "set data.format" in str(error.value)
+    assert "must be " in str(error.value) or "set data.format" in str(error.value)
     assert "\n" not in str(error.value)
 
     kept = load(path, pairing, tokenizer, on_bad_record="skip")
@@ -154,7 +154,7 @@ def test_bad_record(pairing, record, message, tmp_path, tokenizer):
 
 
 def test_no_negative_at_all_under_weak_ones(tmp_path):
-    # The only other response equals x's own, so nothing can stand against the positive.
+    # The only other response equals x's own, so no weak negative is left.
     records = [
         {"prompt": "x", "responses": [{"text": "a", "reward": 1}]},
         {"prompt": "y", "responses": [{"text": "a", "reward": 1}]},
@@ -229,7 +229,7 @@ def test_template_that_rewrites_earlier_turns_is_a_bad_record(tmp_path):
     tokenizer = toy_tokenizer(template=FORGETFUL)
     assert len(load(path, SINGLE, tokenizer)) == 1  # the last answer alone: its prompt is a prefix
     with pytest.raises(
-        UserError, match="data.jsonl:1: field messages: the chat template writes earlier turns otherwise"
+        UserError, match="data.jsonl:1: field messages: the chat template renders earlier turns differently"
     ):
         load(path, SINGLE, tokenizer, train_on="all_assistant")
 

@@ -1,4 +1,4 @@
-"""Ten habits of published chat templates through SFT, preference, implicit prompts, rollouts: the text of the tokens.
+"""Check the tokens' text for ten kinds of published chat templates: SFT, preference, implicit prompts, rollouts.
 
 Expectations are what a reader of the template writes by hand: prompt | response, scored parts of several in brackets.
 """
@@ -9,13 +9,13 @@ import itertools
 from collections import Counter
 
 import pytest
-from chat_templates import RESULT, TEMPLATES, TOOLS, TOOLS_TEXT, call, chat_tokenizer
-from toy_tokenizer import assistant, user
 
 from megalign.data.chat import template_words
 from megalign.data.records import BadRecord, check_record
 from megalign.data.tokenize import TextOptions, encode_prompt, encode_record
 from megalign.schema import UserError
+from tests.support.chat_templates import RESULT, TEMPLATES, TOOLS, TOOLS_TEXT, call, chat_tokenizer
+from tests.support.toy_tokenizer import assistant, user
 
 OPTIONS = TextOptions(date="2026-01-31")
 REASONED = "<think>\nfor\n</think>\n\nfour"
@@ -143,10 +143,10 @@ def test_earlier_reasoning_that_the_template_drops_is_in_no_prompt_and_refused_w
         prompt, response = encode(template, {"messages": turns})
         assert "for\n" not in prompt and "since\n</think>\n\nfive" in response
         with pytest.raises(
-            BadRecord, match="field messages: the chat template writes earlier turns otherwise"
+            BadRecord, match="field messages: the chat template renders earlier turns differently"
         ) as error:
             encode(template, {"messages": turns}, train_on="all_assistant")
-        assert "drops '<think>'" in str(error.value) or "'<think>\\n' stands before" in str(error.value)
+        assert "drops '<think>'" in str(error.value) or "the prompt of an answer has '<think>\\n'" in str(error.value)
         assert "\n" not in str(error.value)
 
 
@@ -194,7 +194,7 @@ def test_what_was_decided_is_counted():
     encode("opens_think", {"prompt": [user("what")], "chosen": REASONED, "rejected": "four"}, notes=notes)
     encode("chatml_tools", {"messages": [user("what"), assistant("\nfour")]}, notes=notes)
     assert notes == {
-        "answers put behind the generation prompt as they are, because the chat template would change them": 2,
+        "answers appended verbatim to the generation prompt, because the chat template would change them": 2,
         "answers that do not close the <think> that the generation prompt opens": 1,
         "responses tokenised apart from their prompt, because tokens would merge across the border": 1,
     }
@@ -242,9 +242,7 @@ def test_calls_without_function_or_arguments_and_arguments_that_are_no_object():
         assert answer(function=inner) == CHATML_CALL.replace(IN_JSON, "{}")
     # The template would quote it: "arguments": "[1]".
     for arguments in ("[1]", "{a: 1}"):
-        with pytest.raises(
-            BadRecord, match="field messages: arguments of tool_calls is .*; allowed: an object, or one"
-        ):
+        with pytest.raises(BadRecord, match="field messages: arguments of tool_calls is .*; must be an object, or one"):
             answer(function={"name": "add", "arguments": arguments})
 
 
@@ -270,12 +268,12 @@ def test_calls_without_the_tools_field_and_content_beside_them():
 def test_a_dropped_turn_is_told_from_the_same_words_elsewhere():
     # The result stands in the question, the function and its argument among the tools and in the question.
     asked = user("add a = 1 to 1, is it two?")
-    with pytest.raises(BadRecord, match=r"field messages\[1\].content: the chat template does not write what the tool"):
+    with pytest.raises(BadRecord, match=r"field messages\[1\].content: the chat template does not render the tool"):
         encode("separated", {"messages": [asked, RESULT, assistant("yes")]})
     only_tools = "{{ tools | tojson }}{% for m in messages %}{{ '<|' + m.role + '|>' + (m.content or '') }}{% endfor %}"
     record = {"tools": TOOLS, "messages": [asked, call(), RESULT, assistant("yes")]}
     for turns in (record["messages"], [asked, call({}), RESULT, assistant("yes")]):
-        with pytest.raises(BadRecord, match=r"field messages\[1\].tool_calls: the chat template does not write 'add'"):
+        with pytest.raises(BadRecord, match=r"field messages\[1\].tool_calls: the chat template does not render 'add'"):
             encode_record({**record, "messages": turns}, chat_tokenizer(only_tools), format="messages")
     assert "Action" in encode("listed", record)[0]
 
@@ -299,8 +297,8 @@ def told(**variables):
 DROPPED = [
     ("model", talk(SUM, FOUR, tools=TOOLS), f"field tools: {NOT_READ} them"),
     ("opens_think", talk(SUM, FOUR, tools=TOOLS), f"field tools: {NOT_READ} them"),
-    ("separated", talk(*TOOL_TALK), "field messages[1].tool_calls: the chat template does not write 'add'"),
-    ("separated", talk(SUM, RESULT, FOUR), "field messages[1].content: the chat template does not write what the tool"),
+    ("separated", talk(*TOOL_TALK), "field messages[1].tool_calls: the chat template does not render 'add'"),
+    ("separated", talk(SUM, RESULT, FOUR), "field messages[1].content: the chat template does not render the tool"),
     ("opens_think", talk(SUM, call("{}")), "field messages: the chat template"),
     ("inst", talk(SYSTEM, SUM, FOUR), f"{REFUSES} (only user,"),
     ("model", talk(SYSTEM, SUM, FOUR), f"{REFUSES} (System role not supported)"),
@@ -313,9 +311,9 @@ DROPPED = [
     ("marked", told(generation=True), f"{VARIABLE}generation: {NOT_READ} it"),
     ("channels", told(strftime_now="x"), f"{VARIABLE}strftime_now is 'x'"),
     ("listed", told(documents=[]), f"{VARIABLE}documents: {NOT_READ} it"),
-    ("listed", told(chat_template="rags"), f"{VARIABLE}chat_template is 'rags'; allowed: default, rag, tool_use"),
+    ("listed", told(chat_template="rags"), f"{VARIABLE}chat_template is 'rags'; must be default, rag, tool_use"),
     ("thinking", {"prompt": "what", "completion": "four", "tools": TOOLS}, "field tools is"),
-    ("thinking", talk(SUM, FOUR, tools="add"), "field tools is 'add'; allowed: a list of JSON schemas"),
+    ("thinking", talk(SUM, FOUR, tools="add"), "field tools is 'add'; must be a list of JSON schemas"),
     ("thinking", talk(SUM, FOUR, tools=["add"]), "field tools is ['add']"),
     ("thinking", talk(SUM, FOUR, chat_template_kwargs=[1]), "field chat_template_kwargs is [1]"),
     ("thinking", talk(SUM, NO_NAME), "field messages[1].tool_calls[0] is"),
@@ -333,7 +331,7 @@ def test_what_would_be_dropped_is_refused_in_one_line(template, record, message)
     with pytest.raises(BadRecord) as error:
         encode(template, record)
     assert str(error.value).startswith(message)
-    assert "allowed: " in str(error.value) and "\n" not in str(error.value)
+    assert "must be " in str(error.value) and "\n" not in str(error.value)
 
 
 def test_variables_and_named_templates_by_record():
@@ -387,7 +385,7 @@ def test_reasoning_of_a_beginning_is_written_or_refused(template):
         prompt = TOKENIZERS[template].decode(encode_prompt(asked, TOKENIZERS[template], options=OPTIONS))
         assert "for" in prompt and prompt.endswith("It is")
     else:
-        with pytest.raises(BadRecord, match=r"field prompt\[1\] is .*; allowed: a beginning that the chat template"):
+        with pytest.raises(BadRecord, match=r"field prompt\[1\] is .*; must be a beginning that the chat template"):
             encode_prompt(asked, TOKENIZERS[template], options=OPTIONS)
 
 
@@ -424,9 +422,9 @@ def test_day():
 def test_a_list_without_a_default_and_templates_that_are_none():
     record = {"messages": [user("what"), assistant("four")]}
     for template, message in (
-        ({"tool_use": "", "rag": ""}, r"is a list \(rag, tool_use\) without a default; allowed: "),
-        ({"default": 3}, "is a dict; allowed: text, or texts by name"),
-        ("{% if %}", r"is not valid \(line 1: .*; allowed: a Jinja template"),
+        ({"tool_use": "", "rag": ""}, r"is a list \(rag, tool_use\) without a default; must be "),
+        ({"default": 3}, "is a dict; must be text, or texts by name"),
+        ("{% if %}", r"is not valid \(line 1: .*; must be a Jinja template"),
     ):
         with pytest.raises(UserError, match=message):
             encode_record(record, chat_tokenizer(template), format="messages")
@@ -453,4 +451,4 @@ def test_errors_inside_a_template_are_one_line(broken, error):
     with pytest.raises(BadRecord) as caught:
         encode_record({"messages": TWO}, chat_tokenizer(broken), format="messages")
     assert str(caught.value).startswith("field messages: the chat template ") and error in str(caught.value)
-    assert "\n" not in str(caught.value) and "allowed: " in str(caught.value)
+    assert "\n" not in str(caught.value) and "must be " in str(caught.value)

@@ -1,20 +1,20 @@
-"""Files, directories, sources, filters and prompts."""
+"""Check loading of files, directories and prompts, several sources, and filters."""
 
 import json
 from pathlib import Path
 
 import datasets
 import pytest
-from chat_templates import TEMPLATES, TOOLS, chat_tokenizer
 from tokenizers import processors
-from toy_tokenizer import ASSISTANT, EOS, USER, VOCAB_SIZE, assistant, ids_of, toy_tokenizer, user
 
 from megalign.data.config import DataConfig
 from megalign.data.dataset import from_records, load_dataset
 from megalign.data.group import Pairing
 from megalign.data.prompts import load_prompt_groups
-from megalign.data.report import Report
+from megalign.data.record_counts import RecordCounts
 from megalign.schema import UserError
+from tests.support.chat_templates import TEMPLATES, TOOLS, chat_tokenizer
+from tests.support.toy_tokenizer import ASSISTANT, EOS, USER, VOCAB_SIZE, assistant, ids_of, toy_tokenizer, user
 
 SINGLE = Pairing("single")
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
@@ -67,7 +67,7 @@ def test_a_datasets_directory_equals_its_jsonl(tmp_path):
 def test_a_directory_of_splits_is_refused_with_their_names(tmp_path):
     split = datasets.Dataset.from_list([{"prompt": "p", "completion": "c"}])
     datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / "both")
-    with pytest.raises(UserError, match=r"holds splits; allowed: one of its folders \['test', 'train'\]"):
+    with pytest.raises(UserError, match=r"holds splits; must be one of its folders \['test', 'train'\]"):
         load_dataset(config(path=str(tmp_path / "both")), None, pairing=SINGLE, seed=0, vocab_size=9)
     path = str(tmp_path / "both" / "test")
     assert len(load_dataset(config(path=path), toy_tokenizer(), pairing=SINGLE, seed=0, vocab_size=VOCAB_SIZE)) == 1
@@ -92,7 +92,7 @@ def test_sources_number_records_on_and_pins_stay_in_their_own(tmp_path):
         (3, "strong", (31,)),
         (3, "weak", (41,)),
     ]
-    with pytest.raises(UserError, match=r"two.jsonl:1: field weak\[0\] is \[2, 0\]; allowed: records 0 to 1"):
+    with pytest.raises(UserError, match=r"two.jsonl:1: field weak\[0\] is \[2, 0\]; must be records 0 to 1"):
         write(tmp_path / "two.jsonl", [rewarded(3, weak=[[2, 0]]), rewarded(4)])
         write(tmp_path / "one.jsonl", [rewarded(1), rewarded(2)])
         load_dataset(cfg.model_copy(update={"on_bad_record": "stop"}), None, pairing=pairing, seed=0, vocab_size=99)
@@ -165,10 +165,10 @@ def test_the_report_tells_what_was_decided_about_texts(tmp_path):
 def test_the_report_of_prompts_tells_what_was_decided_about_kept_ones(tmp_path):
     beginning = [user("what"), assistant("<think>\n")]
     path = write(tmp_path / "a.jsonl", [{"prompt": beginning}, {"prompt": [*beginning[:1], assistant("<think>" * 99)]}])
-    report = Report()
+    report = RecordCounts()
     tokenizer = chat_tokenizer(TEMPLATES["thinking"])
     load_prompt_groups(path, tokenizer, max_length=60, vocab_size=999, on_bad_record="skip", report=report)
-    decided = "1 prompts whose last message stands behind the generation prompt as it is"
+    decided = "1 prompts whose last message is appended verbatim to the generation prompt"
     assert report.line() == f"1 of 2 records kept; skipped: too long 1; {decided}"
 
 
@@ -179,10 +179,10 @@ def test_a_start_token_in_the_text_beside_the_tokenizers_own_is_counted(tmp_path
     start = tokenizer.bos_token_id
     frame = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
     tokenizer.backend_tokenizer.post_processor = frame
-    told = "1 prompts that begin with <s> twice: in their text and, by data.special_tokens: auto, before it"
+    told = "1 prompts that begin with <s> twice: in their text, and added by data.special_tokens: auto"
     data = load_dataset(config(path=path), tokenizer, pairing=SINGLE, seed=0, vocab_size=999)
     assert data.groups[0].prompt_ids[:2] == (start, start) and data.report.line() == f"2 of 2 records kept; {told}"
-    report = Report()
+    report = RecordCounts()
     load_prompt_groups(path, tokenizer, max_length=9, vocab_size=999, report=report)
     assert report.line() == data.report.line()
     plain = load_dataset(config(path=path, special_tokens="none"), tokenizer, pairing=SINGLE, seed=0, vocab_size=999)
@@ -202,9 +202,9 @@ def test_the_day_and_special_tokens_of_the_configuration_reach_the_texts(tmp_pat
     [
         ({"answer": "2"}, "field prompt is missing"),
         ({"prompt": ""}, "field prompt is ''"),
-        ({"prompt": "12345"}, "field prompt is 5 tokens long, prompt included; allowed: at most 4"),
+        ({"prompt": "12345"}, "field prompt is 5 tokens long, prompt included; must be at most 4"),
         ({"prompt_ids": [VOCAB_SIZE]}, f"field prompt_ids is {VOCAB_SIZE}"),
-        ({"prompt_ids": [7], "prompt": "1"}, "fields prompt and prompt_ids are both there"),
+        ({"prompt_ids": [7], "prompt": "1"}, "fields prompt and prompt_ids are both given"),
     ],
 )
 def test_bad_prompts(tmp_path, record, message):

@@ -1,9 +1,8 @@
-"""Records of other programs: read in the one way there is, or refused with what to write instead."""
+"""Check that other programs' records are converted if unambiguous, else refused with what to write instead."""
 
 import json
 
 import pytest
-from toy_tokenizer import ASSISTANT, EOS, SYSTEM, USER, VOCAB_SIZE, assistant, ids_of, toy_tokenizer, user
 
 from megalign.data.config import DataConfig
 from megalign.data.dataset import load_dataset
@@ -11,6 +10,7 @@ from megalign.data.formats import recognise
 from megalign.data.group import Pairing
 from megalign.data.prompts import load_prompt_groups
 from megalign.schema import UserError
+from tests.support.toy_tokenizer import ASSISTANT, EOS, SYSTEM, USER, VOCAB_SIZE, assistant, ids_of, toy_tokenizer, user
 
 SINGLE, SAMPLES, PREFERENCE = Pairing("single"), Pairing("samples"), Pairing("preference")
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
@@ -114,7 +114,7 @@ READ.append(({"conversations": [HUMAN, GPT], "tools": ""}, {"messages": TALK}, "
 @pytest.mark.parametrize(("record", "ours", "told"), READ)
 def test_read_in_the_one_way_there_is(record, ours, told, tmp_path):
     reading = recognise(record)
-    assert (reading.record, reading.told()) == (ours, told)
+    assert (reading.record, reading.summary()) == (ours, told)
     pairing = PREFERENCE if "chosen" in ours else SINGLE
     data = load(tmp_path, [record, record], pairing)
     assert data.report.line() == f"2 of 2 records kept; 2 read as {told}"
@@ -179,7 +179,7 @@ REFUSED = [
     (
         PREFERENCE,
         {"prompt": "something else", "chosen": TALK, "rejected": OTHER},
-        ["field prompt is 'something else'", "chosen and rejected both hold"],
+        ["field prompt is 'something else'", "both chosen and rejected contain"],
     ),
     (
         PREFERENCE,
@@ -233,7 +233,7 @@ REFUSED = [
         {"prompt": "q", "responses": ["a", "b"], "rewards": [1, 0]},
         [
             "field rewards is not known",
-            "rewards stand with their answers",
+            "rewards are written beside their answers",
             "responses[0] is 'a'",
             "(and 1 more like it)",
         ],
@@ -267,7 +267,7 @@ def test_unknown_fields_that_are_null_say_nothing(tmp_path):
 def test_responses_that_repeat_their_prompt_are_counted(tmp_path):
     asked = "0123456789abcdef"
     rows = [{"prompt": asked, "completion": asked + "a"}, {"prompt": "q", "completion": "qa"}]
-    told = "1 responses that begin with the whole text of their prompt, which stands there twice then"
+    told = "1 responses that begin with the whole text of their prompt, which then appears twice"
     assert load(tmp_path, rows).report.line() == f"2 of 2 records kept; {told}"
 
 
@@ -300,7 +300,7 @@ def test_how_many_other_records_have_the_same_faults(tmp_path):
     # 1 + 99 + 1 tokens with the end; the others: good, 1 + 199 + 1, bad otherwise.
     rows = [good, *({"prompt": "q", "completion": "a" * length} for length in (99, 9, 199)), bad]
     message = refusal(tmp_path, rows)
-    assert "data.jsonl:2: field completion is 101 tokens long, prompt included; allowed: at most 99" in message
+    assert "data.jsonl:2: field completion is 101 tokens long, prompt included; must be at most 99" in message
     assert message.endswith(" (the same in 1 of the 4 other records; the longest has 201 tokens)")
 
 
@@ -313,7 +313,7 @@ def test_prompts_of_rounds_say_what_to_rename(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\n')
     with pytest.raises(
-        UserError, match="field prompt is missing; allowed: prompt or prompt_ids; rename question to prompt"
+        UserError, match="field prompt is missing; must be prompt or prompt_ids; rename question to prompt"
     ):
         load_prompt_groups(str(path), toy_tokenizer(), max_length=9, vocab_size=VOCAB_SIZE)
     path.write_text(json.dumps({"messages": TALK}))

@@ -1,4 +1,4 @@
-"""The endless stream of epochs."""
+"""Check the order of records over epochs."""
 
 import numpy as np
 import pytest

@@ -1,12 +1,12 @@
-"""Roles by loss, and the rules of EPA's weak negatives."""
+"""Check the sequences' roles for each loss, and the rules of EPA's weak negatives."""
 
 import pytest
-from toy_tokenizer import VOCAB_SIZE
 
 from megalign.data.config import DataConfig
 from megalign.data.dataset import from_records
 from megalign.data.group import Pairing
 from megalign.schema import UserError
+from tests.support.toy_tokenizer import VOCAB_SIZE
 
 
 def build(records, pairing, *, seed=0, max_length=20, **settings):
@@ -164,14 +164,14 @@ def test_pins_count_bad_records_too():
     records[2]["weak"] = [[1, 0]]
     data = build(records, Pairing("contrast", strong=1, weak=1), on_bad_record="skip")
     assert data.report.bad["weak"] == 1
-    assert "weak[0] is [1, 0]; allowed: a record that is not bad itself" in data.report.first_bad["weak"]
+    assert "weak[0] is [1, 0]; must be a record that is not bad itself" in data.report.first_bad["weak"]
 
 
 @pytest.mark.parametrize(
     ("pins", "message"),
     [
         ([[2, 0]], "prompt and response within 20 tokens"),
-        ([[3, 0], [3, 0]], r"\[1\] is \[3, 0\]; allowed: another prompt's response"),
+        ([[3, 0], [3, 0]], r"\[1\] is \[3, 0\]; must be another prompt's response"),
         ([[4, 0]], "another prompt's response"),
     ],
 )

@@ -1,11 +1,11 @@
-"""Properties of the plan on many ragged inputs, and hand cases for what the properties leave open."""
+"""Check properties of the packing plan on many uneven inputs, and the plan itself on cases worked by hand."""
 
 import itertools
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from megalign.data.plan import plan, units_for
+from megalign.data.packing import plan, units_for
 
 lengths_and_groups = st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=40)
 many = settings(max_examples=150, derandomize=True, deadline=None)

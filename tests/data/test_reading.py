@@ -1,4 +1,4 @@
-"""Files are read by what they hold, whatever their name; what holds no records is refused in a line that says why."""
+"""Check that files are read by content, not name, and that files without records are refused with the reason."""
 
 import bz2
 import gzip
@@ -82,7 +82,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         ("a.jsonl", b"<!DOCTYPE html>\n<html>", ["an HTML page"]),
         ("a.jsonl", b"\x89PNG\x00\x01", ["a binary file"]),
         ("a.json", json.dumps({"version": 1, "data": ROWS}, indent=1).encode(), ["over several lines", "under 'data'"]),
-        ("a.json", ARRAY[:-5], ["a list in JSON that is not valid"]),
+        ("a.json", ARRAY[:-5], ["a JSON list that is not valid"]),
         ("a.jsonl", LINES.decode().encode("utf-32"), ["UTF-32", "iconv"]),
         ("a.csv", b"prompt,completion,completion\n1,2,3\n", ["header names the column 'completion' twice"]),
         ("a.csv", b"prompt,completion\n\xe9,b\n", ["not valid CSV in UTF-8"]),
@@ -105,7 +105,7 @@ def test_a_row_of_other_length_is_one_bad_record(row, tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"prompt,completion\n" + row + b"\na,b\n")
     first, second = read_raw(str(path))
-    with pytest.raises(BadRecord, match="the row has not as many cells as the header; must be 2"):
+    with pytest.raises(BadRecord, match="the row and the header differ in their number of cells; must be 2"):
         first.fields()
     assert first.origin == f"{path}:2" and second.fields() == {"prompt": "a", "completion": "b"}
 

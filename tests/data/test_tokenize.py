@@ -1,18 +1,18 @@
-"""Token ids and masks, spelled out from the toy tokenizer's table."""
+"""Check token ids and masks, written out by hand from the toy tokenizer's table."""
 
 from collections import Counter
 
 import pytest
-from chat_templates import chat_tokenizer
-from tokenizer_kinds import word_piece
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from toy_tokenizer import ASSISTANT, EOS, SYSTEM, TEMPLATE, USER, assistant, ids_of, toy_tokenizer, user
 from transformers import PreTrainedTokenizerFast
 
 from megalign.data.group import Group
 from megalign.data.records import BadRecord, check_record
 from megalign.data.tokenize import TextOptions, encode_prompt, encode_record, retokenize
 from megalign.schema import UserError
+from tests.support.chat_templates import chat_tokenizer
+from tests.support.tokenizer_kinds import word_piece
+from tests.support.toy_tokenizer import ASSISTANT, EOS, SYSTEM, TEMPLATE, USER, assistant, ids_of, toy_tokenizer, user
 
 
 def turn(role, text):
@@ -91,7 +91,9 @@ def test_a_response_that_would_merge_with_its_prompt_is_tokenised_apart_and_coun
 
 
 def test_a_response_that_the_tokenizer_drops_whole_is_refused():
-    with pytest.raises(BadRecord, match="field completion has no tokens; allowed: text of which the tokenizer keeps"):
+    with pytest.raises(
+        BadRecord, match="field completion has no tokens; must be text that the tokenizer turns into tokens"
+    ):
         encode({"prompt": "a", "completion": " \n"}, word_piece())
 
 

@@ -1,4 +1,4 @@
-"""Six kinds of tokenizers on TRL's record formats: our tokens beside those that TRL's own preparation gives.
+"""Compare our tokens with TRL's, for six kinds of tokenizers and all record formats of TRL.
 
 TRL's functions are called, not copied: `_prepare_dataset` of its SFT and DPO trainers and `apply_chat_template`. Every
 difference stands in MEANT with its reason, each reason in docs/tokens.md, and each has a check of what we do instead.
@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 from jinja2 import TemplateError
-from tokenizer_kinds import KINDS
 from transformers import AutoTokenizer
 
 from megalign.data.formats import recognise
 from megalign.data.records import BadRecord, check_record
 from megalign.data.tokenize import TextOptions, encode_prompt, encode_record
+from tests.support.tokenizer_kinds import KINDS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "tokens.md"
 BYTES, START, BLANK, GEMMA, END, PIECES = KINDS
@@ -99,7 +99,6 @@ CASES = {
 
 SPLIT = [name for name in CASES if name.startswith(("strings", "pair")) and "messages" not in name]
 TOOLS = [name for name in CASES if "tools" in name or "a call" in name]
-MERGED = ("strings, the prompt ends in a blank", "strings, line ends on both sides", "strings, inside a word")
 # reason (a row of docs/tokens.md): {case: kinds of tokenizers}
 MEANT = {
     "a token that spans the border of prompt and response": {

@@ -9,6 +9,7 @@ from torch import Tensor
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.linear_logp import linear_logp, weighted_logp
 from megalign.ops.vocab import VocabShard
+from megalign.ops.weight_grad import main_grad_sink
 
 pytestmark = pytest.mark.gpu
 TOKENS, HIDDEN, VOCAB, ROWS = 300, 256, 5003, 5120
@@ -37,13 +38,15 @@ def test_values_and_gradients(form: str, softcap: float | None, dtype: torch.dty
     right_T, right_lse_T = dense(hidden_TH, weight_VH, target_T, softcap)
     right = torch.autograd.grad((right_T * coefficient_T).sum(), (hidden_TH, weight_VH))
     shard = VocabShard(0, ROWS, VOCAB)
-    cfg = HeadConfig(softcap=softcap, into_main_grad=True, chunk_tokens=128)
+    cfg, sink = HeadConfig(softcap=softcap, chunk_tokens=128), main_grad_sink(weight_VH)
     if form == "recompute":
-        found = linear_logp(hidden_TH, weight_VH, target_T, shard, cfg=cfg, entropy=True, accuracy=True)
+        found = linear_logp(hidden_TH, weight_VH, target_T, shard, cfg=cfg, entropy=True, accuracy=True, sink=sink)
         value = (found.logp_N * coefficient_T).sum()
     else:
         lse_T = right_lse_T.float() if form == "given lse" else None
-        value, found = weighted_logp(hidden_TH, weight_VH, target_T, coefficient_T, shard, lse_N=lse_T, cfg=cfg)
+        value, found = weighted_logp(
+            hidden_TH, weight_VH, target_T, coefficient_T, shard, lse_N=lse_T, cfg=cfg, sink=sink
+        )
     value.backward()
     torch.testing.assert_close(found.logp_N.double(), right_T, rtol=1e-4, atol=1e-4)
     assert hidden_TH.grad is not None
@@ -61,7 +64,8 @@ def test_memory_is_a_few_blocks() -> None:
         target_T = torch.zeros(tokens, dtype=torch.int64, device="cuda")
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        cfg = HeadConfig(into_main_grad=True, chunk_tokens=1024)
-        linear_logp(hidden_TH, weight_VH, target_T, VocabShard(0, 32768, 32768), cfg=cfg).logp_N.sum().backward()
+        cfg, shard = HeadConfig(chunk_tokens=1024), VocabShard(0, 32768, 32768)
+        found = linear_logp(hidden_TH, weight_VH, target_T, shard, cfg=cfg, sink=main_grad_sink(weight_VH))
+        found.logp_N.sum().backward()
         used.append(torch.cuda.max_memory_allocated() - before - 3 * hidden_TH.numel() * 4 - 64 * tokens * 4)
     assert used[1] <= used[0] + (8 << 20)

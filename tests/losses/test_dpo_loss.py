@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from slow_losses import make_scores
 
 from megalign.losses.dpo import DpoConfig, dpo
+from tests.support.slow_losses import make_scores
 
 
 def test_known_preference():

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from slow_losses import CONTRASTS, PAIRS, make_scores, ragged, rows
 
 from megalign.losses.dpo import DpoConfig, dpo
 from megalign.losses.epa import EpaConfig, epa
+from tests.support.slow_losses import CONTRASTS, PAIRS, make_scores, ragged, rows
 
 ROLES = ["positive", "strong", "weak", "weak"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slow_losses import make_scores
 
 from megalign.data.group import same_rewards, without_rounding
 from megalign.losses.grpo import GrpoConfig, grpo_advantages
 from megalign.losses.gvpo import GvpoConfig, gvpo
 from megalign.losses.rloo import RlooConfig, rloo_advantages
+from tests.support.slow_losses import make_scores
 
 GRPO = {
     "grpo": GrpoConfig(),

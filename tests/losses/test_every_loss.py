@@ -6,11 +6,12 @@ import math
 from dataclasses import replace
 
 import pytest
-import slow_losses
 import torch
-from slow_losses import CONTRASTS, PAIRS, SAMPLES, SINGLES, part, ragged
 
 from megalign.losses import LOSSES, choose_loss, prepared
+from megalign.losses.base import token_metrics_problem
+from tests.support import slow_losses
+from tests.support.slow_losses import CONTRASTS, PAIRS, SAMPLES, SINGLES, part, ragged
 
 CASES = [
     ({"name": "sft"}, SINGLES),
@@ -21,6 +22,10 @@ CASES = [
     ({"name": "dpo", "beta": 1.5}, PAIRS),
     ({"name": "dpo", "variant": "ipo"}, PAIRS),
     ({"name": "dpo", "variant": "ipo", "beta": 2.0}, PAIRS),
+    ({"name": "simpo"}, PAIRS),
+    ({"name": "simpo", "beta": 0.7, "gamma": 0.2}, PAIRS),
+    ({"name": "orpo"}, PAIRS),
+    ({"name": "orpo", "lambda": 2.0}, PAIRS),
     ({"name": "epa"}, CONTRASTS),
     ({"name": "epa", "beta": 1.5}, CONTRASTS),
     ({"name": "grpo"}, SAMPLES),
@@ -108,6 +113,19 @@ def test_whole_sequences_are_shares_of_token_losses_too(raw, roles):
     parts = [part(scores, torch.arange(scores.num_sequences) % 3 == third) for third in range(3)]
     whole = evaluate(scores, cfg)[0].loss.item()
     assert sum(evaluate(share, cfg)[0].loss for share in parts).item() == pytest.approx(whole, rel=1e-12)
+
+
+@every_token_loss
+def test_token_losses_declare_their_metrics(raw, roles):
+    cfg = choose_loss(raw)
+    traits, out = cfg.traits(), evaluate(prepared(ragged(roles), cfg), cfg)[0]
+    assert token_metrics_problem(out, traits) is None
+    more = replace(out, metrics={**out.metrics, "more": out.loss})
+    line = ", ".join(sorted([*traits.token_metrics, "more"]))
+    assert token_metrics_problem(more, traits) == (
+        f"returned the metrics {line}; must be those of its traits' token_metrics, "
+        f"{', '.join(sorted(traits.token_metrics)) or 'none'}"
+    )
 
 
 @every_loss

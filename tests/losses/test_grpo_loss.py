@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from slow_losses import make_scores
 
 from megalign.losses.base import choose_loss
 from megalign.losses.grpo import GrpoConfig, grpo, grpo_advantages
 from megalign.schema import UserError
+from tests.support.slow_losses import make_scores
 
 
 def two_answers(policy: list[float], *, reward: tuple[float, float] = (1.0, 0.0), reference: float = 0.0):

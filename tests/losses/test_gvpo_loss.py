@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from slow_losses import SAMPLES, make_scores, ragged, rows
 
 from megalign.losses.gvpo import GvpoConfig, gvpo
 from megalign.losses.rloo import RlooConfig, rloo
+from tests.support.slow_losses import SAMPLES, make_scores, ragged, rows
 
 
 def gradient_of(loss, scores, cfg):

@@ -9,15 +9,22 @@ import torch
 
 from megalign.losses import LOSSES, choose_loss
 from megalign.losses.clipping import LARGEST_LOG_RATIO, bounded_exp
-from megalign.losses.groups import center_by_group, group_logsumexp, group_size, group_sum, implicit_reward_fit
+from megalign.losses.group_means import (
+    center_by_group,
+    group_logsumexp,
+    group_sum,
+    implicit_reward_fit,
+    sequences_per_group,
+)
 from megalign.schema import UserError
 
+ALL = ["dpo", "epa", "grpo", "gvpo", "orpo", "poft", "rloo", "sft", "simpo"]
 GROUP_S = torch.tensor([2, 0, 2, 0, 2])  # group 1 has nobody here
 VALUE_S = torch.tensor([1.0, 10.0, 2.0, 30.0, 6.0], dtype=torch.float64)
 
 
 def test_every_loss_is_registered_under_its_name():
-    assert sorted(LOSSES) == ["dpo", "epa", "grpo", "gvpo", "poft", "rloo", "sft"]
+    assert sorted(LOSSES) == ALL
     for name, entry in LOSSES.items():
         required = {"max_response_length": 8, "variant": "dr_grpo"} if name == "grpo" else {}
         assert choose_loss({"name": name, **required}) == entry.config(**required)
@@ -30,6 +37,8 @@ def test_every_loss_is_registered_under_its_name():
         ("sft", "single", "token", False, False, False, False),
         ("poft", "single", "sequence", False, False, False, True),
         ("dpo", "preference", "sequence", True, True, False, False),
+        ("simpo", "preference", "sequence", True, False, False, False),
+        ("orpo", "preference", "sequence", True, False, False, False),
         ("epa", "contrast", "sequence", True, True, False, False),
         ("grpo", "samples", "token", False, False, True, False),
         ("rloo", "samples", "sequence", False, True, True, False),
@@ -47,7 +56,10 @@ def test_traits(name, pairing, level, coupled, reference, old, teachers):
     [
         ("gvpo", "loss.name is missing"),
         ({}, "loss.name is missing"),
-        ({"name": "ppo"}, "loss.name is 'ppo'; known: dpo, epa, grpo, gvpo, poft, rloo, sft"),
+        (
+            {"name": "ppo"},
+            f"loss.name is 'ppo'; must be one of {', '.join(ALL)}, or module:function",
+        ),
         ({"name": ["gvpo"]}, r"loss.name is \['gvpo'\]"),
         ({"name": "gvpo", "beta": 0}, "loss.beta is 0"),
         ({"name": "gvpo", "beta": -0.1}, "loss.beta is -0.1"),
@@ -56,6 +68,13 @@ def test_traits(name, pairing, level, coupled, reference, old, teachers):
         ({"name": "gvpo", "betta": 0.1}, "loss.betta is not a known key"),
         ({"name": "sft", "beta": 0.1}, "loss.beta is not a known key"),
         ({"name": "dpo", "variant": "hinge"}, "loss.variant is 'hinge'"),
+        ({"name": "orpo", "lambda": -1}, "loss.lambda is -1"),
+        (
+            {"name": "orpo", "lamda": 1},
+            "loss.lamda is not a known key; did you mean lambda[?]; must be one of lambda, name",
+        ),
+        ({"name": "orpo", "weight": 1}, "loss.weight is not a known key"),
+        ({"name": "simpo", "gamma": -1.0}, "loss.gamma is -1.0"),
         ({"name": "epa", "strong": 0}, "loss.strong is 0"),
         ({"name": "epa", "weak": -1}, "loss.weak is -1"),
         ({"name": "epa", "weak": 1.5}, "loss.weak is 1.5"),
@@ -72,7 +91,7 @@ def test_bad_settings_are_one_line_naming_the_field(raw, line):
 
 
 def test_group_statistics():
-    assert group_size(GROUP_S, 4).tolist() == [3, 2, 3, 2, 3]
+    assert sequences_per_group(GROUP_S, 4).tolist() == [3, 2, 3, 2, 3]
     assert group_sum(VALUE_S, GROUP_S, 4).tolist() == [9, 40, 9, 40, 9]
     assert center_by_group(VALUE_S, GROUP_S, 4).tolist() == [-2, -10, -1, 10, 3]
 

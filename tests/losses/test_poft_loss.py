@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from slow_losses import SINGLES, make_scores, ragged
 
 from megalign.losses.poft import PoftConfig, poft
+from tests.support.slow_losses import SINGLES, make_scores, ragged
 
 
 def test_equal_to_the_teachers_is_log_two():

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from slow_losses import make_scores
 
 from megalign.losses.rloo import RlooConfig, rloo, rloo_advantages
+from tests.support.slow_losses import make_scores
 
 
 def test_on_policy_the_loss_is_zero_and_the_gradient_is_not():

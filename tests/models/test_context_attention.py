@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from test_model_layers import slow_attention
 
-from megalign.data.batch import context_part, pack
-from megalign.data.group import Response, Sequence
-from megalign.models.layers import PackedAttention, Scores
-from megalign.runtime.distributed import process_group, spawn
+from megalign.data.group import Response, TokenSequence
+from megalign.data.micro_batch import context_part, pack
+from megalign.models.packed_attention import PackedAttention, Scores
+from megalign.runtime.distributed import process_group
+from tests.support.processes import run_ranks
+from tests.support.slow_attention import slow_attention
 
 CASES = [
     (kv_heads, window, lengths)
@@ -32,7 +33,7 @@ def tensors(num_positions, kv_heads):
 def check_ranks(size):
     with process_group(timeout_s=60) as world:
         for kv_heads, window, lengths in CASES:
-            sequences = [Sequence(0, 0, "response", (1,), Response((1,) * (length - 1))) for length in lengths]
+            sequences = [TokenSequence(0, 0, "response", (1,), Response((1,) * (length - 1))) for length in lengths]
             batch = pack(sequences, range(len(lengths)), multiple_of=2 * size, slot_multiple_of=2 * size)
             *whole, upstream = tensors(batch.num_positions, kv_heads)
             whole = [one.requires_grad_() for one in whole]
@@ -57,4 +58,4 @@ def check_ranks(size):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_parts_of_a_row_attend_as_the_whole(size):
-    spawn(check_ranks, size, size)
+    run_ranks(check_ranks, size, size)

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megalign.convert.model_config import Rope
-from megalign.models.layers import PackedAttention, RMSNorm, Scores
-from megalign.models.rope import Rotary, turn
+from megalign.model_config import Rope
+from megalign.models.layers import RMSNorm
+from megalign.models.packed_attention import PackedAttention, Scores
+from megalign.models.rope import Rotary, rotate
+from tests.support.slow_attention import slow_attention
 
 
 def config(**fields):
@@ -18,22 +20,6 @@ def config(**fields):
     return SimpleNamespace(
         **({"params_dtype": torch.float64, "sequence_parallel": False, "window_size": None} | fields)
     )
-
-
-def slow_attention(query, key, value, lengths, window):
-    """One slot, head and position at a time: softmax over what a position may see."""
-    out = torch.empty_like(query)
-    repeats = query.shape[1] // key.shape[1]
-    first = 0
-    for length in lengths:
-        for place in range(first, first + length):
-            start = first if window is None else max(first, place - window + 1)
-            for head in range(query.shape[1]):
-                seen = slice(start, place + 1)
-                scores = key[seen, head // repeats] @ query[place, head] / query.shape[2] ** 0.5
-                out[place, head] = scores.softmax(dim=0) @ value[seen, head // repeats]
-        first += length
-    return out.flatten(1)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
@@ -79,7 +65,7 @@ def test_norm_tells_megatron_whether_tensor_ranks_see_different_tokens(parallel)
 
 
 @pytest.mark.parametrize(("family", "tables"), [("llama", torch.bfloat16), ("olmo2", torch.float32)])
-def test_turning_rounds_where_transformers_does(family, tables):
+def test_rotation_rounds_where_transformers_does(family, tables):
     modeling = import_module(f"transformers.models.{family}.modeling_{family}")
     random = torch.Generator().manual_seed(0)
     query, key = (torch.randn(50, heads, 16, generator=random).bfloat16() for heads in (4, 2))
@@ -88,6 +74,6 @@ def test_turning_rounds_where_transformers_does(family, tables):
     cos, sin = torch.cat((cos_sin, cos_sin), dim=-1)[:, None]
     right = modeling.apply_rotary_pos_emb(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin)
     for mine, theirs in zip((query, key), right, strict=True):
-        turned = turn(mine, cos_sin, interleaved=False)
-        assert turned.dtype == torch.bfloat16
-        assert torch.equal(turned, theirs[0].transpose(0, 1))
+        rotated = rotate(mine, cos_sin, interleaved=False)
+        assert rotated.dtype == torch.bfloat16
+        assert torch.equal(rotated, theirs[0].transpose(0, 1))

@@ -9,12 +9,14 @@ import pytest
 import torch
 import transformers
 
+from megalign.config.layout import Layout, split_layers
 from megalign.convert import read_model_config
-from megalign.data.batch import pack
-from megalign.data.group import Response, Sequence
-from megalign.engines.groups import make_groups
-from megalign.engines.megatron import EngineOptions, MegatronEngine
-from megalign.models.gpt import choose_layers, split_layers
+from megalign.data.group import Response, TokenSequence
+from megalign.data.micro_batch import pack
+from megalign.engines.megatron.engine import MegatronEngine
+from megalign.engines.megatron.groups import make_groups
+from megalign.engines.megatron.shard import EngineOptions
+from megalign.models.gpt import choose_layers
 from megalign.models.rope import frequencies
 from megalign.runtime.distributed import process_group
 
@@ -65,19 +67,20 @@ def test_packed_hidden_states_equal_those_of_transformers_one_by_one(model_type,
     random = torch.Generator().manual_seed(1)
     ids = [torch.randint(37, (length,), generator=random).tolist() for length in (9, 3, 9, 200)]
     sequences = [
-        Sequence(place, place, "response", tuple(one[:2]), Response(tuple(one[2:]))) for place, one in enumerate(ids)
+        TokenSequence(place, place, "response", tuple(one[:2]), Response(tuple(one[2:])))
+        for place, one in enumerate(ids)
     ]
     with process_group(timeout_s=60) as world, torch.no_grad():
         engine = MegatronEngine(
             read_model_config(tmp_path),
-            make_groups(tensor=1, pipeline=1, timeout_s=60),
+            make_groups(Layout(), timeout_s=60),
             EngineOptions(torch.float32, world.device),
             adamw=None,
         )
         engine.load_weights(tmp_path)
         for members, pad_rows in (((0, 1, 2, 3), False), ((1, 0), True), ((3,), False)):
             batch = pack(sequences, members, pad_rows=pad_rows)
-            hidden_T1H = engine.chunks[0](batch.token_T, batch.position_T, batch.length_T, batch.cu_seqlens, 200)
+            hidden_T1H = engine.shard.chunks[0](batch.token_T, batch.position_T, batch.length_T, batch.cu_seqlens, 200)
             for slot, member in enumerate(members):
                 first = int(batch.cu_seqlens[slot])
                 mine = hidden_T1H[first : first + len(ids[member]), 0]

@@ -10,12 +10,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from head_calls import FORMS, assert_same, call, error, whole
-from slow_logp import Answer, Problem, dense_logits, make_problem, objective, solve
 
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.linear_logp import linear_logp
 from megalign.ops.vocab import VocabShard
+from tests.support.head_calls import FORMS, assert_same, call, error, whole
+from tests.support.slow_logp import Answer, Problem, dense_logits, make_problem, objective, solve
 
 GRADIENTS = ("grad_NH", "grad_VH", "grad_V")
 HALVES = [torch.bfloat16, torch.float16]
@@ -92,7 +92,7 @@ def test_narrow_gradients_lose_no_more_than_dense_narrow_products(form, dtype, c
     entropy = form == "recompute"
     exact = solve(problem, entropy=entropy)
     shard = whole(problem, padding=0, tile=rows)
-    narrow, wide = (HeadConfig(chunk_tokens=chunk, narrow_grad=choice) for choice in (True, False))
+    narrow, wide = (HeadConfig(chunk_tokens=chunk, low_precision_grad=choice) for choice in (True, False))
     lse_N = call(problem, "recompute", shard, cfg=wide, dtype=dtype).logp.lse_N
     mine = call(problem, form, shard, cfg=narrow, dtype=dtype, lse_N=lse_N, entropy=entropy).answer()
     precise = call(problem, form, shard, cfg=wide, dtype=dtype, lse_N=lse_N, entropy=entropy).answer()
@@ -130,20 +130,20 @@ def test_narrow_gradients_are_for_narrow_inputs_alone(form):
     exact = solve(problem)
     shard, lse_N = whole(problem, padding=0), exact.lse_N.float()
     wide, narrow = (
-        call(problem, form, shard, cfg=HeadConfig(narrow_grad=choice), dtype=torch.float32, lse_N=lse_N).answer()
+        call(problem, form, shard, cfg=HeadConfig(low_precision_grad=choice), dtype=torch.float32, lse_N=lse_N).answer()
         for choice in (False, True)
     )
     assert torch.equal(wide.grad_NH, narrow.grad_NH) and torch.equal(wide.grad_VH, narrow.grad_VH)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("narrow_grad", [None, True])
+@pytest.mark.parametrize("low_precision_grad", [None, True])
 @pytest.mark.parametrize("fits", [True, False])
-def test_products_of_others_stay_as_precise_as_they_were(form, narrow_grad, fits):
+def test_products_of_others_stay_as_precise_as_they_were(form, low_precision_grad, fits):
     matmul = torch.backends.mkldnn.matmul
     problem = make_problem(9, 20)
     lse_N = solve(problem).lse_N.float()
-    cfg, before = HeadConfig(narrow_grad=narrow_grad), matmul.fp32_precision
+    cfg, before = HeadConfig(low_precision_grad=low_precision_grad), matmul.fp32_precision
     if not fits:
         problem.weight_VH = problem.weight_VH[:, 1:]
     try:
@@ -157,11 +157,11 @@ def test_products_of_others_stay_as_precise_as_they_were(form, narrow_grad, fits
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("narrow_grad", [None, True])
-def test_few_tokens_in_half_precision(num_tokens, form, narrow_grad):
+@pytest.mark.parametrize("low_precision_grad", [None, True])
+def test_few_tokens_in_half_precision(num_tokens, form, low_precision_grad):
     problem = make_problem(num_tokens, 20, bias=True).rounded(torch.bfloat16)
     exact = solve(problem)
-    cfg, shard = HeadConfig(narrow_grad=narrow_grad), whole(problem, padding=0)
+    cfg, shard = HeadConfig(low_precision_grad=low_precision_grad), whole(problem, padding=0)
     answer = call(problem, form, shard, cfg=cfg, dtype=torch.bfloat16, lse_N=exact.lse_N.float()).answer()
     assert_same(answer, exact, tolerance=0.02)
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from head_calls import FORMS, assert_same, call, own_part, whole
-from slow_logp import make_problem, solve
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalign.ops import head_blocks
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.hidden_rows import TokenShard
 from megalign.ops.linear_logp import linear_logp, weighted_logp
+from tests.support.head_calls import FORMS, assert_same, call, own_part, whole
+from tests.support.slow_logp import make_problem, solve
 
 HEADS = {
     "plain": {},

@@ -11,15 +11,16 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from collectives import counted, same_on_all_ranks
-from head_calls import FORMS, assert_same, call, error, own_part, own_rows
-from slow_logp import HIDDEN, Answer, Problem, make_problem, padded, solve
 
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.hidden_rows import TokenShard
 from megalign.ops.linear_logp import linear_logp
 from megalign.ops.vocab import VocabShard
-from megalign.runtime.distributed import World, process_group, spawn
+from megalign.runtime.distributed import World, process_group
+from tests.support.collectives import counted, same_on_all_ranks
+from tests.support.head_calls import FORMS, assert_same, call, error, own_part, own_rows
+from tests.support.processes import run_ranks
+from tests.support.slow_logp import HIDDEN, Answer, Problem, make_problem, padded, solve
 
 # (vocabulary, rows of each rank by number of ranks)
 SHARDS = {
@@ -128,7 +129,7 @@ def check_half_precision(shard: VocabShard, world: World) -> None:
         exact, single = (own_part(one, shard, tokens, form=form, target_N=problem.target_N) for one in (exact, single))
         options = {"dtype": torch.bfloat16, "lse_N": exact.lse_N.float(), "tokens": tokens, "entropy": entropy}
         answer = call(problem, form, shard, cfg=HeadConfig(chunk_tokens=5), **options).answer()
-        narrow = call(problem, form, shard, cfg=HeadConfig(chunk_tokens=5, narrow_grad=True), **options).answer()
+        narrow = call(problem, form, shard, cfg=HeadConfig(chunk_tokens=5, low_precision_grad=True), **options).answer()
         torch.testing.assert_close(answer.logp_N, exact.logp_N.float(), rtol=4e-6, atol=4e-6)
         for name in ("grad_NH", "grad_VH", "grad_V"):
             mine, wanted = getattr(answer, name), getattr(exact, name)
@@ -249,4 +250,4 @@ def test_one_rank_takes_the_same_path_without_collectives():
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_shards_give_the_dense_answer_with_few_collectives(num_ranks):
-    spawn(check_world, num_ranks)
+    run_ranks(check_world, num_ranks)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from head_calls import FORMS
-from slow_logp import Problem, make_problem, solve
 from torch import Tensor
 
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.linear_logp import linear_logp, weighted_logp
 from megalign.ops.vocab import VocabShard
+from megalign.ops.weight_grad import main_grad_sink
+from tests.support.head_calls import FORMS
+from tests.support.slow_logp import Problem, make_problem, solve
 
-INTO = HeadConfig(into_main_grad=True, chunk_tokens=3)
+CHUNKS = HeadConfig(chunk_tokens=3)
 SHARD = VocabShard(0, 10, 10, tile=4)
 
 
@@ -28,15 +29,17 @@ def parameter(problem: Problem, *, dtype=torch.float32, main_dtype=torch.float32
 
 
 def value_of(
-    problem: Problem, form: str, weight_VH: Tensor, *, hidden_NH: Tensor | None = None, cfg: HeadConfig = INTO
+    problem: Problem, form: str, weight_VH: Tensor, *, hidden_NH: Tensor | None = None, asked: bool = True
 ) -> Tensor:
     """A form's weighted sum of log-probs, ready for backward."""
     hidden_NH = problem.hidden_NH.to(weight_VH.dtype).requires_grad_() if hidden_NH is None else hidden_NH
-    upstream_N = problem.upstream_N.float()
+    upstream_N, sink = problem.upstream_N.float(), main_grad_sink(weight_VH) if asked else None
     if form == "recompute":
-        return (linear_logp(hidden_NH, weight_VH, problem.target_N, SHARD, cfg=cfg).logp_N * upstream_N).sum()
+        found = linear_logp(hidden_NH, weight_VH, problem.target_N, SHARD, cfg=CHUNKS, sink=sink)
+        return (found.logp_N * upstream_N).sum()
     lse_N = solve(problem).lse_N.float() if form == "given lse" else None
-    return weighted_logp(hidden_NH, weight_VH, problem.target_N, upstream_N, SHARD, lse_N=lse_N, cfg=cfg)[0]
+    arguments = (hidden_NH, weight_VH, problem.target_N, upstream_N, SHARD)
+    return weighted_logp(*arguments, lse_N=lse_N, cfg=CHUNKS, sink=sink)[0]
 
 
 def assert_close(mine: Tensor, exact: Tensor) -> None:
@@ -114,8 +117,7 @@ def test_where_it_does_not_fit_autograd_gets_the_gradient(form, why):
     weight_VH = parameter(problem, main_dtype=torch.bfloat16 if why == "bf16 main_grad" else torch.float32)
     if why == "no main_grad":
         del weight_VH.main_grad
-    cfg = HeadConfig(into_main_grad=why != "not asked for", chunk_tokens=3)
-    value = value_of(problem, form, weight_VH, cfg=cfg)
+    value = value_of(problem, form, weight_VH, asked=why != "not asked for")
     (value * 2).backward()
     assert_close(weight_VH.grad, 2 * solve(problem).grad_VH)
     assert not weight_VH.grad_added_to_main_grad
@@ -164,12 +166,41 @@ def test_a_bias_keeps_a_gradient_of_its_own(form):
     weight_VH, bias_V = parameter(problem), torch.nn.Parameter(problem.bias_V.float())
     dense = solve(problem)
     hidden_NH, upstream_N = problem.hidden_NH.float().requires_grad_(), problem.upstream_N.float()
-    arguments = (hidden_NH, weight_VH, problem.target_N)
+    arguments, sink = (hidden_NH, weight_VH, problem.target_N), main_grad_sink(weight_VH)
     if form == "recompute":
-        value = (linear_logp(*arguments, SHARD, bias_V=bias_V, cfg=INTO).logp_N * upstream_N).sum()
+        value = (linear_logp(*arguments, SHARD, bias_V=bias_V, cfg=CHUNKS, sink=sink).logp_N * upstream_N).sum()
     else:
         lse_N = dense.lse_N.float() if form == "given lse" else None
-        value, _ = weighted_logp(*arguments, upstream_N, SHARD, lse_N=lse_N, bias_V=bias_V, cfg=INTO)
+        value, _ = weighted_logp(*arguments, upstream_N, SHARD, lse_N=lse_N, bias_V=bias_V, cfg=CHUNKS, sink=sink)
     value.backward()
     assert_close(weight_VH.main_grad, dense.grad_VH)
     assert_close(bias_V.grad, dense.grad_V)
+
+
+class Buffer:
+    """A sink of an engine whose weights are not parameters that the head sees."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.sum_VH, self.calls = torch.zeros(shape), 0
+
+    def added(self) -> None:
+        self.calls += 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_may_be_released_after_forward(form):
+    """As under ZeRO-3: the head keeps the gathered tensor, whatever becomes of the parameter that it came from."""
+    problem = make_problem(8, 10)
+    weight_VH = torch.nn.Parameter(problem.weight_VH.float())
+    hidden_NH, sink = problem.hidden_NH.float().requires_grad_(), Buffer(weight_VH.shape)
+    arguments, upstream_N = (hidden_NH, weight_VH.detach(), problem.target_N), problem.upstream_N.float()
+    if form == "recompute":
+        value = (linear_logp(*arguments, SHARD, cfg=CHUNKS, sink=sink).logp_N * upstream_N).sum()
+    else:
+        lse_N = solve(problem).lse_N.float() if form == "given lse" else None
+        value, _ = weighted_logp(*arguments, upstream_N, SHARD, lse_N=lse_N, cfg=CHUNKS, sink=sink)
+    weight_VH.data = torch.empty(0)
+    value.backward()
+    assert sink.calls == 1 and weight_VH.grad is None
+    assert_close(sink.sum_VH, solve(problem).grad_VH)
+    assert_close(hidden_NH.grad, solve(problem).grad_NH)

@@ -12,13 +12,14 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from head_calls import FORMS, call, error, own_part
-from slow_logp import Answer, Problem, make_problem
 
 from megalign.ops.head_blocks import HeadBlocks, HeadConfig
 from megalign.ops.hidden_rows import TokenShard
 from megalign.ops.vocab import VocabShard, tile_rows
-from megalign.runtime.distributed import process_group, spawn
+from megalign.runtime.distributed import process_group
+from tests.support.head_calls import FORMS, call, error, own_part
+from tests.support.processes import run_ranks
+from tests.support.slow_logp import Answer, Problem, make_problem
 
 # (vocabulary, padded): the last tile cut short; more rows; an odd number of tiles and ranks of padding only
 VOCABULARIES = [(1000, 1024), (5000, 5120), (700, 1024)]
@@ -107,4 +108,4 @@ def test_chunks_are_the_same_tokens_at_every_tensor_parallel_size(keep_logits, d
 
 
 def test_tensor_parallel_size_changes_no_bit():
-    spawn(check_four_ranks, 4)
+    run_ranks(check_four_ranks, 4)

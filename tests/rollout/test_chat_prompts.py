@@ -1,7 +1,17 @@
 """Prompts of rounds that are conversations: tools, arguments of the template, and an answer that is begun already."""
 
 import pytest
-from tiny_jobs import metrics, read_lines, round_sections, status, train, write_config, write_lines, write_model
+
+from tests.support.tiny_jobs import (
+    metrics,
+    read_lines,
+    round_sections,
+    status,
+    train,
+    write_config,
+    write_lines,
+    write_model,
+)
 
 TEMPLATE = (
     "{% if tools %}{% for t in tools %}{{ t['function']['name'] + '?' }}{% endfor %}{% endif %}"

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import transformers
-from tiny_jobs import VOCAB_SIZE, metrics, numbers, round_sections, train, write_config, write_model
 
 from megalign.rollout.ends import check_ends
 from megalign.schema import UserError
+from tests.support.tiny_jobs import VOCAB_SIZE, metrics, numbers, round_sections, train, write_config, write_model
 
 
 def test_padding_without_an_embedding_changes_nothing(tmp_path):

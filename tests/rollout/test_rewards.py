@@ -10,7 +10,7 @@ import time
 import pytest
 
 from megalign.rollout.guard import TimeIsUp, time_limit
-from megalign.rollout.rewards import Reward, choose_reward
+from megalign.rollout.rewards import Reward, RewardCall, choose_reward
 from megalign.schema import UserError
 
 SUM = {"answer": "42", "metadata": {"source_dataset": "chain_sum"}}
@@ -42,28 +42,30 @@ def test_builtin(name, response, record, wanted):
 
 
 def test_module_and_function(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "length_rewards.py").write_text(
         "limit = 3\n"
         "def length(prompt, response, record):\n    return len(prompt) + len(response) + record['extra']\n"
         "def broken(prompt, response, record):\n    return float('nan')\n"
         "def nothing(prompt, response, record):\n    pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    value = choose_reward("my_rewards:length")("ab", "cde", {"extra": 10}, "here")
+    value = choose_reward("length_rewards:length")("ab", "cde", {"extra": 10}, "here")
     assert value == 15.0 and isinstance(value, float)
     for function, shown in (("broken", "nan"), ("nothing", "None")):
-        with pytest.raises(UserError, match=f"^p.jsonl:7: reward 'my_rewards:{function}' returned {shown}; a finite"):
-            choose_reward(f"my_rewards:{function}")("", "", {}, "p.jsonl:7")
-    with pytest.raises(UserError, match="rollout.reward is 'my_rewards:limit': 'limit' is not a function"):
-        choose_reward("my_rewards:limit")
+        with pytest.raises(
+            UserError, match=f"^p.jsonl:7: reward 'length_rewards:{function}' returned {shown}; must be a finite"
+        ):
+            choose_reward(f"length_rewards:{function}")("", "", {}, "p.jsonl:7")
+    with pytest.raises(UserError, match="rollout.reward is 'length_rewards:limit': 'limit' must be a function"):
+        choose_reward("length_rewards:limit")
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("exact", "rollout.reward is 'exact'; known: exact_match, final_number, reasoning_gym, or module:function"),
+        ("exact", "rollout.reward is 'exact'; must be exact_match, final_number, reasoning_gym or module:function"),
         ("no_such_module_here:f", "module 'no_such_module_here' cannot be imported"),
-        (":f", "module '' cannot be imported"),
+        (":f", "rollout.reward is ':f': must be module:function"),
         ("math:no_such", "module 'math' has no 'no_such'"),
     ],
 )
@@ -73,7 +75,9 @@ def test_unknown_reward(spec, message):
 
 
 def test_records_are_checked_before_anything_is_sampled():
-    with pytest.raises(UserError, match="^p.jsonl:3: answer is 42; reward 'exact_match' needs a string there"):
+    with pytest.raises(
+        UserError, match="^p.jsonl:3: answer is 42; must be a string, which reward 'exact_match' needs there"
+    ):
         choose_reward("exact_match").check_record({"answer": 42}, "p.jsonl:3")
     with pytest.raises(UserError, match="^p.jsonl:3: metadata.source_dataset is None; "):
         choose_reward("reasoning_gym").check_record({"answer": "42", "metadata": "x"}, "p.jsonl:3")
@@ -186,7 +190,7 @@ def misbehaving(tmp_path_factory):
     ],
 )
 def test_whatever_a_reward_does_names_record_and_reward(name, told, misbehaving):
-    wanted = f"^p.jsonl:7: reward 'misbehaving:{name}' {told}.*; a finite number is needed$"
+    wanted = f"^p.jsonl:7: reward 'misbehaving:{name}' {told}.*; must be a finite number$"
     with pytest.raises(UserError, match=wanted):
         misbehaving(name)("", "", {}, "p.jsonl:7", limit_s=0.2)
 
@@ -257,3 +261,64 @@ def test_a_module_that_fails_at_import(text, told, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=f"rollout.reward is '{name}:f': module '{name}' cannot be imported: {told}"):
         choose_reward(f"{name}:f")
+
+
+BATCHED = """
+from megalign.rollout.rewards import RewardCall, batched
+
+seen = []
+
+@batched
+def lengths(calls):
+    seen.append(len(calls))
+    for call in calls:
+        call.record["extra"] += 100  # of a copy
+    return [len(call.prompt) + len(call.response) + call.record["extra"] - 100 for call in calls]
+
+@batched
+def one_bad(calls):
+    return [1.0, float("nan"), 2.0]
+
+@batched
+def short(calls):
+    return [1.0]
+
+@batched
+def number(calls):
+    return 1.0
+
+@batched
+def raises(calls):
+    raise KeyError(calls[0].where)
+
+@batched
+def sleeps(calls):
+    import time
+    time.sleep(20)
+"""
+
+
+def test_batched_functions_get_all_responses_at_once(tmp_path, monkeypatch):
+    (tmp_path / "batched_rewards.py").write_text(BATCHED)
+    monkeypatch.syspath_prepend(tmp_path)
+    calls = [RewardCall("ab", "c" * number, {"extra": 10}, f"p.jsonl:{number + 1}") for number in range(3)]
+    lengths = choose_reward("batched_rewards:lengths")
+    assert lengths.score(calls) == [12.0, 13.0, 14.0] and lengths.score([]) == []
+    assert lengths("ab", "", {"extra": 10}, "p.jsonl:1") == 12.0
+    import batched_rewards
+
+    assert batched_rewards.seen == [3, 1]
+    for name, told in (
+        ("one_bad", "p.jsonl:2: reward 'batched_rewards:one_bad' returned nan; must be a finite number"),
+        ("short", r"p.jsonl:1 to p.jsonl:3: reward 'batched_rewards:short' returned \[1.0\] for 3 responses; must"),
+        ("number", "p.jsonl:1 to p.jsonl:3: reward 'batched_rewards:number' returned 1.0 for 3 responses; must"),
+        ("raises", r"p.jsonl:1 to p.jsonl:3: reward 'batched_rewards:raises' raised KeyError: 'p.jsonl:1' \(batched"),
+        ("sleeps", "p.jsonl:1 to p.jsonl:3: reward 'batched_rewards:sleeps' did not return in 0.2 s"),
+    ):
+        with pytest.raises(UserError, match=f"^{told}"):
+            choose_reward(f"batched_rewards:{name}").score(calls, limit_s=0.2)
+
+
+def test_a_reward_of_single_responses_scores_a_list_too():
+    calls = [RewardCall("", response, {"answer": "7"}, "here") for response in ("7", "8", " 7 ")]
+    assert choose_reward("exact_match").score(calls) == [1.0, 0.0, 1.0]

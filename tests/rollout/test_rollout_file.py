@@ -1,7 +1,8 @@
 """What the command `rollout` writes is training data, at the temperature it was sampled at."""
 
 import pytest
-from tiny_jobs import (
+
+from tests.support.tiny_jobs import (
     CHARACTERS,
     main,
     metrics,
@@ -70,7 +71,7 @@ def test_samples_of_another_temperature_are_refused_where_their_log_probs_count(
     config = config_of(folder, tmp_path, "plain", "warm", loss=loss)
     assert train(config) == 2
     told = status(tmp_path / "run")["reason"]
-    assert "samples.jsonl:4: field temperature is 0.7; allowed: 1, which is trained at" in told
+    assert "samples.jsonl:4: field temperature is 0.7; must be 1, the training temperature" in told
     assert "responses[0].logp" in told
     assert train(config, "data.on_bad_record=skip", f"run.dir={tmp_path}/some") == 0
     assert "3 of 6 records kept; skipped: temperature 3" in (tmp_path / "some" / "log.txt").read_text()
@@ -96,7 +97,7 @@ def test_log_probs_without_a_temperature_are_said_to_be_of_one(folder, tmp_path)
     write_lines(tmp_path / "samples.jsonl", [{k: v for k, v in line.items() if k != "temperature"} for line in lines])
     assert train(config, f"run.dir={tmp_path}/silent") == 0
     assert numbers(metrics(tmp_path / "silent")) == with_temperature
-    said = "3 bring logp without temperature, which is taken to be 1"
+    said = "3 have logp without temperature, which is assumed to be 1"
     assert said in (tmp_path / "silent" / "log.txt").read_text()
 
 

@@ -13,15 +13,18 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from megalign.config import JobConfig
+from megalign.config.job import JobConfig
 from megalign.data.config import DataConfig
 from megalign.data.dataset import load_dataset
 from megalign.data.group import Pairing
-from megalign.rollout.command import load_sampler, write_rollouts
+from megalign.rollout.collect import rollout_round, write_groups
+from megalign.rollout.command import write_rollouts
 from megalign.rollout.prompts import load_prompts, round_prompts
 from megalign.rollout.rewards import Reward, choose_reward
-from megalign.rollout.rounds import end_ids, rollout_round, write_groups
+from megalign.rollout.sampler import Sampled, SamplingPlan
+from megalign.rollout.transformers_sampler import TransformersSampler, end_ids, load_sampler
 from megalign.schema import UserError
+from tests.support.compare import LOGP_ROUNDING
 
 
 def make_tokenizer():
@@ -72,7 +75,8 @@ def on_ranks(num_ranks, prompts, *, reward=DIGITS):
     """Futures of every rank's result; the ranks are threads, and their gather waits for all of them."""
     shares = [None] * num_ranks
     barrier = Barrier(num_ranks, timeout=60)
-    models = [make_model() for _ in range(num_ranks)]  # not in the threads, which share torch's generator
+    # Not in the threads, which share torch's generator.
+    samplers = [TransformersSampler(make_model(), (1,)) for _ in range(num_ranks)]
 
     def run(rank):
         def gather(share):
@@ -81,13 +85,11 @@ def on_ranks(num_ranks, prompts, *, reward=DIGITS):
             return list(shares)
 
         return rollout_round(
-            models[rank],
+            samplers[rank],
             make_tokenizer(),
             prompts,
+            SamplingPlan(k=3, temperature=1.0, max_new_tokens=4),
             reward=reward,
-            k=3,
-            temperature=1.0,
-            max_new_tokens=4,
             seed=5,
             round_number=2,
             rank=rank,
@@ -109,7 +111,40 @@ def test_groups_do_not_depend_on_the_number_of_ranks(prompts):
                 for left, right in zip(one["responses"], other["responses"], strict=True):
                     assert left["response_ids"] == right["response_ids"]
                     assert left["reward"] == right["reward"]
-                    assert left["logp"] == pytest.approx(right["logp"], abs=1e-5)
+                    assert left["logp"] == pytest.approx(right["logp"], abs=LOGP_ROUNDING)
+
+
+class CountingSampler:
+    """Answers with the prompt's last tokens and the response's index, in the order of the seeds that it was given."""
+
+    end_ids = (1,)
+
+    def __init__(self):
+        self.seen = []
+
+    def sample(self, prompts, seeds, plan):
+        self.seen += seeds
+        return [
+            [Sampled((*prompt[-2:], index + 2, 1), (-1.0,) * 4, finished=True) for index in range(plan.k)]
+            for prompt in prompts
+        ]
+
+    def update(self, tensors):
+        raise AssertionError("a round does not change the weights")
+
+
+def test_rounds_know_samplers_by_their_protocol_alone(prompts):
+    sampler = CountingSampler()
+    plan = SamplingPlan(k=2, temperature=0.5, max_new_tokens=4)
+    done = rollout_round(sampler, make_tokenizer(), prompts, plan, reward=DIGITS, seed=5, round_number=2)
+    assert sampler.seen == [(5, 2, index) for index in range(7)]
+    for prompt, record in zip(prompts, done.records, strict=True):
+        first, second = record["responses"]
+        assert first["response_ids"] == [*prompt.ids[-2:], 2, 1] and second["response_ids"] == [*prompt.ids[-2:], 3, 1]
+        # A digit before "=", then the digit 0 or 1, and the record's bonus.
+        assert first["reward"] == second["reward"] == 2 + prompt.record["bonus"]
+        assert record["temperature"] == 0.5
+    assert done.stats["equal_reward_fraction"] == 1 and done.stats["unfinished_fraction"] == 0
 
 
 def test_rewards_and_statistics(prompts):
@@ -179,7 +214,10 @@ def test_rounds_take_an_endless_stream_of_permutations(prompts):
         ({"prompt": "", "answer": "2"}, "prompts.jsonl:2: field prompt is ''"),
         ({"prompt_ids": [2, 15], "answer": "2"}, "prompts.jsonl:2: field prompt"),
         ({"prompt": "123456789", "answer": "2"}, "prompts.jsonl:2: "),
-        ({"prompt": "1+1="}, "prompts.jsonl:2: answer is None; reward 'exact_match' needs a string there"),
+        (
+            {"prompt": "1+1="},
+            "prompts.jsonl:2: answer is None; must be a string, which reward 'exact_match' needs there",
+        ),
     ],
 )
 def test_bad_prompts_name_line_and_field(tmp_path, record, message):
@@ -217,7 +255,7 @@ def test_the_command_writes_every_round(prompts, tmp_path):
         }
     )
     prompts = [replace(prompt, record={"answer": "1"}) for prompt in prompts]
-    loaded = load_sampler(tmp_path / "hf", dtype="fp32", device=torch.device("cpu"))
+    loaded = load_sampler(tmp_path / "hf", tokenizer, dtype=torch.float32, device=torch.device("cpu"))
     lines = []
     path = write_rollouts(cfg, loaded, tokenizer, prompts, report=lines.append)
     assert path == tmp_path / "run" / "rollout.jsonl"
@@ -232,13 +270,11 @@ def test_the_command_writes_every_round(prompts, tmp_path):
         record
         for number in (0, 1)
         for record in rollout_round(
-            model,
+            TransformersSampler(model, (1,)),
             tokenizer,
             round_prompts(prompts, seed=6, round_number=number, prompts_per_round=4),
+            SamplingPlan(k=2, temperature=0.8, max_new_tokens=4),
             reward=choose_reward("exact_match"),
-            k=2,
-            temperature=0.8,
-            max_new_tokens=4,
             seed=6,
             round_number=number,
         ).records

@@ -5,9 +5,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megalign.rollout.sample import pick, sample, uniforms
+from megalign.rollout.sampler import SamplingPlan
+from megalign.rollout.transformers_sampler import TransformersSampler, pick, uniforms
+from tests.support.compare import LOGP_ROUNDING
 
-EOS, PAD = 1, 0
+EOS = 1
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (4, 4), (2, 3, 5, 7, 11)]
 
 
@@ -28,17 +30,8 @@ def tiny_model(vocab_size=23):
 
 
 def draw(model, prompts, *, seeds, k=3, temperature=1.0, max_new_tokens=6, token_budget=65536):
-    return sample(
-        model,
-        prompts,
-        seeds=seeds,
-        k=k,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        eos_ids=[EOS],
-        pad_id=PAD,
-        token_budget=token_budget,
-    )
+    plan = SamplingPlan(k, temperature, max_new_tokens, token_budget)
+    return TransformersSampler(model, (EOS,)).sample(prompts, seeds, plan)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -93,7 +86,7 @@ def test_logp_is_that_of_the_model_under_the_temperature():
                     logits_TV = model(torch.tensor([prompt + response.ids])).logits[0, len(prompt) - 1 : -1]
                 logp_TV = torch.log_softmax(logits_TV / (temperature or 1.0), dim=-1)
                 wanted = [logp_TV[step, token].item() for step, token in enumerate(response.ids)]
-                assert response.logp == pytest.approx(wanted, abs=1e-5)
+                assert response.logp == pytest.approx(wanted, abs=LOGP_ROUNDING)
                 if temperature == 0:
                     assert list(response.ids) == logits_TV.argmax(-1).tolist()
 
@@ -132,7 +125,7 @@ class _Close:
 
     def __eq__(self, other):
         same = (self.response.ids, self.response.finished) == (other.ids, other.finished)
-        return same and other.logp == pytest.approx(self.response.logp, abs=1e-5)
+        return same and other.logp == pytest.approx(self.response.logp, abs=LOGP_ROUNDING)
 
     def __repr__(self):
         return repr(self.response)

@@ -17,6 +17,7 @@ from megalign.__main__ import main
 from megalign.runtime.distributed import MeetingError, _await_ranks, free_port, launched, process_group, spawn
 from megalign.runtime.status import write_status
 from megalign.schema import UserError
+from tests.support.processes import run_ranks
 
 
 def gather_ranks(folder: str) -> None:
@@ -71,6 +72,38 @@ def test_place_in_the_job_comes_from_the_launcher(monkeypatch):
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     assert launched() == (5, 8, 1)
+
+
+def meet_as_job(folder: str, ports: list[int]) -> None:
+    """Ranks 0 and 1 are those of job A, 2 and 3 those of job B, whose rank 0 finds the port taken."""
+    number = int(os.environ["RANK"])
+    os.environ.update(
+        RANK=str(number % 2), WORLD_SIZE="2", MASTER_PORT=str(ports[0]), MEGALIGN_ATTEMPT="AB"[number // 2]
+    )
+    if number // 2 == 1:  # after job A, whose ranks stay until both of job B have given up
+        while not Path(folder, "A 0").exists():
+            time.sleep(0.1)
+    told = ""
+    try:
+        with process_group(timeout_s=60 if number < 2 else 3) as world:
+            total = torch.tensor([10**world.rank])
+            dist.all_reduce(total)
+            told = f"sum {total.item()}"
+            Path(folder, f"A {world.rank}").write_text(told)
+            while not all(Path(folder, f"B {rank}").exists() for rank in (0, 1)):
+                time.sleep(0.1)
+    except (UserError, MeetingError) as error:
+        told = str(error)
+    Path(folder, f"{'AB'[number // 2]} {number % 2}").write_text(told)
+
+
+def test_jobs_that_share_a_port_do_not_meet(tmp_path):
+    """As two jobs of Slurm on one machine may; with one name for both, rank 1 of job B would take A's for its own."""
+    run_ranks(meet_as_job, 4, str(tmp_path), [free_port()])
+    told = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert told["A 0"] == told["A 1"] == "sum 11"
+    assert told["B 0"].startswith("MASTER_PORT is ") and "another process uses it" in told["B 0"]
+    assert "1 of 2 ranks came, missing: 0;" in told["B 1"]
 
 
 PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}

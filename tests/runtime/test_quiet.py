@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny_jobs import records, train, write_config, write_lines, write_model
-
 from megalign.runtime import quiet
+from tests.support.tiny_jobs import records, train, write_config, write_lines, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 HELPER = """
@@ -17,7 +16,7 @@ from megalign.runtime.distributed import spawn
 
 
 def work():
-    import megalign.engines.megatron
+    import megalign.engines.megatron.engine
 
 
 if __name__ == "__main__":
@@ -32,7 +31,7 @@ if __name__ == "__main__":
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """A process that shows the warnings which Python shows by default."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
-    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=120, env=environment, check=True
     )

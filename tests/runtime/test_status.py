@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalign.__main__ import _on_rank
 from megalign.runtime.distributed import free_port, process_group
+from megalign.runtime.job import work_on_rank
 from megalign.runtime.status import BAD_INPUT, RESULT_FILE, STOPPED, Ending, guarded, is_consequence, write_status
 from megalign.schema import UserError
 
@@ -136,7 +136,7 @@ def rank_of_four(rank: int, port: int, run_dir: str, delay: float) -> None:
             dist.all_reduce(torch.zeros(1))
 
     with process_group(timeout_s=60) as world:
-        _on_rank(work, world, ending)
+        work_on_rank(work, world, ending)
 
 
 @pytest.mark.parametrize("delay", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from tiny_jobs import metrics, records, round_sections, train, write_config, write_lines, write_model
 
-from megalign.data.group import Response, Sequence
+from megalign.data.group import Response, TokenSequence
 from megalign.engines.step import StepBatch
 from megalign.train.cannot_learn import Doubts, doubts_about_rate
+from tests.support.tiny_jobs import metrics, records, round_sections, train, write_config, write_lines, write_model
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ FILES = {
     ),
     "warm-up longer than the run": (
         SAMPLES, "gvpo", ["optimizer.schedule.warmup_steps=12"],
-        [["warmup_steps is 12", "3 steps", "0.00025 of optimizer.lr 0.001"]],
+        [["warmup_steps is 12", "3 steps", "to 0.00025 (optimizer.lr: 0.001); set warmup_steps below 3"]],
     ),
     "step above the number of groups": (
         SAMPLES, "gvpo", ["data.groups_per_step=9"], [["data.groups_per_step is 9", "8 groups", "more than once"]],
@@ -120,7 +120,7 @@ FILES = {
     ),
     "most records skipped": (
         [*PAIRS[:3], *({**one, "chosen_ids": [1] * 40} for one in PAIRS[3:])], "dpo", ["data.on_bad_record=skip"],
-        [["5 of 8 records are skipped", "too long (5)", "data.jsonl:4", "allowed: at most 32"]],
+        [["5 of 8 records are skipped", "too long (5)", "data.jsonl:4", "must be at most 32"]],
     ),
 }  # fmt: skip
 
@@ -170,7 +170,7 @@ def by_prompt(prompt, response, record):
 
 @pytest.mark.parametrize("loss", [{"name": "gvpo"}, {"name": "grpo"}, {"name": "rloo"}], ids=str)
 def test_rounds_of_equal_rewards_go_on_and_say_so_once(loss, folder, tmp_path):
-    sections = round_sections(tmp_path, reward="test_cannot_learn:always_one")
+    sections = round_sections(tmp_path, reward="tests.train.test_cannot_learn:always_one")
     config = write_config(tmp_path, model={"path": str(folder / "model")}, loss=loss, **sections)
     assert train(config, "rollout.max_new_tokens=6") == 0
     found = [one for one in warnings_of(tmp_path / "run") if "equal" in one]
@@ -187,7 +187,7 @@ def test_rounds_say_what_is_cut_and_what_is_repeated(folder, tmp_path):
     overrides = [
         "data.groups_per_step=10",
         "data.tokens_per_micro_batch=5",
-        "rollout.reward=test_cannot_learn:by_prompt",
+        "rollout.reward=tests.train.test_cannot_learn:by_prompt",
     ]
     assert train(config, *overrides) == 0
     found = warnings_of(tmp_path / "run")
@@ -231,7 +231,7 @@ def test_equal_responses_are_counted_beside_equal_rewards():
 
 
 def config_of_rounds(loss):
-    from megalign.config import JobConfig
+    from megalign.config.job import JobConfig
 
     return JobConfig.model_validate(
         {
@@ -252,14 +252,14 @@ def test_a_step_whose_groups_are_equal_by_chance_raises_no_doubt():
     """Steps of few groups meet it in healthy runs; it explains a gradient of zero, too."""
     doubts = Doubts(config_of_rounds("gvpo"))
     for norm in (0.5, 0.0):
-        sequences = [Sequence(0, group, "response", (1,), Response((2,), float(group))) for group in (0, 1)]
+        sequences = [TokenSequence(0, group, "response", (1,), Response((2,), float(group))) for group in (0, 1)]
         assert doubts.of_step(1, StepBatch([*sequences, *sequences], 2), norm) == []
 
 
 def test_a_gradient_of_zero_is_said_once():
     doubts = Doubts(config_of_rounds("gvpo"))
     responses = [Response((2,), 0.0), Response((3,), 1.0)]
-    batch = StepBatch([Sequence(0, 0, "response", (1,), one) for one in responses], 1)
+    batch = StepBatch([TokenSequence(0, 0, "response", (1,), one) for one in responses], 1)
     assert doubts.of_step(3, batch, 1e-9) == doubts.of_step(4, batch, float("nan")) == []
     assert doubts.of_step(5, batch, 0.0) == [
         "step 5: the gradient norm is exactly 0 over 2 sequences, so the loss moves no weight"
@@ -274,7 +274,7 @@ def rate_doubts(steps, **schedule):
 
 
 def optimizer(**schedule):
-    from megalign.sections import OptimizerSection
+    from megalign.config.sections import OptimizerSection
 
     return OptimizerSection(lr=1e-3, schedule=schedule)
 

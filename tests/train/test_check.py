@@ -9,35 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
-from megalign.config import load_config
+from megalign.config.job import load_config
 from megalign.schema import UserError
 from megalign.train.check import check
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def write_model(folder: Path, *, vocab_size: int = 50) -> Path:
-    """A Llama without a tokenizer: 4 heads, 2 key-value heads, 2 layers."""
-    config = transformers.LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def write_lines(path: Path, *records: object) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+from tests.support.tiny_jobs import ROOT, write_lines, write_model
 
 
 def samples(*rewards: float) -> dict[str, object]:
@@ -49,10 +25,10 @@ def samples(*rewards: float) -> dict[str, object]:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a job that is right: `job.yaml`, its model and its records."""
     folder = tmp_path_factory.mktemp("job")
-    write_model(folder / "model")
+    write_model(folder / "model", vocab_size=50)
     write_model(folder / "wider", vocab_size=60)
-    write_lines(folder / "data.jsonl", samples(0, 1), samples(1, 0, 0.5))
-    write_lines(folder / "sft.jsonl", {"prompt_ids": [1], "response_ids": [2]})
+    write_lines(folder / "data.jsonl", [samples(0, 1), samples(1, 0, 0.5)])
+    write_lines(folder / "sft.jsonl", [{"prompt_ids": [1], "response_ids": [2]}])
     (folder / "job.yaml").write_text(
         f"run: {{dir: {folder}/run, steps: 2}}\n"
         f"model: {{path: {folder}/model}}\n"
@@ -67,8 +43,9 @@ def test_what_is_right_is_read(job: Path):
     inputs = check(
         load_config(str(job / "job.yaml"), ["parallel.tensor=2", "engine.megatron.overlap_grad_reduce=true"]), 4
     )
-    assert inputs.hf_dir == job / "model" and inputs.tokenizer is None and inputs.prompts == ()
-    assert (inputs.model.num_heads, inputs.model.num_kv_heads, inputs.model.vocab_size) == (4, 2, 50)
+    assert inputs.policy.folder == job / "model" and inputs.tokenizer is None and inputs.prompts == ()
+    facts = inputs.policy.facts
+    assert (facts.num_heads, facts.num_kv_heads, facts.vocab_size) == (4, 2, 50)
     assert inputs.records is not None
     assert [len(group.responses) for group in inputs.records.dataset.groups] == [2, 3]
 
@@ -103,7 +80,7 @@ def test_poft_needs_scores_or_teachers(job: Path):
         check(load_config(str(job / "job.yaml"), poft), 1)
     teachers = f"teachers=[{{name: a, path: {job}/model}}]"
     records = check(load_config(str(job / "job.yaml"), [*poft, teachers]), 1).records
-    assert records is not None and [texts.places for texts in records.teachers] == [[0]]
+    assert records is not None and [texts.group_indices for texts in records.teachers] == [[0]]
     with pytest.raises(UserError, match=r"teachers\.0\.path: .*absent is not a directory"):
         check(load_config(str(job / "job.yaml"), [*poft, f"teachers=[{{name: a, path: {job}/absent}}]"]), 1)
 
@@ -117,3 +94,29 @@ def test_launcher_stops_before_it_starts_ranks(job: Path):
     assert done.stderr.splitlines()[-1].startswith("megalign: error: parallel.tensor x parallel.pipeline")
     assert [path.name for path in run_dir.iterdir()] == ["status.json"]
     assert json.loads((run_dir / "status.json").read_text())["code"] == 2
+
+
+ANSWER = """
+import sys
+from megalign.preflight import main
+code = main(sys.argv[1:])
+print(sorted({"megatron", "transformers"} & {name.split(".")[0] for name in sys.modules}))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "override, code, imported",
+    [
+        ("parallel.tensor=3", 2, []),
+        ("model.path=/nowhere", 2, []),
+        ("run.steps=2", 0, []),
+        ("engine.megatron.no_such_key=1", 2, ["megatron"]),
+    ],
+)
+def test_checks_import_megatron_only_for_its_own_keys(job: Path, override: str, code: int, imported: list[str]):
+    """Megatron takes seconds, and transformers too; a tokenizer would need the latter, which this model lacks."""
+    command = [sys.executable, "-c", ANSWER, "--ranks", "1", str(job / "job.yaml"), override]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert str(imported) in result.stdout

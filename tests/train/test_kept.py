@@ -12,10 +12,17 @@ import pytest
 import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
-from tiny_jobs import (
+
+from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
+from megalign.files import PartialFolder
+from megalign.runtime.distributed import process_group
+from megalign.train.checkpoint import Facts, find_checkpoint, latest, save_checkpoint
+from tests.support.processes import on_two_ranks
+from tests.support.tiny_jobs import (
+    NOW,
+    checkpoint_steps,
     metrics,
     numbers,
-    on_two_ranks,
     read_lines,
     records,
     round_sections,
@@ -25,13 +32,6 @@ from tiny_jobs import (
     write_lines,
     write_model,
 )
-
-from megalign.convert.partial import PartialFolder
-from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
-from megalign.runtime.distributed import process_group
-from megalign.train.checkpoint import find_checkpoint, latest, save_checkpoint
-
-NOW = "run.max_minutes=1e-9"  # over after the first step
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,6 @@ def job(folder, tmp_path):
     return job_in(tmp_path, folder, checkpoint={"every": 1, "keep": 9})
 
 
-def steps_in(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
-
-
 def log_of(run_dir: Path) -> str:
     return (run_dir / "log.txt").read_text()
 
@@ -73,12 +69,12 @@ def test_a_restart_of_a_run_from_a_named_checkpoint_loses_nothing(folder, tmp_pa
     named = f"checkpoint.resume={folder}/run"
     for step in (4, 5):
         assert train(config, named, NOW) == 75
-        assert steps_in(tmp_path / "run" / "checkpoints") == [step]
+        assert checkpoint_steps(tmp_path / "run") == [step]
     assert train(config, "checkpoint.resume=auto", NOW) == 0  # the last step; the run's start is not forgotten
     assert train(config, named) == 0
     assert [line["step"] for line in metrics(tmp_path / "run")] == [4, 5, 6]
     assert "this run has saved step_00000004 since it started from" in log_of(tmp_path / "run")
-    assert steps_in(folder / "run" / "checkpoints") == [1, 2, 3]
+    assert checkpoint_steps(folder / "run") == [1, 2, 3]
 
 
 @pytest.mark.parametrize("where", ["step_00000001", "run"])
@@ -89,14 +85,14 @@ def test_going_back_in_the_same_directory_keeps_what_was_newer(where, job, tmp_p
     keep = "checkpoint.keep=1"  # and yet the checkpoint that the command names stays
     if where == "run":  # the newest one: nothing is newer
         assert train(job, named, "run.steps=4") == 0
-        assert not (run / "earlier_1").exists() and steps_in(run / "checkpoints") == [1, 2, 3, 4]
+        assert not (run / "earlier_1").exists() and checkpoint_steps(run) == [1, 2, 3, 4]
         return
     assert train(job, named, keep, NOW) == 75
-    assert steps_in(run / "checkpoints") == [1, 2] and [line["step"] for line in metrics(run)] == [1, 2]
-    assert steps_in(run / "earlier_1" / "checkpoints") == [2, 3] and metrics(run / "earlier_1") == before
+    assert checkpoint_steps(run) == [1, 2] and [line["step"] for line in metrics(run)] == [1, 2]
+    assert checkpoint_steps(run / "earlier_1") == [2, 3] and metrics(run / "earlier_1") == before
     assert latest(run / "earlier_1" / "checkpoints") == run / "earlier_1" / "checkpoints" / "step_00000003"
     assert train(job, named, keep) == 0
-    assert steps_in(run / "checkpoints") == [1, 3] and not (run / "earlier_2").exists()
+    assert checkpoint_steps(run) == [1, 3] and not (run / "earlier_2").exists()
     assert "is kept in" in log_of(run)
 
 
@@ -143,13 +139,21 @@ def die_at(monkeypatch, number: int, die=raise_killed) -> list[str]:
 @pytest.mark.parametrize("again", ["the newest step", "an older step"])
 def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(again, tmp_path):
     def save(run_dir: Path, step: int, text: str) -> None:
-        save_checkpoint(Writer(text), run_dir, step, {}, about={}, keep=2, keep_every=0)
+        save_checkpoint(
+            Writer(text),
+            run_dir,
+            step,
+            {},
+            facts=Facts("megatron", "torch.float32", optimizer=True),
+            keep=2,
+            keep_every=0,
+        )
 
     def whole(run_dir: Path) -> Path:
         found = find_checkpoint(run_dir, "auto")
         assert found is not None and found.own
         names = json.loads((found.folder / "files.json").read_text())
-        assert set(names) == {"metadata.json", "hf/config.json", "job.json"}
+        assert set(names) == {"metadata.json", "hf/config.json", "checkpoint.json"}
         assert all((found.folder / name).stat().st_size == size for name, size in names.items())
         return found.folder
 
@@ -174,7 +178,7 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(again, tmp_path):
             save(run_dir, 4, "later")  # and what the kill left is cleared away
             assert whole(run_dir).name == "step_00000004"
             assert not list((run_dir / "checkpoints").glob(".*"))
-            assert steps_in(run_dir / "checkpoints") in ([2, 4], [3, 4])
+            assert checkpoint_steps(run_dir) in ([2, 4], [3, 4])
         assert number > 8  # renames and removals there were
 
 
@@ -214,7 +218,7 @@ def test_an_export_killed_anywhere_leaves_a_whole_one(interrupted, tmp_path):
 
 def test_a_run_that_would_keep_nothing_saves_its_last_step(folder, tmp_path):
     assert train(job_in(tmp_path, folder)) == 0
-    assert steps_in(tmp_path / "run" / "checkpoints") == [3]
+    assert checkpoint_steps(tmp_path / "run") == [3]
     log = log_of(tmp_path / "run")
     told = log.index("neither checkpoint.every nor export.hf_dir is set")
     assert told < log.index("scoring") if "scoring" in log else told < log.index("step 1: ")
@@ -246,7 +250,7 @@ def test_a_run_without_checkpoints_is_kept_aside(folder, tmp_path):
 def test_beginning_anew_keeps_the_earlier_run_whole(job, tmp_path):
     run = tmp_path / "run"
     assert train(job, "checkpoint.resume=never", "run.steps=1", "optimizer.lr=1e-2") == 0
-    assert steps_in(run / "checkpoints") == [1] and steps_in(run / "earlier_1" / "checkpoints") == [1, 2, 3]
+    assert checkpoint_steps(run) == [1] and checkpoint_steps(run / "earlier_1") == [1, 2, 3]
     # It is a run directory of its own.
     other = f"run.dir={tmp_path}/other"
     assert train(job, f"checkpoint.resume={run}/earlier_1/checkpoints/latest", other, "run.steps=4") == 0
@@ -314,8 +318,11 @@ BAD_TARGETS = {
     "{tmp}/run/metrics.jsonl": "the run's own files",
     "{tmp}/run/rollout.jsonl": "the run's own files",
     "{tmp}/run/earlier_1/hf": "the run's own files",
-    "{{run_dir}}/hf": "{run_dir} stands for nothing",
-    "{{model.path}}/hf": "{model.path} stands for nothing",
+    "{{run_dir}}/hf": "{run_dir} is no known placeholder",
+    "{{model.path}}/hf": "{model.path} is no known placeholder",
+    "{{ run.dir }}/hf": "{ run.dir } is no known placeholder",
+    "{{run.dir/hf": "{run.dir is no known placeholder",
+    "{{{{run.dir}}}}/hf": "{{run.dir}} is no known placeholder",
     "{tmp}/readonly/deep/hf": "Read-only file system",
 }
 
@@ -352,7 +359,9 @@ def test_a_disk_without_room_is_refused_first(folder, tmp_path, capfd):
         assert train(job_in(tmp_path, folder), f"export.hf_dir={small}/hf") == 2
         assert f"an export takes {size:.2f} MB, " in capfd.readouterr().err
         assert train(job_in(tmp_path, folder), f"run.dir={small}/run") == 2
-        assert f"a checkpoint takes {3 * size:.2f} MB, " in capfd.readouterr().err
+        # Each weight in the model, in the optimizer and as two moments; embedding and head have 128 rows there.
+        saved = 4 * (size + 4 * 2 * (128 - 53) * 32 / 1e6)
+        assert f"a checkpoint takes {saved:.2f} MB, " in capfd.readouterr().err
         assert not (small / "run" / "metrics.jsonl").exists()
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -370,11 +379,11 @@ def spoiled_job(tmp_path: Path, folder: Path, *, every: int) -> Path:
 def check_spoiled(tmp_path: Path) -> None:
     """The job went on to its end, kept its last step and told how to export it."""
     run, kept = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000004"
-    assert len(metrics(run)) == 4 and steps_in(run / "checkpoints") == [4]
+    assert len(metrics(run)) == 4 and checkpoint_steps(run) == [4]
     told = status(run)
     assert told["code"] == 1 and told["step"] == 4
     assert f"the export to {tmp_path}/out failed: {tmp_path}/out exists and is not empty" in told["reason"]
-    assert f"step 4 is kept in {kept}: python tools/megatron_to_hf.py {kept} OUT_HF_DIR" in told["reason"]
+    assert f"step 4 is kept in {kept}: python -m megalign export {kept} OUT_HF_DIR" in told["reason"]
     assert (tmp_path / "out" / "notes.txt").read_text() == "somebody's"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["notes.txt"]
     assert not list(tmp_path.glob(".out*"))

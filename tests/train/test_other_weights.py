@@ -6,9 +6,19 @@ import pickle
 from pathlib import Path
 
 import pytest
-from tiny_jobs import hf_logps, metrics, read_lines, records, status, train, write_config, write_lines, write_model
 
 from megalign.convert.transfer import hf_to_megatron
+from tests.support.tiny_jobs import (
+    hf_logps,
+    metrics,
+    read_lines,
+    records,
+    status,
+    train,
+    write_config,
+    write_lines,
+    write_model,
+)
 
 
 @pytest.fixture

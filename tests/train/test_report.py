@@ -14,7 +14,16 @@ from datetime import datetime
 
 import pytest
 from rich.console import Console, Group
-from tiny_jobs import (
+
+from megalign.config.job import load_config
+from megalign.train.console import StepBar, clock, duration, evaluation_numbers, step_numbers
+from megalign.train.evaluation import evaluation_due
+from megalign.train.plan import evaluation_plan
+from megalign.train.reporter import Reporter, keep_metrics_up_to, start_log
+from megalign.train.round_report import quoted, round_sample, shows_sample
+from megalign.train.summary import as_text, summary_rows, summary_table, time_line
+from tests.support.tiny_jobs import (
+    NOW,
     metrics,
     records,
     round_sections,
@@ -25,15 +34,6 @@ from tiny_jobs import (
     write_model,
 )
 
-from megalign.config import load_config
-from megalign.train.console import StepBar, clock, duration, evaluation_numbers, step_numbers
-from megalign.train.evaluation import evaluation_due
-from megalign.train.plan import evaluation_plan
-from megalign.train.report import Reporter, keep_metrics_up_to, start_log
-from megalign.train.round_report import quoted, round_sample, shows_sample
-from megalign.train.summary import as_text, summary_rows, summary_table, time_line
-
-NOW = "run.max_minutes=1e-9"  # over after the first step
 STEP = {"loss": 0.123456, "grad_norm": 12.3456, "lr": 1e-4, "tokens_per_second": 1234.5}
 
 

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_jobs import (
+
+from tests.support.tiny_jobs import (
+    NOW,
+    checkpoint_steps,
     metrics,
     numbers,
     read_lines,
@@ -26,8 +29,6 @@ from tiny_jobs import (
     write_model,
 )
 
-NOW = "run.max_minutes=1e-9"  # over after the first step
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -35,10 +36,6 @@ def folder(tmp_path_factory):
     write_model(folder / "model", tokenizer=True)
     write_lines(folder / "data.jsonl", records("samples"))
     return folder
-
-
-def checkpoints(run_dir: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
 
 
 SCHEDULE = {"name": "cosine", "warmup_steps": 2, "min_lr": 1e-4}
@@ -114,7 +111,7 @@ def test_signal_stops_after_saving(number, folder, tmp_path):
     assert signal.getsignal(number) is handler
     told = status(tmp_path / "run")
     assert told["code"] == 75 and told["reason"] == f"stopped by {number.name}" and 2 <= told["step"] < 30
-    assert len(metrics(tmp_path / "run")) == told["step"] and checkpoints(tmp_path / "run") == [told["step"]]
+    assert len(metrics(tmp_path / "run")) == told["step"] and checkpoint_steps(tmp_path / "run") == [told["step"]]
     assert not (tmp_path / "out").exists()
     if number == signal.SIGTERM:
         assert train(config) == 0
@@ -145,7 +142,7 @@ def job(trained, folder, tmp_path):
 
 
 def test_newest_and_every_third_are_kept(trained, folder):
-    assert checkpoints(folder / "run") == [3, 6, 7]
+    assert checkpoint_steps(folder / "run") == [3, 6, 7]
     assert json.loads((folder / "run" / "checkpoints" / "latest").read_text()) == {"checkpoint": "step_00000007"}
     # What a killed save had left is gone.
     assert {path.name for path in (folder / "run" / "checkpoints").iterdir()} == {
@@ -164,7 +161,7 @@ def test_latest_wins_over_what_is_newer(job, tmp_path):
     assert "the lines of steps 4 to 7 are dropped" in (tmp_path / "run" / "log.txt").read_text()
     again = numbers(metrics(tmp_path / "run"))
     assert again == [{**line, "lr": other["lr"]} for line, other in zip(whole, again, strict=True)] == whole
-    assert checkpoints(tmp_path / "run") == [3, 6, 7]
+    assert checkpoint_steps(tmp_path / "run") == [3, 6, 7]
 
 
 @pytest.mark.parametrize("where", ["run", "run/checkpoints", "run/checkpoints/step_00000006"])
@@ -188,7 +185,7 @@ def test_never_begins_anew_beside_old_checkpoints(job, tmp_path):
     assert train(job, "checkpoint.resume=never", "run.steps=2") == 0
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
     assert json.loads((tmp_path / "run" / "checkpoints" / "latest").read_text()) == {"checkpoint": "step_00000002"}
-    assert {1, 2} <= set(checkpoints(tmp_path / "run"))
+    assert {1, 2} <= set(checkpoint_steps(tmp_path / "run"))
     assert train(job, "run.steps=3") == 0
     assert "step_00000002 after step 2" in (tmp_path / "run" / "log.txt").read_text()
 

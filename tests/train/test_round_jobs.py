@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
-from tiny_jobs import (
+from transformers import AutoTokenizer
+
+from tests.support.tiny_jobs import (
+    NOW,
     digits,
     hf_logps,
     metrics,
@@ -19,7 +22,6 @@ from tiny_jobs import (
     write_lines,
     write_model,
 )
-from transformers import AutoTokenizer
 
 ROUND_KEYS = {
     "rollout_equal_reward_fraction", "rollout_response_length_mean", "rollout_unfinished_fraction", "rollout_seconds",
@@ -150,8 +152,8 @@ def test_a_round_goes_on_with_its_old_scores(loss, folder, tmp_path):
     config = config_of(folder, tmp_path, "initial", loss=OLD_LOSSES[loss], updates_per_round=4)
     assert train(config, f"run.dir={tmp_path}/whole") == 0
     for _ in range(7):
-        assert train(config, "run.max_minutes=1e-9") == 75
-    assert train(config, "run.max_minutes=1e-9") == 0
+        assert train(config, NOW) == 75
+    assert train(config, NOW) == 0
     whole, stepwise = (metrics(tmp_path / name) for name in ("whole", "run"))
     assert len(whole) == 8 and numbers(whole) == numbers(stepwise)
     for line, before in zip(stepwise[1:], stepwise[:-1]):
@@ -253,7 +255,7 @@ def refuse(prompt, response, record):
 
 
 def test_reward_that_refuses_its_record(folder, tmp_path, capfd):
-    assert train(config_of(folder, tmp_path, "initial", reward="test_round_jobs:refuse")) == 2
+    assert train(config_of(folder, tmp_path, "initial", reward="tests.train.test_round_jobs:refuse")) == 2
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("megalign")]
     assert len(told) == 1 and "prompts.jsonl:" in told[0] and told[0].endswith("bonus is 3: must be even")
     assert status(tmp_path / "run")["code"] == 2
@@ -282,9 +284,11 @@ def fail(prompt, response, record):
     ],
 )
 def test_reward_that_does_not_return_a_number(name, told, folder, tmp_path, capfd):
-    config = config_of(folder, tmp_path, "initial", reward=f"test_round_jobs:{name}", prompts_per_round=7, rounds=1)
+    config = config_of(
+        folder, tmp_path, "initial", reward=f"tests.train.test_round_jobs:{name}", prompts_per_round=7, rounds=1
+    )
     assert train(config, "watchdog.timeout_s=2", "data.groups_per_step=1", "rollout.updates_per_round=1") == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("megalign")]
     assert len(lines) == 1 and "prompts.jsonl:" in lines[0]
-    assert f": reward 'test_round_jobs:{name}' {told}" in lines[0]
+    assert f": reward 'tests.train.test_round_jobs:{name}' {told}" in lines[0]
     assert status(tmp_path / "run")["code"] == 2 and status(tmp_path / "run")["reason"] in lines[0]

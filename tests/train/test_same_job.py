@@ -8,8 +8,15 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from tiny_jobs import (
+
+from megalign.config.job import load_config
+from megalign.preflight import main as preflight
+from megalign.train.check import check
+from megalign.train.checkpoint import Facts, read_facts
+from megalign.train.fingerprint import describe, differences, settings
+from tests.support.tiny_jobs import (
     CHARACTERS,
+    NOW,
     SPECIAL,
     TEMPLATE,
     metrics,
@@ -23,11 +30,6 @@ from tiny_jobs import (
     write_model,
     write_tokenizer,
 )
-
-from megalign.config import load_config
-from megalign.preflight import main as preflight
-from megalign.train.check import check
-from megalign.train.fingerprint import describe, differences, settings
 
 SAMPLES = records("samples")
 
@@ -172,9 +174,9 @@ def test_a_resharded_model_is_the_same(job, tmp_path):
 
 def test_checkpoint_of_before_fingerprints(job, tmp_path):
     whole = tmp_path / "run" / "checkpoints" / "step_00000002"
-    (whole / "job.json").unlink()
+    (whole / "checkpoint.json").unlink()
     files = json.loads((whole / "files.json").read_text())
-    del files["job.json"]
+    del files["checkpoint.json"]
     (whole / "files.json").write_text(json.dumps(files))
     assert train(job, "optimizer.lr=1e-2", "run.steps=3") == 0
     log = (tmp_path / "run" / "log.txt").read_text()
@@ -182,19 +184,49 @@ def test_checkpoint_of_before_fingerprints(job, tmp_path):
     assert train(job, "optimizer.lr=1e-3", "run.steps=4") == 2
 
 
+def test_checkpoint_of_before_checkpoint_json(job, tmp_path):
+    """Its job.json knows the job alone; the optimizer and adapters are in Megatron's own values."""
+    whole = tmp_path / "run" / "checkpoints" / "step_00000002"
+    facts = json.loads((whole / "checkpoint.json").read_text())
+    assert (facts["engine"], facts["dtype"], facts["optimizer"]) == ("megatron", "torch.float32", True)
+    assert (facts["adapters"], facts["base"]) == (None, facts["job"]["model"]["path"]["shown"].split(" (")[0])
+    old = {key: facts[key] for key in ("format", "job", "num_steps", "started_from")}
+    (whole / "checkpoint.json").unlink()
+    (whole / "job.json").write_text(json.dumps(old))
+    (whole / "files.json").unlink()
+    before = read_facts(whole)
+    assert before == Facts(**{key: value for key, value in facts.items() if key != "format"})
+    assert train(job, "optimizer.lr=1e-2", "run.steps=3") == 2
+    assert train(job, "run.steps=3") == 0
+    assert "resumed from" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_checkpoint_of_another_engine(job, tmp_path, capfd):
+    path = tmp_path / "run" / "checkpoints" / "step_00000002" / "checkpoint.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"engine": "deepspeed"}, indent=1))
+    path.with_name("files.json").unlink()
+    assert train(job, "run.steps=3") == 2
+    told = capfd.readouterr().err
+    assert "step_00000002 was saved by engine deepspeed; must be one of engine.name megatron" in told
+    assert told.count("\n") == 1
+
+
 def test_damaged_job_file(job, tmp_path, capfd):
-    path = tmp_path / "run" / "checkpoints" / "step_00000002" / "job.json"
+    path = tmp_path / "run" / "checkpoints" / "step_00000002" / "checkpoint.json"
+    good = json.loads(path.read_text())
     path.write_text("{" + path.read_text()[1:].replace('"', "'"))  # as long as before
     assert train(job) == 2
-    assert "job.json cannot be read" in capfd.readouterr().err
-    for text in ('{"format": 1}', '{"format": 1, "job": {}}'):
+    assert "checkpoint.json cannot be read" in capfd.readouterr().err
+    wrong_kind = json.dumps({**good, "optimizer": "yes"})
+    for text in ('{"format": 1}', '{"format": 1, "job": {}}', wrong_kind):
         path.write_text(text)
         assert train(job) == 2
         told = capfd.readouterr().err
-        assert "job.json cannot be read" in told and told.count("\n") == 1
+        assert "checkpoint.json cannot be read" in told and told.count("\n") == 1
     path.unlink()
     assert train(job) == 2
-    assert "job.json is missing" in capfd.readouterr().err
+    assert "checkpoint.json is missing" in capfd.readouterr().err
     path.with_name("files.json").write_text("[1")
     assert train(job) == 2
     told = capfd.readouterr().err
@@ -211,7 +243,7 @@ def test_named_checkpoint_of_another_job(folder, job, tmp_path, capfd):
 def test_rounds_know_their_prompts_and_settings(folder, tmp_path, capfd):
     sections = round_sections(tmp_path, rounds=1)
     config = write_config(tmp_path, model={"path": str(folder / "model")}, **sections)
-    assert train(config, "run.max_minutes=1e-9") == 75
+    assert train(config, NOW) == 75
     for change, part in {
         "rollout.temperature=0.5": "rollout.temperature was 1.0, is 0.5",
         "rollout.k=2": "rollout.k was 3, is 2",
@@ -281,15 +313,15 @@ def test_the_day_of_a_job_is_that_of_its_start(tmp_path, capfd):
     turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     write_lines(tmp_path / "data.jsonl", [{"messages": turns}] * 3)
     config = write_config(tmp_path, loss={"name": "sft"}, run={"steps": 3, "dump_steps": [1, 2, 3]})
-    run, stopped = tmp_path / "run", "run.max_minutes=1e-9"
+    run = tmp_path / "run"
     days = {str(date.today())}
-    assert train(config, stopped, "run.dir=" + str(tmp_path / "now")) == 75
+    assert train(config, NOW, "run.dir=" + str(tmp_path / "now")) == 75
     days.add(str(date.today()))
     day = load_config(str(tmp_path / "now" / "config.yaml")).data.date
     assert day in days and trained_on(tmp_path / "now", 1) == day
     # A run that began on another day keeps that day.
-    assert train(config, stopped, "data.date=2020-02-29") == 75
-    assert train(config, stopped) == 75
+    assert train(config, NOW, "data.date=2020-02-29") == 75
+    assert train(config, NOW) == 75
     assert trained_on(run, 1) == trained_on(run, 2) == "2020-02-29"
     assert load_config(str(run / "config.yaml")).data.date == "2020-02-29"
     assert preflight(["--ranks", "1", str(config)]) == 0
@@ -297,9 +329,9 @@ def test_the_day_of_a_job_is_that_of_its_start(tmp_path, capfd):
     assert "data.date was '2020-02-29', is '2021-01-01'" in capfd.readouterr().err
     # So does one that was killed before it saved; another job there has its own day.
     shutil.rmtree(run / "checkpoints")
-    assert train(config, stopped) == 75 and trained_on(run, 1) == "2020-02-29"
+    assert train(config, NOW) == 75 and trained_on(run, 1) == "2020-02-29"
     shutil.rmtree(run / "checkpoints")
-    assert train(config, stopped, "run.seed=1") == 75 and trained_on(run, 1) in days
+    assert train(config, NOW, "run.seed=1") == 75 and trained_on(run, 1) in days
 
 
 def test_refusal_leaves_the_status_of_the_run_that_is_there(job, tmp_path, capfd):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalign.sections import OptimizerSection
+from megalign.config.sections import OptimizerSection
 from megalign.train.schedule import learning_rate
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from tiny_jobs import (
+
+from tests.support.tiny_jobs import (
     CHARACTERS,
     hf_logps,
     metrics,

@@ -7,9 +7,19 @@ import math
 import pytest
 import torch
 import transformers
-from tiny_jobs import hf_logps, metrics, read_lines, records, status, train, write_config, write_lines, write_model
 
-from megalign.config import load_config
+from megalign.config.job import load_config
+from tests.support.tiny_jobs import (
+    hf_logps,
+    metrics,
+    read_lines,
+    records,
+    status,
+    train,
+    write_config,
+    write_lines,
+    write_model,
+)
 
 STEP_KEYS = {
     "step", "loss", "grad_norm", "lr", "tokens", "sequences", "groups", "seconds", "tokens_per_second",
@@ -21,6 +31,8 @@ LOSSES = {
     "poft": ("scored", {}, {"tau_mean"}, {"response"}),
     "dpo": ("pairs", {}, {"accuracy"}, {"chosen", "rejected"}),
     "ipo": ("pairs", {"name": "dpo", "variant": "ipo"}, {"accuracy"}, {"chosen", "rejected"}),
+    "simpo": ("pairs", {}, {"accuracy"}, {"chosen", "rejected"}),
+    "orpo": ("pairs", {}, {"accuracy", "log_odds_ratio"}, {"chosen", "rejected"}),
     "epa": ("samples", {}, {"p_positive", "accuracy_strong", "accuracy_weak", "implicit_reward_slope"},
             {"positive", "strong", "weak"}),
     "grpo": ("samples", {"beta": 0.1}, {"reward_mean", "clip_fraction", "kl"}, {"response"}),

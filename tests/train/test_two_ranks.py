@@ -11,11 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_jobs import (
+
+from tests.support.compare import assert_close_metrics
+from tests.support.processes import on_two_ranks
+from tests.support.tiny_jobs import (
+    NOW,
     ROOT,
     metrics,
     numbers,
-    on_two_ranks,
     read_lines,
     records,
     round_sections,
@@ -26,7 +29,6 @@ from tiny_jobs import (
     write_model,
 )
 
-NOW = "run.max_minutes=1e-9"
 LAYOUTS = {"tp2": "parallel.tensor=2", "dp2": "parallel.tensor=1"}
 STEPWISE = [("gvpo", "tp2"), ("gvpo", "dp2"), ("rounds", "tp2")]
 MISBEHAVIOUR = {"exit": "raised SystemExit: 0", "raise": "raised ValueError: no such", "hang": "did not return in 3"}
@@ -66,7 +68,11 @@ def folder(tmp_path_factory):
     for does in MISBEHAVIOUR:
         # Rank 1 has the second prompt of a round.
         path = write_lines(folder / f"{does}.jsonl", [{"prompt": "1=", "does": does if n else None} for n in range(2)])
-        wrong = [f"rollout.path={path}", "rollout.prompts_per_round=2", "rollout.reward=tiny_jobs:misbehave"]
+        wrong = [
+            f"rollout.path={path}",
+            "rollout.prompts_per_round=2",
+            "rollout.reward=tests.support.tiny_jobs:misbehave",
+        ]
         wrong += [f"run.dir={job}/{does}", "watchdog.timeout_s=6"]
         launched.append((["train", str(job / "job.yaml"), *wrong], 2))
         launched.append((["rollout", str(job / "job.yaml"), *wrong, f"run.dir={job}/{does}_rollout"], 2))
@@ -85,14 +91,7 @@ def test_saved_rounds_are_the_same_on_every_rank(folder):
 def test_two_ranks_give_the_numbers_of_one(name, layout, folder):
     one, two = (numbers(metrics(folder / name / run)) for run in ("one", layout))
     assert len(one) == len(two) == (3 if name == "gvpo" else 4)
-    for line, other in zip(one, two, strict=True):
-        assert line.keys() == other.keys()
-        # What is clipped hangs on the sign of advantages, some of which are zero but for rounding.
-        for key in line.keys() - {"padding_fraction", "pass_mode", "pass_gap", "clip_fraction"}:
-            # What is measured on s - s' alone loses the digits that the two share.
-            digits = {"loss": 1e-5, "grad_norm": 1e-4, "reward_mean": 1e-12}.get(key, 1e-3)
-            # Advantages sum to zero, so a loss of theirs is what is left of terms of tens: a millionth of these.
-            assert other[key] == pytest.approx(line[key], rel=digits, abs=1e-5 if key == "loss" else 2e-6), key
+    assert_close_metrics(two, one)
     for step in (1, 3):
         ours, theirs = (read_lines(folder / name / run / "steps" / f"step_{step}.jsonl") for run in ("one", layout))
         for mine, other in zip(ours, theirs, strict=True):
@@ -116,7 +115,9 @@ def test_signal_to_another_rank_stops_all(folder):
 @pytest.mark.parametrize("does", MISBEHAVIOUR)
 def test_a_reward_that_fails_on_rank_1_is_told_once(does, command, folder):
     kept = status(folder / "rounds" / f"{does}{command}")
-    assert kept["code"] == 2 and kept["reason"].startswith(f"{folder / does}.jsonl:2: reward 'tiny_jobs:misbehave' ")
+    assert kept["code"] == 2 and kept["reason"].startswith(
+        f"{folder / does}.jsonl:2: reward 'tests.support.tiny_jobs:misbehave' "
+    )
     assert MISBEHAVIOUR[does] in kept["reason"]
     told = [line for line in (folder / "told").read_text().splitlines() if f"{does}.jsonl" in line]
     assert told == [f"megalign: error: {kept['reason']}"] * 2  # by train and by rollout

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from families import write_family
 from safetensors.torch import load_file
-from tiny_jobs import metrics, numbers, on_two_ranks, records, train, write_config, write_lines
+
+from tests.support.families import write_family
+from tests.support.processes import on_two_ranks
+from tests.support.tiny_jobs import metrics, numbers, records, train, write_config, write_lines
 
 GATES = {"lora": {"rank": 2, "alpha": 4.0, "targets": ["gate_proj"]}, "optimizer": {"lr": 1e-2}}
 # Two layers, a stage each: (case of `families`, what differs, what the job has beside)

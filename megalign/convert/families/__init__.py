@@ -1,41 +1,5 @@
-"""Importing this package registers every family."""
+"""Registers the model families: importing this package imports all its modules, one for each family."""
 
-from megalign.convert.families import (
-    deepseek,
-    gemma2,
-    gemma3,
-    glm,
-    gpt_oss,
-    granite,
-    llama,
-    mistral,
-    mixtral,
-    olmo2,
-    olmo3,
-    phi3,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    smollm3,
-)
+from megalign.modules import import_modules
 
-__all__ = [
-    "deepseek",
-    "gemma2",
-    "gemma3",
-    "glm",
-    "gpt_oss",
-    "granite",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "olmo3",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-]
+import_modules(__name__, __path__)

@@ -1,33 +1,33 @@
-"""Gemma 2: four norms whose weights are offsets from one, soft caps, a window on every other layer."""
+"""Converts Gemma 2: four norms that multiply by 1 + weight, soft caps, a sliding window on every other layer."""
 
 from dataclasses import replace
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.parts import ATTENTION, FIRST, FOUR_NORMS, LAST, MLP, OUT_BIAS, QKV_BIAS, windows
-from megalign.convert.model_config import ModelConfig
+from megalign.convert.hf.config_json import ConfigFile
 from megalign.convert.rules import Family, Window, register
+from megalign.model_config import ModelConfig
 
 
-def window(config: ConfigFile) -> Window:
-    """Even layers slide, where `layer_types` says nothing else."""
-    return windows(config, lambda layer: layer % 2 == 0)
+def window(hf: ConfigFile) -> Window:
+    """Return the sliding window: on even layers, unless `layer_types` says otherwise."""
+    return windows(hf, lambda layer: layer % 2 == 0)
 
 
-def details(config: ConfigFile, cfg: ModelConfig) -> ModelConfig:
-    """What Gemma 2 and 3 have in common."""
-    if config.value("use_bidirectional_attention"):
-        config.refuse("use_bidirectional_attention", "allowed: false (a policy is causal)")
+def details(hf: ConfigFile, model: ModelConfig) -> ModelConfig:
+    """Add the norms, scales and soft caps that Gemma 2 and 3 have in common."""
+    if hf.value("use_bidirectional_attention"):
+        hf.refuse("use_bidirectional_attention", "must be false (a policy is causal)")
     attention_cap, logit_cap = (
-        None if config.value(key) is None else config.number(key)
+        None if hf.value(key) is None else hf.number(key)
         for key in ("attn_logit_softcapping", "final_logit_softcapping")
     )
     return replace(
-        cfg,
+        model,
         post_norm=True,
         norm_offset=1.0,
         norm_fp32=True,
-        embedding_scale=cfg.hidden_size**0.5,
-        attention_scale=config.number("query_pre_attn_scalar") ** -0.5,
+        embedding_scale=model.hidden_size**0.5,
+        attention_scale=hf.number("query_pre_attn_scalar") ** -0.5,
         attention_softcap=attention_cap,
         logit_softcap=logit_cap,
     )

@@ -1,29 +1,29 @@
-"""Gemma 3, text alone: Gemma 2 with queries and keys normalised, and sliding layers with positions of their own."""
+"""Converts text-only Gemma 3: Gemma 2 with query and key norms; sliding layers have their own rotary parameters."""
 
 from dataclasses import replace
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families import gemma2
 from megalign.convert.families.parts import QK_NORM, rope_by_kind, windows
-from megalign.convert.model_config import ModelConfig, Rope
+from megalign.convert.hf.config_json import ConfigFile
 from megalign.convert.rules import Family, Window, register
+from megalign.model_config import ModelConfig, Rope
 
 
-def window(config: ConfigFile) -> Window:
-    """All but every `sliding_window_pattern`-th layer slide, where `layer_types` says nothing else."""
-    pattern = config.whole("sliding_window_pattern")
-    return windows(config, lambda layer: (layer + 1) % pattern != 0)
+def window(hf: ConfigFile) -> Window:
+    """Return the sliding window: by `layer_types`, else on all but every `sliding_window_pattern`-th layer."""
+    pattern = hf.whole("sliding_window_pattern")
+    return windows(hf, lambda layer: (layer + 1) % pattern != 0)
 
 
-def rope(config: ConfigFile, head_dim: int) -> Rope:
-    """The positions of layers that see everything."""
-    return rope_by_kind(config, "full_attention", head_dim)
+def rope(hf: ConfigFile, head_dim: int) -> Rope:
+    """Read the rotary parameters of full-attention layers."""
+    return rope_by_kind(hf, "full_attention", head_dim)
 
 
-def details(config: ConfigFile, cfg: ModelConfig) -> ModelConfig:
-    """Gemma 2's, and the positions of sliding layers."""
-    local = rope_by_kind(config, "sliding_attention", cfg.head_dim, theta_key="rope_local_base_freq")
-    return replace(gemma2.details(config, cfg), sliding_rope=local)
+def details(hf: ConfigFile, model: ModelConfig) -> ModelConfig:
+    """Add Gemma 2's details, and the rotary parameters of sliding layers."""
+    local = rope_by_kind(hf, "sliding_attention", model.head_dim, theta_key="rope_local_base_freq")
+    return replace(gemma2.details(hf, model), sliding_rope=local)
 
 
 GEMMA3 = register(

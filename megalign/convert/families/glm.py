@@ -1,22 +1,22 @@
-"""GLM-4: half of each head turns, neighbours together; from GLM-4-0414 on (`glm4`) with four norms."""
+"""Converts GLM-4: half of each head is rotated, interleaved; from GLM-4-0414 on (`glm4`) with four norms a layer."""
 
 from dataclasses import replace
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.parts import ATTENTION, FIRST, FUSED_MLP, LAST, NORMS, QKV_BIAS, norm
-from megalign.convert.model_config import ModelConfig, Rope
-from megalign.convert.rope_config import read_rope, rope_section
+from megalign.convert.hf.config_json import ConfigFile
+from megalign.convert.hf.rope import read_rope, rope_section
 from megalign.convert.rules import Family, register
+from megalign.model_config import ModelConfig, Rope
 
 
-def rope(config: ConfigFile, head_dim: int) -> Rope:
-    """Partial and interleaved."""
-    return read_rope(config, rope_section(config), head_dim=head_dim, interleaved=True, partial=True)
+def rope(hf: ConfigFile, head_dim: int) -> Rope:
+    """Read the rotary parameters: partial and interleaved."""
+    return read_rope(hf, rope_section(hf), head_dim=head_dim, interleaved=True, partial=True)
 
 
-def details(config: ConfigFile, cfg: ModelConfig) -> ModelConfig:
-    """glm4's norms on what attention and MLP give."""
-    return replace(cfg, post_norm=True)
+def details(hf: ConfigFile, model: ModelConfig) -> ModelConfig:
+    """Add glm4's norms on the outputs of attention and MLP."""
+    return replace(model, post_norm=True)
 
 
 RULES = FIRST + NORMS + ATTENTION + QKV_BIAS + FUSED_MLP + LAST

@@ -1,39 +1,39 @@
-"""gpt-oss: sinks in attention, a window on every other layer, stacked experts with biases and a clamped SwiGLU."""
+"""Converts gpt-oss: attention sinks, a sliding window on every other layer, stacked experts with clamped SwiGLU."""
 
 from dataclasses import replace
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.parts import ATTENTION, FIRST, LAST, NORMS, OUT_BIAS, QKV_BIAS, moe_config, windows
-from megalign.convert.model_config import ModelConfig, MoeConfig, Rope
-from megalign.convert.rope_config import read_rope, rope_section
+from megalign.convert.hf.config_json import ConfigFile
+from megalign.convert.hf.rope import read_rope, rope_section
 from megalign.convert.rules import HF, LAYER, STACK2, Family, Piece, Rule, Window, register
+from megalign.model_config import ModelConfig, MoeConfig, Rope
 
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 
-def window(config: ConfigFile) -> Window:
-    """Even layers slide, where `layer_types` says nothing else."""
-    return windows(config, lambda layer: layer % 2 == 0)
+def window(hf: ConfigFile) -> Window:
+    """Return the sliding window: on even layers, unless `layer_types` says otherwise."""
+    return windows(hf, lambda layer: layer % 2 == 0)
 
 
-def rope(config: ConfigFile, head_dim: int) -> Rope:
-    """A null says as little as nothing: then they are scaled as in the published models."""
-    written = {key: value for key, value in config.fields.items() if key != "rope_parameters" or value is not None}
-    config = ConfigFile(config.path, written, config.defaults)
-    return read_rope(config, rope_section(config), head_dim=head_dim)
+def rope(hf: ConfigFile, head_dim: int) -> Rope:
+    """Read the rotary parameters; null or absent means the published YaRN settings."""
+    written = {key: value for key, value in hf.fields.items() if key != "rope_parameters" or value is not None}
+    hf = ConfigFile(hf.path, written, hf.defaults)
+    return read_rope(hf, rope_section(hf), head_dim=head_dim)
 
 
-def moe(config: ConfigFile) -> MoeConfig:
-    """The experts; `intermediate_size` is that of one of them."""
+def moe(hf: ConfigFile) -> MoeConfig:
+    """Read the experts' configuration; `intermediate_size` is the size of one expert."""
     for key, value in (("swiglu_alpha", SWIGLU_ALPHA), ("swiglu_limit", SWIGLU_LIMIT)):
-        if config.value(key) != value:
-            config.refuse(key, f"allowed: {value}")
-    return replace(moe_config(config, ffn="intermediate_size", normalize=True), bias=True)
+        if hf.value(key) != value:
+            hf.refuse(key, f"must be {value}")
+    return replace(moe_config(hf, ffn="intermediate_size", normalize=True), bias=True)
 
 
-def details(config: ConfigFile, cfg: ModelConfig) -> ModelConfig:
-    """Sinks, and norms in fp32."""
-    return replace(cfg, sinks=True, norm_fp32=True)
+def details(hf: ConfigFile, model: ModelConfig) -> ModelConfig:
+    """Add attention sinks, and norms in fp32."""
+    return replace(model, sinks=True, norm_fp32=True)
 
 
 EXPERT = f"{LAYER}.mlp.experts.local_experts.{{e}}"

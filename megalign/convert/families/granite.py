@@ -1,21 +1,21 @@
-"""Granite: Llama with multipliers on embeddings, attention, residual stream and logits."""
+"""Converts Granite: Llama with multipliers on embeddings, attention, residual stream and logits."""
 
 from dataclasses import replace
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.llama import LLAMA
-from megalign.convert.model_config import ModelConfig
+from megalign.convert.hf.config_json import ConfigFile
 from megalign.convert.rules import Family, register
+from megalign.model_config import ModelConfig
 
 
-def details(config: ConfigFile, cfg: ModelConfig) -> ModelConfig:
-    """The multipliers."""
+def details(hf: ConfigFile, model: ModelConfig) -> ModelConfig:
+    """Add the multipliers of embeddings, attention, residual stream and logits."""
     return replace(
-        cfg,
-        embedding_scale=config.number("embedding_multiplier"),
-        attention_scale=config.number("attention_multiplier"),
-        residual_scale=config.number("residual_multiplier"),
-        logit_scale=1 / config.number("logits_scaling"),
+        model,
+        embedding_scale=hf.number("embedding_multiplier"),
+        attention_scale=hf.number("attention_multiplier"),
+        residual_scale=hf.number("residual_multiplier"),
+        logit_scale=1 / hf.number("logits_scaling"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.x, and everything else saved under its architecture."""
+"""Converts Llama 1 to 3.x, and other models saved under its architecture."""
 
 from megalign.convert.families.parts import (
     ATTENTION,

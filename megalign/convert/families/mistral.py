@@ -1,22 +1,22 @@
-"""Mistral: no biases; up to version 0.1 every layer attends inside a sliding window, in Ministral some do."""
+"""Converts Mistral: no biases; a sliding window on all layers (up to version 0.1) or on some (Ministral)."""
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.parts import ATTENTION, FIRST, LAST, MLP, NORMS, ROTARY_BUFFER, windows
+from megalign.convert.hf.config_json import ConfigFile
 from megalign.convert.rules import Family, Window, register
 
 
-def window_of_all(config: ConfigFile) -> Window:
-    """The window of all layers; only an explicit null turns it off, as in transformers."""
-    if config.value("sliding_window") is None:
+def window_of_all(hf: ConfigFile) -> Window:
+    """Return the sliding window of all layers; only an explicit null turns it off, as in transformers."""
+    if hf.value("sliding_window") is None:
         return None, ()
-    return config.whole("sliding_window"), ()
+    return hf.whole("sliding_window"), ()
 
 
-def window(config: ConfigFile) -> Window:
-    """By `layer_types` where they are written: transformers takes such a model for Ministral."""
-    if config.value("sliding_window") is None or config.value("layer_types") is None:
-        return window_of_all(config)
-    return windows(config, lambda layer: True)
+def window(hf: ConfigFile) -> Window:
+    """Return the sliding window by `layer_types` where present: transformers reads such a model as Ministral."""
+    if hf.value("sliding_window") is None or hf.value("layer_types") is None:
+        return window_of_all(hf)
+    return windows(hf, lambda layer: True)
 
 
 MISTRAL = register(

@@ -1,22 +1,22 @@
-"""Mixtral: every layer routes to experts; their shares sum to one."""
+"""Converts Mixtral: every layer has experts, and routing weights are normalised to sum to one."""
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.mistral import window_of_all
 from megalign.convert.families.parts import ATTENTION, FIRST, LAST, NORMS, ROTARY_BUFFER, experts, moe_config
-from megalign.convert.model_config import MoeConfig
+from megalign.convert.hf.config_json import ConfigFile
 from megalign.convert.rules import Family, Window, register
+from megalign.model_config import MoeConfig
 
 
-def window(config: ConfigFile) -> Window:
-    """The window of all layers."""
-    if len(set(config.value("layer_types") or ())) > 1:
-        config.refuse("layer_types", "only all layers or none may slide")
-    return window_of_all(config)
+def window(hf: ConfigFile) -> Window:
+    """Return the sliding window of all layers."""
+    if len(set(hf.value("layer_types") or ())) > 1:
+        hf.refuse("layer_types", "must be the same for all layers")
+    return window_of_all(hf)
 
 
-def moe(config: ConfigFile) -> MoeConfig:
-    """The experts; `intermediate_size` is that of one of them."""
-    return moe_config(config, ffn="intermediate_size", normalize=True)
+def moe(hf: ConfigFile) -> MoeConfig:
+    """Read the experts' configuration; `intermediate_size` is the size of one expert."""
+    return moe_config(hf, ffn="intermediate_size", normalize=True)
 
 
 MIXTRAL = register(

@@ -1,16 +1,16 @@
-"""OLMo 2: norms on what attention and MLP give, none before them; queries and keys normalised over all heads."""
+"""Converts OLMo 2: norms after attention and MLP instead of before; query and key norms over all heads."""
 
 from dataclasses import replace
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.parts import ATTENTION, FIRST, LAST, MLP, OUT_BIAS, QKV_BIAS, norm
-from megalign.convert.model_config import ModelConfig
+from megalign.convert.hf.config_json import ConfigFile
 from megalign.convert.rules import HF, LAYER, Family, Piece, Rule, register
+from megalign.model_config import ModelConfig
 
 
-def details(config: ConfigFile, cfg: ModelConfig) -> ModelConfig:
-    """Where the norms are."""
-    return replace(cfg, pre_norm=False, post_norm=True, norm_fp32=True, rope_fp32=True, qk_norm="all")
+def details(hf: ConfigFile, model: ModelConfig) -> ModelConfig:
+    """Add the positions of the norms, and what is computed in fp32."""
+    return replace(model, pre_norm=False, post_norm=True, norm_fp32=True, rope_fp32=True, qk_norm="all")
 
 
 OLMO2 = register(

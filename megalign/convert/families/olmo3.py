@@ -1,28 +1,28 @@
-"""OLMo 3: as OLMo 2, with a window on three of four layers, which keep plain positions where others are scaled."""
+"""Converts OLMo 3: OLMo 2 with a sliding window on three of four layers, where rotary scaling does not apply."""
 
 from dataclasses import replace
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families import olmo2
 from megalign.convert.families.parts import rope_by_kind, windows
-from megalign.convert.model_config import ModelConfig, Rope
+from megalign.convert.hf.config_json import ConfigFile
 from megalign.convert.rules import Family, Window, register
+from megalign.model_config import ModelConfig, Rope
 
 
-def window(config: ConfigFile) -> Window:
-    """All but every fourth layer slide, where `layer_types` says nothing else."""
-    return windows(config, lambda layer: (layer + 1) % 4 != 0)
+def window(hf: ConfigFile) -> Window:
+    """Return the sliding window: on all but every fourth layer, unless `layer_types` says otherwise."""
+    return windows(hf, lambda layer: (layer + 1) % 4 != 0)
 
 
-def rope(config: ConfigFile, head_dim: int) -> Rope:
-    """The positions of layers that see everything."""
-    return rope_by_kind(config, "full_attention", head_dim)
+def rope(hf: ConfigFile, head_dim: int) -> Rope:
+    """Read the rotary parameters of full-attention layers."""
+    return rope_by_kind(hf, "full_attention", head_dim)
 
 
-def details(config: ConfigFile, cfg: ModelConfig) -> ModelConfig:
-    """OLMo 2's, and the positions of sliding layers, whose base transformers does not take from `rope_theta`."""
-    local = rope_by_kind(config, "sliding_attention", cfg.head_dim, theta_key="rope_local_base_freq")
-    return replace(olmo2.details(config, cfg), sliding_rope=local)
+def details(hf: ConfigFile, model: ModelConfig) -> ModelConfig:
+    """Add OLMo 2's details, and the rotary parameters of sliding layers: transformers ignores `rope_theta` for them."""
+    local = rope_by_kind(hf, "sliding_attention", model.head_dim, theta_key="rope_local_base_freq")
+    return replace(olmo2.details(hf, model), sliding_rope=local)
 
 
 OLMO3 = register(

@@ -1,90 +1,88 @@
-"""What the families' tables are put together from: rules that many share, and fields of config.json that many write."""
+"""Holds conversion rules and config.json readers that several model families share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 
-from megalign.convert.config_file import ConfigFile
-from megalign.convert.model_config import ModelConfig, MoeConfig, Rope
-from megalign.convert.rope_config import ORIGINAL, read_rope
+from megalign.convert.hf.config_json import ConfigFile
+from megalign.convert.hf.rope import ORIGINAL, read_rope
 from megalign.convert.rules import EMBED, HF, LAYER, QKV, STACK2, Axis, Piece, Rule, Window
+from megalign.model_config import ModelConfig, MoeConfig, Rope
 
 
-def windows(config: ConfigFile, slides: Callable[[int], bool]) -> Window:
-    """`sliding_window` on the layers that `layer_types` lists, or where it is not written, those that `slides` says."""
-    num_layers, kinds = config.whole("num_hidden_layers"), config.value("layer_types")
+def windows(hf: ConfigFile, slides: Callable[[int], bool]) -> Window:
+    """Return the sliding window and the full-attention layers, by `layer_types` or, where absent, `slides(layer)`."""
+    num_layers, kinds = hf.whole("num_hidden_layers"), hf.value("layer_types")
     if kinds is None:
         full = tuple(layer for layer in range(num_layers) if not slides(layer))
     else:
-        known = isinstance(kinds, list) and all(one in ("full_attention", "sliding_attention") for one in kinds)
+        known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
         if not known or len(kinds) != num_layers:
-            config.refuse("layer_types", f"needed: full_attention or sliding_attention for each of {num_layers} layers")
+            hf.refuse("layer_types", f"must be full_attention or sliding_attention for each of {num_layers} layers")
         full = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
     if len(full) == num_layers:
         return None, ()
-    return config.whole("sliding_window"), full
+    return hf.whole("sliding_window"), full
 
 
 def window_by_switch(
-    config: ConfigFile, *, slides: Callable[[int, int], bool] = lambda layer, bound: layer >= bound
+    hf: ConfigFile, *, slides: Callable[[int, int], bool] = lambda layer, bound: layer >= bound
 ) -> Window:
-    """Qwen's: `use_sliding_window` first, then `layer_types` or what `slides(layer, max_window_layers)`."""
-    if not config.flag("use_sliding_window") or config.value("sliding_window") is None:
+    """Return Qwen's sliding window: none unless `use_sliding_window`; `slides` takes (layer, max_window_layers)."""
+    if not hf.flag("use_sliding_window") or hf.value("sliding_window") is None:
         return None, ()
-    bound = config.value("max_window_layers")
-    return windows(config, lambda layer: slides(layer, bound))
+    bound = hf.value("max_window_layers")
+    return windows(hf, lambda layer: slides(layer, bound))
 
 
-def rope_by_kind(config: ConfigFile, kind: str, head_dim: int, *, theta_key: str = "rope_theta") -> Rope:
-    """The positions of `full_attention` or `sliding_attention` layers, which have parameters of their own.
+def rope_by_kind(hf: ConfigFile, kind: str, head_dim: int, *, theta_key: str = "rope_theta") -> Rope:
+    """Read the rotary parameters of one kind of layers, `full_attention` or `sliding_attention`.
 
-    Before transformers 5 `rope_scaling` was for the full ones alone. Refused is what transformers reads otherwise than
-    it is written.
+    Before transformers 5 `rope_scaling` was for full-attention layers alone. Refuses combinations that transformers
+    interprets differently from what is written.
     """
     section = None
-    if config.value("rope_parameters"):
-        both = config.section("rope_parameters")
+    if hf.value("rope_parameters"):
+        both = hf.section("rope_parameters")
         if not {"full_attention", "sliding_attention"} & both.fields.keys():
-            config.refuse("rope_parameters", "needed: full_attention and sliding_attention, with parameters each")
-        if config.value("rope_scaling"):
-            config.refuse("rope_scaling", "allowed: nothing beside rope_parameters")
+            hf.refuse("rope_parameters", "must be full_attention and sliding_attention, with parameters each")
+        if hf.value("rope_scaling"):
+            hf.refuse("rope_scaling", "must be absent beside rope_parameters")
         section = both.section(kind) if both.value(kind) is not None else None
-    elif config.value("rope_scaling") and kind == "full_attention":
-        section = config.section("rope_scaling")
+    elif hf.value("rope_scaling") and kind == "full_attention":
+        section = hf.section("rope_scaling")
     if section is not None and section.value("truncate") is False:
-        section.refuse("truncate", "allowed: true, where layers have parameters by their type")
-    inside = {key: value for key, value in config.fields.items() if key != ORIGINAL}  # it is the section's alone
-    outer = ConfigFile(config.path, inside, config.defaults, config.prefix)
+        section.refuse("truncate", "must be true where rotary parameters differ by layer type")
+    inside = {key: value for key, value in hf.fields.items() if key != ORIGINAL}  # only a section may have it here
+    outer = ConfigFile(hf.path, inside, hf.defaults, hf.prefix)
     return read_rope(outer, section, head_dim=head_dim, theta_key=theta_key)
 
 
-def moe_config(config: ConfigFile, *, ffn: str, normalize: bool, experts: str | None = None) -> MoeConfig:
-    """The experts, of which transformers writes the number under either name, by family and version."""
+def moe_config(hf: ConfigFile, *, ffn: str, normalize: bool, experts: str | None = None) -> MoeConfig:
+    """Read number and size of the experts; transformers names their number num_experts or num_local_experts."""
     if experts is None:
-        experts = "num_experts" if config.fields.get("num_local_experts") is None else "num_local_experts"
-    num_experts, top_k = config.whole(experts), config.whole("num_experts_per_tok")
-    if config.fields.get("num_experts") not in (None, num_experts):
-        config.refuse("num_experts", f"it must agree with num_local_experts, {num_experts}")
+        experts = "num_experts" if hf.fields.get("num_local_experts") is None else "num_local_experts"
+    num_experts, top_k = hf.whole(experts), hf.whole("num_experts_per_tok")
+    if hf.fields.get("num_experts") not in (None, num_experts):
+        hf.refuse("num_experts", f"must agree with num_local_experts, {num_experts}")
     if top_k > num_experts:
-        config.refuse("num_experts_per_tok", f"it must be at most {experts}, {num_experts}")
+        hf.refuse("num_experts_per_tok", f"must be at most {experts}, {num_experts}")
     if top_k == 1 and normalize:
-        config.refuse(
-            "num_experts_per_tok", "with shares that sum to one it must be at least 2: one expert's is always 1"
-        )
-    return MoeConfig(num_experts, top_k, config.whole(ffn), normalize)
+        hf.refuse("num_experts_per_tok", "must be at least 2 where routing weights sum to one: a single one is 1")
+    return MoeConfig(num_experts, top_k, hf.whole(ffn), normalize)
 
 
-def dense_layers(config: ConfigFile) -> tuple[int, ...]:
-    """Qwen's layers without experts: those listed, and all but every `decoder_sparse_step`-th."""
-    step, listed = config.whole("decoder_sparse_step"), config.value("mlp_only_layers") or []
-    num_layers = config.whole("num_hidden_layers")
-    if not isinstance(listed, list) or not all(type(one) is int for one in listed):
-        config.refuse("mlp_only_layers", "allowed: a list of layer numbers")
+def dense_layers(hf: ConfigFile) -> tuple[int, ...]:
+    """Return Qwen's dense layers: those in `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+    step, listed = hf.whole("decoder_sparse_step"), hf.value("mlp_only_layers") or []
+    num_layers = hf.whole("num_hidden_layers")
+    if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
+        hf.refuse("mlp_only_layers", "must be a list of layer numbers")
     dense = tuple(layer for layer in range(num_layers) if layer in listed or (layer + 1) % step)
     if len(dense) == num_layers:
         key = "mlp_only_layers" if step <= num_layers else "decoder_sparse_step"
-        config.refuse(key, f"needed: a layer with experts among the {num_layers}")
+        hf.refuse(key, f"must leave a layer with experts among the {num_layers}")
     return dense
 
 
@@ -95,7 +93,7 @@ LAST = (
         "output_layer.weight",
         (Piece("lm_head.weight", ("vocab", "hidden")),),
         tp_dim=0,
-        when=lambda cfg: not cfg.tied,
+        when=lambda model: not model.tied,
     ),
     Rule("output_layer.weight", (EMBED,), tp_dim=0, when=attrgetter("tied"), copy=True),
 )
@@ -115,12 +113,12 @@ _FC1_ROWS: Mapping[str, Axis] = {"mlp.gate_proj": "ffn", "mlp.up_proj": "ffn"}
 
 
 def norm(megatron: str, name: str) -> Rule:
-    """One of a layer's norms over the hidden state."""
+    """Return the rule of a layer's norm over the hidden state."""
     return Rule(f"{LAYER}.{megatron}.weight", (Piece(f"{HF}.{name}.weight", ("hidden",)),))
 
 
 NORMS = (norm("input_layernorm", "input_layernorm"), norm("pre_mlp_layernorm", "post_attention_layernorm"))
-# Around both attention and MLP, by the names of Gemma.
+# Norms before and after both attention and MLP, under Gemma's names.
 FOUR_NORMS = (
     norm("input_layernorm", "input_layernorm"),
     norm("self_attention.post_norm", "post_attention_layernorm"),
@@ -144,7 +142,7 @@ QKV_BIAS = (
         when=attrgetter("qkv_bias"),
     ),
 )
-# One matrix of Hugging Face's for query, key and value, one for gate and up.
+# Hugging Face fuses query, key and value into one matrix, gate and up into another.
 _FUSED_QKV: tuple[Axis, ...] = ("query", "key_value", "key_value")
 FUSED_ATTENTION = (
     Rule(
@@ -158,7 +156,7 @@ FUSED_ATTENTION = (
     ),
     ATTENTION[1],
 )
-# Bias of a row-parallel layer is added after the reduction: whole on every rank.
+# The bias of a row-parallel layer is added after the all-reduce, so every rank holds all of it.
 OUT_BIAS = (
     Rule(
         f"{LAYER}.self_attention.linear_proj.bias",
@@ -172,8 +170,8 @@ QK_NORM = (
 )
 
 
-def _dense(cfg: ModelConfig, layer: int) -> bool:
-    return not cfg.has_experts(layer)
+def _dense(model: ModelConfig, layer: int) -> bool:
+    return not model.has_experts(layer)
 
 
 MLP = (
@@ -203,7 +201,7 @@ FUSED_MLP = (
 
 
 def experts(block: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[Rule, ...]:
-    """Router and experts of layers that have them; experts are never cut over tensor ranks."""
+    """Return the rules of router and experts; experts are never split by tensor parallelism."""
     home = f"{HF}.{block}.experts.{{e}}"
     rows: tuple[Axis, ...] = ("expert_ffn", "hidden")
     mine = f"{LAYER}.mlp.experts.local_experts.{{e}}"
@@ -227,15 +225,15 @@ def experts(block: str, *, gate: str = "gate_proj", up: str = "up_proj", down: s
     )
 
 
-def _has_shared(cfg: ModelConfig) -> bool:
-    return cfg.moe is not None and cfg.moe.shared_ffn_size > 0
+def _has_shared(model: ModelConfig) -> bool:
+    return model.moe is not None and model.moe.shared_ffn_size > 0
 
 
 _SHARED_ROWS: tuple[Axis, ...] = ("shared_ffn", "hidden")
 
 
 def shared_expert(block: str) -> tuple[Rule, ...]:
-    """The expert that every token passes; it is cut over tensor ranks like any MLP."""
+    """Return the rules of the shared expert, which tensor parallelism splits like any MLP."""
     return (
         Rule(
             f"{LAYER}.mlp.shared_experts.linear_fc1.weight",
@@ -260,7 +258,7 @@ SHARED_EXPERT = (
     Rule(
         f"{LAYER}.mlp.shared_experts.gate_weight",
         (Piece(f"{HF}.mlp.shared_expert_gate.weight", ("one", "hidden")),),
-        when=lambda cfg: cfg.moe is not None and cfg.moe.shared_gate,
+        when=lambda model: model.moe is not None and model.moe.shared_gate,
         within=ModelConfig.has_experts,
     ),
 )

@@ -1,20 +1,20 @@
-"""Phi-3 and Phi-4: one matrix for query, key and value, one for gate and up; long contexts by LongRoPE."""
+"""Converts Phi-3 and Phi-4: fused query, key and value, fused gate and up; LongRoPE for long contexts."""
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.parts import FIRST, FUSED_ATTENTION, FUSED_MLP, LAST, NORMS
-from megalign.convert.model_config import Rope
-from megalign.convert.rope_config import read_rope, rope_section
+from megalign.convert.hf.config_json import ConfigFile
+from megalign.convert.hf.rope import read_rope, rope_section
 from megalign.convert.rules import Family, Window, register
+from megalign.model_config import Rope
 
 
-def window(config: ConfigFile) -> Window:
-    """The window of all layers."""
-    return (None if config.value("sliding_window") is None else config.whole("sliding_window")), ()
+def window(hf: ConfigFile) -> Window:
+    """Return the sliding window of all layers."""
+    return (None if hf.value("sliding_window") is None else hf.whole("sliding_window")), ()
 
 
-def rope(config: ConfigFile, head_dim: int) -> Rope:
-    """Partial in Phi-4-mini."""
-    return read_rope(config, rope_section(config), head_dim=head_dim, partial=True)
+def rope(hf: ConfigFile, head_dim: int) -> Rope:
+    """Read the rotary parameters; partial in Phi-4-mini."""
+    return read_rope(hf, rope_section(hf), head_dim=head_dim, partial=True)
 
 
 PHI3 = register(

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biases on query, key and value alone."""
+"""Converts Qwen2 and Qwen2.5: biases on query, key and value only."""
 
 from megalign.convert.families.parts import (
     ATTENTION,

@@ -1,9 +1,8 @@
-"""Qwen1.5-MoE and Qwen2-MoE: a shared expert behind a sigmoid gate; biases on query, key and value."""
+"""Converts Qwen1.5-MoE and Qwen2-MoE: a shared expert with a sigmoid gate; biases on query, key and value."""
 
 from dataclasses import replace
 from functools import partial
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.parts import (
     ATTENTION,
     FIRST,
@@ -18,15 +17,16 @@ from megalign.convert.families.parts import (
     moe_config,
     window_by_switch,
 )
-from megalign.convert.model_config import MoeConfig
+from megalign.convert.hf.config_json import ConfigFile
 from megalign.convert.rules import Family, register
+from megalign.model_config import MoeConfig
 
 
-def moe(config: ConfigFile) -> MoeConfig:
-    """The experts, and the one that every token passes."""
-    found = moe_config(config, ffn="moe_intermediate_size", normalize=config.flag("norm_topk_prob"))
-    shared = config.whole("shared_expert_intermediate_size")
-    return replace(found, shared_ffn_size=shared, shared_gate=True, dense_layers=dense_layers(config))
+def moe(hf: ConfigFile) -> MoeConfig:
+    """Read the configuration of the routed and the shared experts."""
+    config = moe_config(hf, ffn="moe_intermediate_size", normalize=hf.flag("norm_topk_prob"))
+    shared = hf.whole("shared_expert_intermediate_size")
+    return replace(config, shared_ffn_size=shared, shared_gate=True, dense_layers=dense_layers(hf))
 
 
 QWEN2_MOE = register(

@@ -1,4 +1,4 @@
-"""Qwen3, dense: queries and keys normalised by head, a head size of its own."""
+"""Converts dense Qwen3: query and key norms per head, head_dim independent of the hidden size."""
 
 from megalign.convert.families.parts import (
     ATTENTION,

@@ -1,8 +1,7 @@
-"""Qwen3-MoE: queries and keys normalised by head, no shared expert."""
+"""Converts Qwen3-MoE: query and key norms per head, no shared expert."""
 
 from dataclasses import replace
 
-from megalign.convert.config_file import ConfigFile
 from megalign.convert.families.parts import (
     ATTENTION,
     FIRST,
@@ -17,21 +16,22 @@ from megalign.convert.families.parts import (
     experts,
     moe_config,
 )
-from megalign.convert.model_config import MoeConfig
+from megalign.convert.hf.config_json import ConfigFile
 from megalign.convert.rules import Family, Window, register
+from megalign.model_config import MoeConfig
 
 
-def window(config: ConfigFile) -> Window:
-    """The window of all layers: unlike Qwen3's, it does not begin at `max_window_layers`."""
-    if not config.flag("use_sliding_window") or config.value("sliding_window") is None:
+def window(hf: ConfigFile) -> Window:
+    """Return the sliding window of all layers; unlike dense Qwen3's, it does not start at `max_window_layers`."""
+    if not hf.flag("use_sliding_window") or hf.value("sliding_window") is None:
         return None, ()
-    return config.whole("sliding_window"), ()
+    return hf.whole("sliding_window"), ()
 
 
-def moe(config: ConfigFile) -> MoeConfig:
-    """The experts of layers that have them."""
-    found = moe_config(config, ffn="moe_intermediate_size", normalize=config.flag("norm_topk_prob"))
-    return replace(found, dense_layers=dense_layers(config))
+def moe(hf: ConfigFile) -> MoeConfig:
+    """Read the experts' configuration and the dense layers."""
+    config = moe_config(hf, ffn="moe_intermediate_size", normalize=hf.flag("norm_topk_prob"))
+    return replace(config, dense_layers=dense_layers(hf))
 
 
 QWEN3_MOE = register(

@@ -1,0 +1,1 @@
+"""The job's configuration: typed sections, the YAML reader and the layout's arithmetic."""

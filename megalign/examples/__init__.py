@@ -1,0 +1,1 @@
+"""Example configurations, one for each loss; configs/ in the repository links to them."""

@@ -1,0 +1,1 @@
+"""Keeps log-probs under fixed weights by token ids, and scores with teachers."""

@@ -1,0 +1,50 @@
+"""Runs the command `rollout` on every rank of a job.
+
+Run: python -m megalign rollout CONFIG.yaml [key.sub=value ...]
+"""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+
+from megalign.config.job import JobConfig
+from megalign.engines.build import dtype_of
+from megalign.rollout.command import write_rollouts
+from megalign.runtime.distributed import World
+from megalign.runtime.ranks import gather, on_every_rank
+from megalign.runtime.status import DONE, Ending, write_status
+from megalign.schema import UserError
+from megalign.train.check import check
+from megalign.train.inputs import Inputs
+from megalign.train.outputs import with_date
+from megalign.train.run_dir import check_run_dir
+
+
+def rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
+    """Sample and reward all rounds with the model's weights as they are; exit code 0. Called on every rank."""
+
+    def read() -> Inputs:
+        if cfg.rollout is None:
+            raise UserError("rollout is missing; the command rollout needs the section")
+        if world.is_main:
+            check_run_dir(Path(cfg.run.dir))
+        return check(cfg, world.size)
+
+    cfg = with_date(cfg, gather(cfg.data.date or date.today().isoformat())[0])  # rank 0's day is every rank's
+    inputs = on_every_rank(read)
+    on_every_rank(lambda: Path(cfg.run.dir, "status.json").unlink(missing_ok=True) if world.is_main else None)
+    ending.take_over()
+    for note in inputs.notes if world.is_main else ():
+        print(note, flush=True)
+    from megalign.rollout.transformers_sampler import load_sampler  # transformers' models take seconds to import
+
+    sampler = load_sampler(inputs.policy.folder, inputs.tokenizer, dtype=dtype_of(cfg), device=world.device)
+    on_every_rank(
+        lambda: write_rollouts(
+            cfg, sampler, inputs.tokenizer, inputs.prompts, rank=world.rank, num_ranks=world.size, gather=gather
+        )
+    )
+    if world.is_main:
+        write_status(cfg.run.dir, DONE, "done", None)
+    return DONE
