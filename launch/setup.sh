@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-constraints=constraints-cpu.txt
+constraints="constraints-cpu.txt"
 stamp=.venv/.installed
 wanted=$(cat pyproject.toml "$constraints" | cksum)
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
@@ -27,7 +27,7 @@ echo "setup: installing into .venv ($("$python" --version)); this takes a few mi
 rm -f "$stamp"
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
 pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check)
-# First and by its exact version: only then does pip take the CPU wheel where one is offered.
+# torch first, by its exact version, because only then does pip choose the CPU wheel where one is offered.
 "${pip[@]}" "$(grep '^torch==' "$constraints")"
 "${pip[@]}" -c "$constraints" -e '.[dev,rollout]'
 echo "$wanted" >"$stamp"
