@@ -17,6 +17,7 @@ from megalign.doctor.finding import Finding
 from megalign.doctor.needed import FILES_A_RANK, OTHER_FILES, Written, gigabytes, model_of, written
 from megalign.doctor.storage_findings import judge_place
 from megalign.doctor.visit import Check, Visit
+from megalign.files import write_whole
 from megalign.train.run_dir import is_inside, nearest
 
 SEEN_S = 6.0  # for a file that another rank has written; a network file system's caches are a few seconds old
@@ -113,7 +114,7 @@ def _begun(base: Path) -> tuple[Path | None, str]:
     folder = base / f"{disk.PREFIX}{secrets.token_hex(8)}"
     try:
         folder.mkdir()
-        (folder / "0").write_text(folder.name)
+        write_whole(folder / "0", folder.name)
         disk.sweep(base, folder)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -126,7 +127,7 @@ def _exchange(visit: Visit, folder: Path, seen: dict[str, Any]) -> None:
     rank, main = visit.world.rank, visit.world.is_main
     seen["unseen"] = "" if main else disk.awaited(folder / "0", folder.name, time.monotonic() + SEEN_S)
     if not main and not seen["unseen"]:
-        seen["unwritable"] = _reason(lambda: (folder / str(rank)).write_text(f"{folder.name} {rank}"))
+        seen["unwritable"] = _reason(lambda: write_whole(folder / str(rank), f"{folder.name} {rank}"))
     answers = visit.share("files of the ranks", [seen["unseen"], seen.get("unwritable", "")])
     if main:
         came = [other for other, (unseen, unwritable) in enumerate(answers) if other and not unseen and not unwritable]
