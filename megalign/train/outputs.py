@@ -15,17 +15,11 @@ from megalign.convert.hf.model import HFModel
 from megalign.convert.hf.writer import specs_of
 from megalign.engines.build import dtype_of, engine_package, lora_of
 from megalign.schema import UserError
-from megalign.train.checkpoint import (
-    Facts,
-    ResumePoint,
-    check_whole,
-    find_checkpoint,
-    newer_than,
-    read_facts,
-    read_plain,
-)
+from megalign.train.checkpoint_facts import Facts, read_facts, read_plain
+from megalign.train.checkpoint_files import check_whole
 from megalign.train.fingerprint import Difference, describe, differences, is_allowed, job_digest, settings
 from megalign.train.inputs import Inputs
+from megalign.train.resume_point import ResumePoint, find_checkpoint, newer_than
 from megalign.train.run_dir import check_config_file, check_run_dir, holds_own, is_inside, nearest, probe
 from megalign.train.schedule import keeps_last
 

@@ -14,7 +14,8 @@ from megalign.convert.hf.export_dir import is_export
 from megalign.files import move, write_whole
 from megalign.rollout.command import ROLLOUT_FILE
 from megalign.schema import UserError
-from megalign.train.checkpoint import NAME, newer_than, write_latest
+from megalign.train.checkpoint import write_latest
+from megalign.train.resume_point import NAME, newer_than
 
 FOLDERS = ("checkpoints", "steps", "tensorboard")
 FILES = ("metrics.jsonl", "log.txt", "config.yaml", "status.json")

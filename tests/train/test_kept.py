@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
 from megalign.files import PartialFolder
 from megalign.runtime.distributed import process_group
-from megalign.train.checkpoint import Facts, find_checkpoint, latest, save_checkpoint
+from megalign.train.checkpoint import save_checkpoint
+from megalign.train.checkpoint_facts import Facts
+from megalign.train.resume_point import find_checkpoint, latest
 from tests.support.processes import on_two_ranks
 from tests.support.tiny_jobs import (
     NOW,

@@ -12,7 +12,7 @@ import pytest
 from megalign.config.job import load_config
 from megalign.preflight import main as preflight
 from megalign.train.check import check
-from megalign.train.checkpoint import Facts, read_facts
+from megalign.train.checkpoint_facts import Facts, read_facts
 from megalign.train.fingerprint import describe, differences, settings
 from tests.support.tiny_jobs import (
     CHARACTERS,
