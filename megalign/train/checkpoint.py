@@ -18,7 +18,7 @@ from megalign.convert.megatron.checkpoint_dir import FACTS, POINTER, replaced_pa
 from megalign.engines.protocol import Engine
 from megalign.files import move, sync_tree, write_whole
 from megalign.train.checkpoint_facts import FORMAT, Facts
-from megalign.train.checkpoint_files import FILES, file_sizes
+from megalign.train.checkpoint_files import FILES, describe_files
 from megalign.train.resume_point import NAME
 
 
@@ -48,7 +48,7 @@ def save_checkpoint(
     dist.barrier()
     if main:
         write_whole(partial / FACTS, json.dumps({"format": FORMAT, **asdict(facts)}, indent=1))
-        write_whole(partial / FILES, json.dumps(file_sizes(partial)))
+        write_whole(partial / FILES, json.dumps(describe_files(partial)))
         sync_tree(partial)
         replaced = None
         if final.exists():  # of a run that took this step before; renamed, it still counts until the new one does

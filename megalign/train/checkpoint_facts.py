@@ -15,6 +15,10 @@ FORMAT = 1  # of FACTS
 OLD_FACTS = "job.json"  # the job alone, in checkpoints of earlier versions
 
 
+class Damaged(UserError):
+    """Says that a checkpoint is not as it was written, so that an earlier one may serve."""
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """Holds facts about a checkpoint; `job` is None in one of an earlier version or of `hf_to_megatron.py`."""
@@ -61,7 +65,7 @@ def read_plain(folder: Path) -> dict[str, Any] | None:
         if version == FORMAT and path.name == FACTS:
             _check_kinds(plain)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({reason_of(error)}); must be as megalign wrote it") from None
+        raise Damaged(f"{path} cannot be read ({reason_of(error)}); must be as megalign wrote it") from None
     if version != FORMAT:
         raise UserError(f"{path}: format is {version!r}; must be {FORMAT}, which is what this version reads")
     return plain
