@@ -25,13 +25,14 @@ from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, during, write
 from megalign.train.check import check
 from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
-from megalign.train.job import Job, export_model, keep_instead, resume, save
+from megalign.train.job import Job, export_model, resume
 from megalign.train.outputs import Start, job_date, with_date
 from megalign.train.prepare import Engines, prepare
 from megalign.train.reporter import Reporter, start_log
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed
 from megalign.train.run_dir import open_run_dir
+from megalign.train.saves import keep_instead, save, settle
 from megalign.train.schedule import learning_rate
 from megalign.train.starting import agree_on_start
 from megalign.train.step_metrics import step_metrics
@@ -101,16 +102,20 @@ def _run(job: Job) -> int:
         with during(f"after step {job.step}", job.step):
             stop = _why_stop(job)
             if stop and job.step < job.num_steps:
-                save(job)
-                return _finish(job, STOPPED, stop)
+                problem = save(job, last=True)
+                return _finish(job, FAILED, f"{stop}, but {problem}") if problem else _finish(job, STOPPED, stop)
             for hook in SAVE_HOOKS:
                 hook(job, done)
+    with during(f"saving step {job.step}", job.step):
+        settle(job, wait=True)  # before an export that may fail
     problem = ""
     if cfg.export.hf_dir is not None:
         with during("exporting", job.step):
             problem = export_model(job)
     if problem:
         return _finish(job, FAILED, keep_instead(job, problem))
+    if job.unsaved:
+        return _finish(job, FAILED, job.unsaved)
     seconds = time.perf_counter() - job.began
     report_summary(job.report, cfg, step=job.step, begun_at=job.begun_at, seconds=seconds)
     return _finish(job, DONE, "done")
