@@ -50,7 +50,7 @@ from tests.support.megatron_saves import megatron_save
 from tests.support.processes import run_ranks
 from tests.support.tiny_jobs import write_model
 
-SIZES = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+SIZES = {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
 QUICK = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
 PLAIN, AT_ONCE, BESIDE, WAITED = "plain write and sync", "at once", "beside training", "beside training: waited"
 MEGATRON = "Megatron-Core's own"
