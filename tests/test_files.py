@@ -19,7 +19,6 @@ FILES = sorted((ROOT / "megalign").rglob("*.py"))
 OWN_WAYS = {
     "train/reporter.py": {"open"},
     "train/attempts.py": {"open"},
-    "convert/megatron/torch_dist.py": {"open"},
     "doctor/disk.py": {"open", "link"},
 }
 

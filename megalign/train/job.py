@@ -14,7 +14,8 @@ from megalign.runtime.command_line import program
 from megalign.runtime.distributed import World
 from megalign.runtime.status import during
 from megalign.train.cannot_learn import Doubts
-from megalign.train.checkpoint import Facts, save_checkpoint
+from megalign.train.checkpoint import save_checkpoint
+from megalign.train.checkpoint_facts import Facts
 from megalign.train.evaluation import Evaluation
 from megalign.train.feeds import Feed
 from megalign.train.inputs import Inputs

@@ -26,13 +26,14 @@ from megalign.train.check import check
 from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
 from megalign.train.job import Job, export_model, keep_instead, resume, save
-from megalign.train.outputs import Start, check_outputs, job_date, with_date
+from megalign.train.outputs import Start, job_date, with_date
 from megalign.train.prepare import Engines, prepare
 from megalign.train.reporter import Reporter, start_log
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed
 from megalign.train.run_dir import open_run_dir
 from megalign.train.schedule import learning_rate
+from megalign.train.starting import agree_on_start
 from megalign.train.step_metrics import step_metrics
 from megalign.train.summary import report_summary
 from megalign.train.time_limit import TimeLimit
@@ -49,8 +50,7 @@ def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     # All ranks use rank 0's day, and a resumed run the day on which it began.
     cfg = with_date(cfg, gather(on_every_rank(lambda: job_date(cfg) if world.is_main else None))[0])
     inputs = on_every_rank(lambda: check(cfg, world.size))
-    # Only rank 0 looks: the directory changes while other ranks would still be reading it.
-    start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs) if world.is_main else None))[0]
+    start = agree_on_start(cfg, inputs, world)
     kept = on_every_rank(lambda: _open_run_dir(cfg, start) if world.is_main else [])
     ending.take_over()
     start_log(run_dir, main=world.is_main)

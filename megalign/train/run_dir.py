@@ -14,7 +14,8 @@ from megalign.convert.hf.export_dir import is_export
 from megalign.files import move, write_whole
 from megalign.rollout.command import ROLLOUT_FILE
 from megalign.schema import UserError
-from megalign.train.checkpoint import NAME, newer_than, write_latest
+from megalign.train.checkpoint import write_latest
+from megalign.train.resume_point import NAME, checkpoints_in, newer_than, pointed_to, shown_name
 
 FOLDERS = ("checkpoints", "steps", "tensorboard")
 FILES = ("metrics.jsonl", "log.txt", "config.yaml", "status.json")
@@ -94,6 +95,8 @@ def open_run_dir(
             lines.append(_set_aside(run_dir, cfg.export.hf_dir, inputs))
         elif resumed is not None and (rolled_back or changed):
             lines += _set_back(run_dir, resumed if rolled_back else None)
+        if resumed is not None and pointed_to(resumed.parent) != shown_name(resumed):
+            write_latest(resumed.parent, shown_name(resumed))  # for tools, which take what it names
         write_whole(run_dir / "config.yaml", dump_config(cfg))
         (run_dir / "status.json").unlink(missing_ok=True)
     except OSError as error:
@@ -118,6 +121,9 @@ def _set_aside(run_dir: Path, hf_dir: str | None, inputs: Sequence[Path]) -> str
     aside, names = _free(run_dir), list((*FOLDERS, *FILES))
     if hf_dir is not None and is_inside(Path(hf_dir), run_dir) and is_export(Path(hf_dir)):
         names.append(str(Path(hf_dir).resolve().relative_to(run_dir.resolve())))
+    if any(is_inside(source, run_dir / "checkpoints") for source in inputs):
+        # The rest of them must not be taken for the new run's.
+        names += [f"checkpoints/{path.name}" for path in checkpoints_in(run_dir / "checkpoints")]
     moved = []
     for name in names:
         path = run_dir / name
