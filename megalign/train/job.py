@@ -73,6 +73,7 @@ def save(job: Job) -> Path:
             job=start.job,
             num_steps=job.num_steps,
             started_from=start.started_from,
+            step=job.step,
         ),
         keep=keep.keep,
         keep_every=keep.keep_every,
