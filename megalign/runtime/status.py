@@ -28,6 +28,8 @@ PEER_GONE = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed? ?out|remote process|by peer|NCCL.*abort",
     re.IGNORECASE,
 )
+# A status in which a rank reports no more than that: `explain` names the kinds of errors that torch raises for it.
+CONSEQUENCE = re.compile(rf"(?:RuntimeError|Dist\w*Error): .*(?:{PEER_GONE.pattern})", re.IGNORECASE)
 GLOO_NOISE = re.compile(r"\[\S+\.(?:cc|h):\d+\] | This is typically caused by a remote worker.*")
 PATIENCE_S = 5.0  # to wait for the status of the rank that failed first
 
@@ -78,6 +80,7 @@ def is_consequence(error: BaseException) -> bool:
 class Ending:
     """Reports this process's failure: the first rank that fails writes `status.json`, and no other.
 
+    One that only lost its connection to another may be the first to notice; the rank that failed replaces its status.
     Until `take_over`, a status in the run directory is another run's, which a refusal must not replace.
     """
 
@@ -105,13 +108,22 @@ class Ending:
         if self.run_dir is None or (not self.taken and is_of_another_run(self.run_dir)):
             write_result(code, replace=False)
             return
+        replace = self._holds_consequence(reason) if self.taken else not self._reported_since()
         with suppress(OSError, ValueError):  # the printed line and the exit code report it anyway
-            write_status(self.run_dir, code, reason, step, replace=not self.taken and not self._reported_since())
+            write_status(self.run_dir, code, reason, step, replace=replace)
 
     def _reported_since(self) -> bool:
         """Return whether a status has been written since this process began: another rank's, which failed first."""
         status = Path(str(self.run_dir), "status.json")
         return status.exists() and status.stat().st_mtime >= self.began
+
+    def _holds_consequence(self, reason: str) -> bool:
+        """Return whether the status there only follows from another failure, as `reason` does not."""
+        try:
+            held = json.loads(Path(str(self.run_dir), "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return CONSEQUENCE.search(str(held.get("reason"))) is not None and CONSEQUENCE.search(reason) is None
 
     def _written(self) -> list[Path]:
         result = os.environ.get(RESULT_FILE)
