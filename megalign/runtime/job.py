@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,7 +17,8 @@ from megalign.config.yaml_file import hinted_run_dir
 from megalign.runtime.discovery import adopt_launcher
 from megalign.runtime.distributed import MeetingError, World, launched, process_group
 from megalign.runtime.ranks import SharedError, on_every_rank
-from megalign.runtime.status import BAD_INPUT, FAILED, Ending, explain, leave, refuse
+from megalign.runtime.status import BAD_INPUT, FAILED, Ending, explain, leave, refuse, write_result
+from megalign.runtime.stop import Stop
 from megalign.schema import UserError
 
 TIMEOUT_S = 600.0  # for joining the ranks where no configuration could be read
@@ -26,10 +26,10 @@ TIMEOUT_S = 600.0  # for joining the ranks where no configuration could be read
 Run: TypeAlias = Callable[[JobConfig, World, Ending], int]
 
 
-def run_job(args: argparse.Namespace, problem: UserError | None, load: Callable[[], Run]) -> int:
+def run_job(args: argparse.Namespace, problem: UserError | None, load: Callable[[], Run], stop: Stop) -> int:
     """Read the configuration, join the ranks and run what `load` imports on each of them; return the exit code.
 
-    problem: what is wrong with the command line, if anything; it is raised on every rank.
+    problem: what is wrong with the command line, if anything; it is raised on every rank. stop: listens to signals.
     """
     read = _read(args) if problem is None else problem
 
@@ -47,7 +47,16 @@ def run_job(args: argparse.Namespace, problem: UserError | None, load: Callable[
         run_dir, timeout_s = read.run.dir, read.watchdog.timeout_s
     else:
         run_dir, timeout_s = hinted_run_dir(args.config, args.overrides), TIMEOUT_S
-    ending = Ending(run_dir)
+    ending = Ending(run_dir, stop=stop)
+
+    def report(code: int, reason: str) -> None:
+        """Report a signal that ends this process at once; before the ranks began there is no run of this job."""
+        if code == FAILED:
+            ending.write(code, reason, None)
+        else:
+            write_result(code, replace=False)
+
+    stop.report = report
     try:
         adopt_launcher(timeout_s)
         _, num_ranks, _ = launched()  # after the command line, which names the directory for the status
@@ -82,10 +91,11 @@ def work_on_rank(work: Callable[[World], int], world: World, ending: Ending) -> 
         if world.size == 1:
             return refuse(error, ending.run_dir, taken=ending.taken)
         # The others do not know of it and may wait for this rank: as with a failure, only its end frees them.
+        ending.stop.ignore()
         shown = UserError(f"rank {world.rank} of {world.size}: {error}")
         _end(refuse(shown, ending.run_dir, taken=ending.taken))
     except (Exception, SystemExit) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, if another rank has failed too: report first
+        ending.stop.ignore()
         reason, step = explain(error)
         who = f"rank {world.rank} of {world.size}"
         if world.size > 1 and ending.reported_by_another(error):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megalign.files import write_whole
+from megalign.runtime.stop import Stop
 from megalign.schema import UserError
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -87,6 +88,7 @@ class Ending:
     run_dir: str | None = None
     taken: bool = False
     began: float = field(default_factory=time.time)
+    stop: Stop = field(default_factory=Stop)
 
     def take_over(self) -> None:
         """Note that the run directory is this job's and holds no earlier status; called on every rank."""
