@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from megalign.files import write_whole
+from megalign.runtime.heart import Counts, Heart
 from megalign.runtime.stop import Stop
 from megalign.schema import UserError
 
@@ -60,7 +61,8 @@ def explain(error: BaseException) -> tuple[str, int | None]:
     cause = _cause(error)
     frames = traceback.extract_tb(cause.__traceback__)
     calls = [frame.name for frame in frames if Path(frame.filename).name == "distributed_c10d.py"]
-    ours = [frame.name for frame in frames if "megalign" in Path(frame.filename).parts]
+    calls = [name for name in calls if not name.startswith("_")] or calls
+    ours = [frame.name for frame in frames if "megalign" in Path(frame.filename).parts and frame.name.isidentifier()]
     inside = f"{calls[-1]} of {ours[-1]}" if calls and ours else ""
     text = GLOO_NOISE.sub("", " ".join(f"{type(cause).__name__}: {cause}".split()))
     return ": ".join(part for part in (doing, inside, text) if part), step
@@ -77,6 +79,28 @@ def is_consequence(error: BaseException) -> bool:
     return isinstance(cause, RuntimeError) and PEER_GONE.search(str(cause)) is not None
 
 
+class Watch(Protocol):
+    """Declares what an ending needs of a `runtime.watchdog.Watchdog`, whose module imports torch."""
+
+    def report_in(self, run_dir: Path) -> None:
+        """Write reports into the run directory from now on."""
+
+    def missing(self) -> str:
+        """Return which other rank has ended without a word; "" where all are there."""
+
+    def silent(self) -> str:
+        """Return which other rank gives no sign of life for a few intervals; "" where all do."""
+
+    def await_end(self) -> None:
+        """Wait for the end of the process if the watchdog is about to end it."""
+
+    def leave(self) -> None:
+        """Stop watching without a word to the others, which learn that this rank has ended."""
+
+    def close(self) -> None:
+        """Say that this rank ends by itself, and stop watching."""
+
+
 @dataclass
 class Ending:
     """Reports this process's failure: the first rank that fails writes `status.json`, and no other.
@@ -89,10 +113,14 @@ class Ending:
     taken: bool = False
     began: float = field(default_factory=time.time)
     stop: Stop = field(default_factory=Stop)
+    heart: Heart = field(default_factory=Heart)
+    watchdog: Watch | None = None
 
     def take_over(self) -> None:
         """Note that the run directory is this job's and holds no earlier status; called on every rank."""
         self.taken = True
+        if self.watchdog is not None and self.run_dir is not None:
+            self.watchdog.report_in(Path(self.run_dir))
 
     def reported_by_another(self, error: BaseException) -> bool:
         """Wait a few seconds for another rank to write the failure that caused `error`; return whether it did."""
@@ -100,10 +128,24 @@ class Ending:
             return False
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
+            # Before the look for a status, which a rank writes before it ends.
+            ended = self.watchdog is not None and self.watchdog.missing()
             if any(path.exists() for path in self._written()):
                 return True
+            if ended:
+                break
             time.sleep(0.1)
         return False
+
+    @contextmanager
+    def during(self, doing: str, step: int | None, *, counts: Counts = "beats") -> Iterator[None]:
+        """Name the phase inside the block to the watchdog, and to who reads of an error in it, as `during` does."""
+        with self.heart.during(doing, step, counts=counts), during(doing, step):
+            yield
+
+    def missing(self) -> str:
+        """Return which other rank has ended without a word, or gives no sign of life; "" where that is not known."""
+        return "" if self.watchdog is None else self.watchdog.missing() or self.watchdog.silent()
 
     def write(self, code: int, reason: str, step: int | None) -> None:
         """Write a failure's status unless a rank has written one, or the directory is another run's."""

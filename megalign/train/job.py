@@ -12,6 +12,7 @@ from megalign.engines.export import ExportFailed, export
 from megalign.engines.protocol import Engine
 from megalign.runtime.command_line import program
 from megalign.runtime.distributed import World
+from megalign.runtime.heart import Heart
 from megalign.runtime.status import during
 from megalign.runtime.stop import Stop
 from megalign.train.cannot_learn import Doubts
@@ -45,6 +46,7 @@ class Job:
     begun_at: int = 0  # steps finished before this start
     bad_steps: int = 0
     stop: Stop = field(default_factory=Stop)
+    heart: Heart = field(default_factory=Heart)
     modes: set[str] = field(default_factory=set)  # the pass modes that the log has named
     limit: TimeLimit = field(default_factory=TimeLimit)
 

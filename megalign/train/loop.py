@@ -19,11 +19,12 @@ from megalign.engines.step import StepBatch, StepResult, accumulate
 from megalign.runtime.discovery import allocation_end
 from megalign.runtime.distributed import World, make_deterministic
 from megalign.runtime.ranks import gather, max_over_job, on_every_rank
-from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, during, write_status
+from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, write_status
 from megalign.runtime.stop import Stop
 from megalign.train.check import check
 from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
+from megalign.train.inputs import Inputs
 from megalign.train.job import Job, export_model, keep_instead, resume, save
 from megalign.train.outputs import Start, check_outputs, job_date, with_date
 from megalign.train.prepare import Engines, prepare
@@ -64,7 +65,7 @@ def _train(cfg: JobConfig, world: World, ending: Ending) -> int:
     run_dir, began = Path(cfg.run.dir), time.perf_counter()
     # All ranks use rank 0's day, and a resumed run the day on which it began.
     cfg = with_date(cfg, gather(on_every_rank(lambda: job_date(cfg) if world.is_main else None))[0])
-    inputs = on_every_rank(lambda: check(cfg, world.size))
+    inputs = on_every_rank(lambda: _read(cfg, world, ending))
     # Only rank 0 looks: the directory changes while other ranks would still be reading it.
     start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs) if world.is_main else None))[0]
     _leave_if_asked(ending.stop, world)
@@ -81,15 +82,21 @@ def _train(cfg: JobConfig, world: World, ending: Ending) -> int:
             report.say(
                 "neither checkpoint.every nor export.hf_dir is set: a checkpoint after the last step keeps the model"
             )
-        with during("before the first step", None):
+        with ending.during("before the first step", None, counts="bytes"):
             job = prepare(engines, report, began=began)
-        job.limit, job.stop = TimeLimit(allocation_end()), ending.stop
+        job.limit, job.stop, job.heart = TimeLimit(allocation_end()), ending.stop, ending.heart
         leave()
-        with during(f"loading {start.checkpoint}", None):
+        with ending.during(f"loading {start.checkpoint}", None, counts="bytes"):
             resume(job)
         if job.step < job.num_steps:
             leave()
-        return _run(job)
+        return _run(job, ending)
+
+
+def _read(cfg: JobConfig, world: World, ending: Ending) -> Inputs:
+    """Read and check all inputs; this rank waits for no other meanwhile."""
+    with ending.heart.during("reading the inputs", counts="work"):
+        return check(cfg, world.size)
 
 
 def _leave_if_asked(stop: Stop, world: World) -> None:
@@ -116,34 +123,40 @@ def _open_run_dir(cfg: JobConfig, start: Start) -> list[str]:
     )
 
 
-def _run(job: Job) -> int:
+def _run(job: Job, ending: Ending) -> int:
     """Take the steps, then export; return the exit code."""
     cfg = job.cfg
     if line := job.limit.begin():
         job.report.say(line)
     job.report.begin(job.step)
     if job.step == 0 and evaluation_due(cfg, 0, job.num_steps):
-        with during("evaluating before the first step", None):
+        with ending.during("evaluating before the first step", None):
             job.report.evaluation({"step": 0, **job.feed.position(0), **evaluation_metrics(job)})
     while job.step < job.num_steps:
-        with during(f"step {job.step + 1}", job.step):
+        with ending.during(f"step {job.step + 1}", job.step):
             done = _step(job)
-        with during(f"after step {job.step}", job.step):
+        with ending.during(f"after step {job.step}", job.step):
             stop = _why_stop(job)
             if stop and job.step < job.num_steps:
-                save(job)
-                return _finish(job, STOPPED, stop)
+                return _stop(job, stop)
             for hook in SAVE_HOOKS:
                 hook(job, done)
     problem = ""
     if cfg.export.hf_dir is not None:
-        with during("exporting", job.step):
+        with ending.during("exporting", job.step, counts="bytes"):
             problem = export_model(job)
     if problem:
         return _finish(job, FAILED, keep_instead(job, problem))
     seconds = time.perf_counter() - job.began
     report_summary(job.report, cfg, step=job.step, begun_at=job.begun_at, seconds=seconds)
     return _finish(job, DONE, "done")
+
+
+def _stop(job: Job, reason: str) -> int:
+    """Save before the run's end; return the exit code."""
+    with job.heart.during(f"saving step {job.step}", job.step, counts="bytes"):
+        save(job)
+    return _finish(job, STOPPED, reason)
 
 
 def _step(job: Job) -> StepDone:
@@ -174,7 +187,8 @@ def _next_batch(job: Job) -> StepBatch:
     rollout = feed.rollout
     number = job.step // rollout.updates_per_round + 1
     job.report.doing(f"sampling round {number}")
-    batch = feed.batch(job.step)
+    with job.heart.during(f"sampling round {number}", job.step):
+        batch = feed.batch(job.step)
     job.report.doing("training")
     report_round(job.report, number, rollout.rounds, feed.records, feed.stats(job.step), feed.tokenizer)
     for doubt in job.doubts.of_round(number, feed.records, feed.stats(job.step)):

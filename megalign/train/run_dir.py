@@ -13,10 +13,11 @@ from megalign.config.job import JobConfig, dump_config, load_config
 from megalign.convert.hf.export_dir import is_export
 from megalign.files import move, write_whole
 from megalign.rollout.command import ROLLOUT_FILE
+from megalign.runtime.hang_report import FOLDER as HANG_REPORT
 from megalign.schema import UserError
 from megalign.train.checkpoint import NAME, newer_than, write_latest
 
-FOLDERS = ("checkpoints", "steps", "tensorboard")
+FOLDERS = ("checkpoints", "steps", "tensorboard", HANG_REPORT)
 FILES = ("metrics.jsonl", "log.txt", "config.yaml", "status.json")
 OWN = (*FOLDERS, *FILES, ROLLOUT_FILE)  # all names that a job, or the command rollout, writes in a run directory
 
