@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from megalign.runtime.ranks import span
+
 WAITING_CODE = ("torch", "megatron", "deepspeed")  # packages in whose functions a call of `wait` waits for ranks
 
 
@@ -103,8 +105,7 @@ def judge(
 
 def _named(ranks: list[int], size: int) -> str:
     """Return ranks in words: the first of them leads a status's reason."""
-    more = "" if len(ranks) == 1 else f" and {len(ranks) - 1} more ({', '.join(map(str, ranks[1:9]))})"
-    return f"rank {ranks[0]} of {size}{more}"
+    return f"{span(ranks)} of {size}"
 
 
 def _rest(present: Mapping[int, Seen], named: list[int], size: int) -> str:

@@ -21,6 +21,7 @@ from megalign.runtime.distributed import World, make_deterministic
 from megalign.runtime.ranks import gather, max_over_job, on_every_rank
 from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, write_status
 from megalign.runtime.stop import Stop
+from megalign.train.alike import check_alike, rank_items
 from megalign.train.check import check
 from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
@@ -66,6 +67,10 @@ def _train(cfg: JobConfig, world: World, ending: Ending) -> int:
     # All ranks use rank 0's day, and a resumed run the day on which it began.
     cfg = with_date(cfg, gather(on_every_rank(lambda: job_date(cfg) if world.is_main else None))[0])
     inputs = on_every_rank(lambda: _read(cfg, world, ending))
+    if world.size > 1:
+        with ending.heart.during("digesting the inputs", counts="work"):
+            items = rank_items(cfg, inputs)
+        check_alike(cfg, items)
     # Only rank 0 looks: the directory changes while other ranks would still be reading it.
     start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs) if world.is_main else None))[0]
     _leave_if_asked(ending.stop, world)
