@@ -12,7 +12,9 @@ from megalign.engines.export import ExportFailed, export
 from megalign.engines.protocol import Engine
 from megalign.runtime.command_line import program
 from megalign.runtime.distributed import World
+from megalign.runtime.heart import Heart
 from megalign.runtime.status import during
+from megalign.runtime.stop import Stop
 from megalign.train.cannot_learn import Doubts
 from megalign.train.checkpoint import save_checkpoint
 from megalign.train.checkpoint_facts import Facts
@@ -45,7 +47,8 @@ class Job:
     saved: Path | None = None  # the checkpoint of this run that holds `step`
     begun_at: int = 0  # steps finished before this start
     bad_steps: int = 0
-    signalled: str = ""
+    stop: Stop = field(default_factory=Stop)
+    heart: Heart = field(default_factory=Heart)
     modes: set[str] = field(default_factory=set)  # the pass modes that the log has named
     limit: TimeLimit = field(default_factory=TimeLimit)
 

@@ -106,9 +106,10 @@ def _for_rounds(engines: Engines) -> Ready:
     assert cfg.rollout is not None
     policy = engines.initial(trainable=True)
     fixed = _fixed_reference(engines, policy)
-    sampler = empty_sampler(inputs.policy.folder, inputs.tokenizer, dtype=dtype_of(cfg), device=engines.world.device)
+    dtype, world = dtype_of(cfg), engines.world
+    sampler = empty_sampler(inputs.policy.folder, inputs.tokenizer, dtype=dtype, device=world.device, beat=world.beat)
     reward = choose_reward(cfg.rollout.reward)
-    source = LiveSampling(cfg, policy, sampler, inputs.tokenizer, inputs.prompts, reward)
+    source = LiveSampling(cfg, policy, sampler, inputs.tokenizer, inputs.prompts, reward, world.beat)
     vocab_size = inputs.policy.facts.vocab_size
     feed = RoundFeed(cfg, source, policy, fixed, inputs.tokenizer, vocab_size, len(inputs.prompts))
     evaluation = partial(held_out_reward, source, inputs.held_out_prompts)
