@@ -22,12 +22,14 @@ from megalign.engines.protocol import Engine
 from megalign.engines.saving import Saving, Written, listing
 from megalign.files import move, sync, sync_tree, write_whole, writing
 from megalign.runtime.ranks import gather, on_every_rank
+from megalign.runtime.versions import versions
 from megalign.schema import UserError
 from megalign.train.checkpoint_facts import FORMAT, Facts
 from megalign.train.checkpoint_files import FILES, file_sizes
 from megalign.train.resume_point import NAME
 from megalign.train.round_file import ROUND, round_text
 
+CONFIG = "config.yaml"
 OWN_BYTES = 1 << 20  # at most, of what is written beside tensors and the round in progress
 
 
@@ -36,7 +38,8 @@ class Target:
     """Describes a checkpoint to write, `checkpoints/step_<step>`, and which older ones it leaves.
 
     The newest `keep` stay, and every `keep_every`-th step's. feed: the state of the data's feed, needed on rank 0.
-    spare: the directory that `checkpoint.resume` names, which a restart must find again.
+    config: the job's configuration as text, if it is to be kept. spare: the directory that `checkpoint.resume` names,
+    which a restart must find again.
     """
 
     run_dir: Path
@@ -46,6 +49,7 @@ class Target:
     keep_every: int
     spare: str | None
     feed: dict[str, Any]
+    config: str = ""
 
     @property
     def folder(self) -> Path:
@@ -138,7 +142,10 @@ def _publish(target: Target, saving: Saving, written: Sequence[Written]) -> None
     folder, partial, final = target.folder, target.partial, target.final
     saving.finish([each.about for each in written])
     with writing(final):
-        write_whole(partial / FACTS, json.dumps({"format": FORMAT, **asdict(target.facts)}, indent=1))
+        facts = {"format": FORMAT, **asdict(target.facts), "versions": versions()}
+        write_whole(partial / FACTS, json.dumps(facts, indent=1))
+        if target.config:
+            write_whole(partial / CONFIG, target.config)
         files = {name: found for each in written for name, found in each.files.items()}
         others = [name for name in file_sizes(partial) if name not in files]
         for name in others:  # those of ranks are synced by them

@@ -31,6 +31,7 @@ class Facts:
     job: dict[str, Any] | None = None  # its fingerprint
     num_steps: int | None = None
     started_from: str | None = None  # the directory that `checkpoint.resume` named
+    step: int | None = None  # that it is after; None in checkpoints of earlier versions
 
 
 def read_facts(folder: Path) -> Facts:
@@ -85,6 +86,8 @@ def _check_kinds(plain: dict[str, Any]) -> None:
     for key, kind in kinds.items():
         if not isinstance(plain[key], kind):
             raise TypeError(f"{key} is {plain[key]!r}")
+    if not isinstance(plain.get("step"), int | None):
+        raise TypeError(f"step is {plain['step']!r}")
     adapters = plain["adapters"]
     kinds = {} if adapters is None else {"rank": int, "alpha": int | float, "targets": list}
     for key, kind in kinds.items():

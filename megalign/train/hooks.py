@@ -74,13 +74,18 @@ def save_if_due(job: Job, done: StepDone) -> None:
     settle(job, wait=False)
     every, is_last = job.save_every, job.step == job.num_steps
     if (every and job.step % every == 0) or (is_last and keeps_last(job.cfg, job.num_steps)):
-        save(job, last=is_last)
+        with job.heart.during(f"saving step {job.step}", job.step, counts="bytes"):
+            save(job, last=is_last)
 
 
 def export_if_due(job: Job, done: StepDone) -> None:
     """Export the model every `export.every` steps; after the last the loop exports itself."""
     every = job.cfg.export.every
-    if every and job.step % every == 0 and job.step < job.num_steps and (problem := export_model(job)):
+    if not every or job.step % every or job.step >= job.num_steps:
+        return
+    with job.heart.during(f"exporting step {job.step}", job.step, counts="bytes"):
+        problem = export_model(job)
+    if problem:
         job.report.say(f"{problem}; training goes on")
 
 
@@ -94,4 +99,5 @@ def evaluation_metrics(job: Job) -> dict[str, float]:
     assert job.evaluation is not None
     job.report.doing("evaluating")
     began = time.perf_counter()
-    return {**job.evaluation(), "eval_seconds": time.perf_counter() - began}
+    with job.heart.during(f"evaluating after step {job.step}", job.step):
+        return {**job.evaluation(), "eval_seconds": time.perf_counter() - began}

@@ -11,12 +11,15 @@ from megalign.engines.build import lora_of
 from megalign.engines.export import ExportFailed, export
 from megalign.engines.protocol import Engine
 from megalign.runtime.distributed import World
+from megalign.runtime.heart import Heart
+from megalign.runtime.stop import Stop
 from megalign.train.cannot_learn import Doubts
+from megalign.train.cut_back import keep_metrics_up_to, later_dumps
 from megalign.train.evaluation import Evaluation
 from megalign.train.feeds import Feed
 from megalign.train.inputs import Inputs
 from megalign.train.outputs import Start
-from megalign.train.reporter import Reporter, keep_metrics_up_to
+from megalign.train.reporter import Reporter
 from megalign.train.round_file import read_round
 from megalign.train.schedule import resume_lines, save_every
 from megalign.train.time_limit import TimeLimit
@@ -41,7 +44,8 @@ class Job:
     saved: Path | None = None  # the checkpoint of this run that holds `step`
     begun_at: int = 0  # steps finished before this start
     bad_steps: int = 0
-    signalled: str = ""
+    stop: Stop = field(default_factory=Stop)
+    heart: Heart = field(default_factory=Heart)
     modes: set[str] = field(default_factory=set)  # the pass modes that the log has named
     limit: TimeLimit = field(default_factory=TimeLimit)
     pending: Any = None  # the checkpoint that is written beside training
@@ -82,7 +86,7 @@ def export_model(job: Job) -> str:
 
 
 def resume(job: Job) -> None:
-    """Load the checkpoint to resume from, if any; drop the metrics of steps that are still to be taken."""
+    """Load the checkpoint to resume from, if any; drop metrics and dumps of steps that are still to be taken."""
     start, checkpoint = job.start, job.start.checkpoint
     if checkpoint is not None:
         extra = job.engine.load(checkpoint)
@@ -96,8 +100,16 @@ def resume(job: Job) -> None:
         for line in resume_lines(job.cfg, job.step, job.num_steps, start.num_steps_before):
             job.report.say(line)
     if job.world.is_main:
-        again = keep_metrics_up_to(job.run_dir, job.step)
-        if again:
-            job.report.say(
-                f"metrics.jsonl: the lines of steps {again[0]} to {again[-1]} are dropped; these steps are taken again"
-            )
+        _cut_back(job)
+
+
+def _cut_back(job: Job) -> None:
+    """Drop what the run directory holds of steps after the job's; the log names the steps."""
+    dumps = later_dumps(job.run_dir, job.step)
+    again = {"metrics.jsonl: the lines": keep_metrics_up_to(job.run_dir, job.step)}
+    again["steps: the files"] = [int(path.stem.removeprefix("step_")) for path in dumps]
+    for path in dumps:
+        path.unlink()
+    for what, steps in again.items():
+        if steps:
+            job.report.say(f"{what} of steps {steps[0]} to {steps[-1]} are dropped; these steps are taken again")

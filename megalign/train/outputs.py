@@ -43,6 +43,7 @@ class Start:
     changed: tuple[str, ...] = ()
     started_from: str | None = None
     num_steps_before: int | None = None
+    step: int = 0  # that the checkpoint is after; 0 where it does not say, or there is none
     notes: tuple[str, ...] = ()  # for the log
 
 
@@ -169,6 +170,7 @@ def _go_on(cfg: JobConfig, point: ResumePoint, start: Start) -> Start:
         changed=tuple(difference.key for difference in changes),
         started_from=saved.get("started_from") if goes_on else named,
         num_steps_before=saved.get("num_steps"),
+        step=saved.get("step") or 0,
         notes=tuple(notes),
     )
 

@@ -95,6 +95,8 @@ def find_newest(holder: Path, damaged: Mapping[Path, str] = NONE) -> Newest:
             problems.append(str(error))
             continue
         return Newest(folder, tuple(problems))
+    if not problems and (holder / POINTER).exists():  # somebody has moved them
+        problems.append(f"{holder / POINTER}: checkpoint is {pointed_to(holder)!r}; must be one that is there: none")
     return Newest(None, tuple(problems))
 
 

@@ -13,12 +13,15 @@ from megalign.config.job import JobConfig, dump_config, load_config
 from megalign.convert.hf.export_dir import is_export
 from megalign.files import move, write_whole
 from megalign.rollout.command import ROLLOUT_FILE
+from megalign.runtime.hang_report import FOLDER as HANG_REPORT
 from megalign.schema import UserError
 from megalign.train.checkpoint import write_latest
+from megalign.train.cut_back import later_dumps
 from megalign.train.resume_point import NAME, checkpoints_in, newer_than, pointed_to, shown_name
+from megalign.train.trackers import WANDB_ID
 
-FOLDERS = ("checkpoints", "steps", "tensorboard")
-FILES = ("metrics.jsonl", "log.txt", "config.yaml", "status.json")
+FOLDERS = ("checkpoints", "steps", "tensorboard", HANG_REPORT)
+FILES = ("metrics.jsonl", "log.txt", "config.yaml", "status.json", WANDB_ID)
 OWN = (*FOLDERS, *FILES, ROLLOUT_FILE)  # all names that a job, or the command rollout, writes in a run directory
 
 
@@ -140,6 +143,8 @@ def _set_back(run_dir: Path, checkpoint: Path | None) -> list[str]:
     for name in ("metrics.jsonl", "config.yaml"):
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(run_dir / name, aside / name)
+    if (run_dir / WANDB_ID).exists():  # the steps that are taken again go to another run there
+        move(run_dir / WANDB_ID, aside / WANDB_ID)
     newer = [] if checkpoint is None else newer_than(checkpoint)
     if checkpoint is not None and newer:
         # First, so that from now on no run resumes from the newer ones.
@@ -148,8 +153,16 @@ def _set_back(run_dir: Path, checkpoint: Path | None) -> list[str]:
         for path in newer:
             move(path, aside / "checkpoints" / path.name)
         write_latest(aside / "checkpoints", newer[-1].name)
+        _keep_dumps(run_dir, aside, int(shown_name(checkpoint).removeprefix("step_")))
     names = ", ".join(["metrics.jsonl", "config.yaml", *(path.name for path in newer)])
     return [f"the run's state before this resume is kept in {aside}: {names}"]
+
+
+def _keep_dumps(run_dir: Path, aside: Path, step: int) -> None:
+    """Move the dumps of steps after `step` aside."""
+    for path in later_dumps(run_dir, step):
+        (aside / "steps").mkdir(exist_ok=True)
+        move(path, aside / "steps" / path.name)
 
 
 def holds_own(run_dir: Path, path: Path) -> bool:

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Thread
 
+from megalign.config.job import dump_config
 from megalign.engines.build import lora_of
 from megalign.engines.saving import Saving, Written
 from megalign.runtime.command_line import program
@@ -37,6 +38,7 @@ def save(job: Job, *, last: bool = False) -> str:
     settle(job, wait=True)
     if job.holds_step:
         return ""
+    job.report.keep()
     copied, began = job.cfg.checkpoint.async_save and not last, time.perf_counter()
     target = _target(job)
     try:
@@ -101,11 +103,13 @@ def _target(job: Job) -> Target:
             job=start.job,
             num_steps=job.num_steps,
             started_from=start.started_from,
+            step=job.step,
         ),
         keep=keep.keep,
         keep_every=keep.keep_every,
         spare=start.started_from,
         feed=job.feed.state() if job.world.is_main else {},
+        config=dump_config(job.cfg),
     )
 
 

@@ -326,3 +326,7 @@ def test_no_checkpoints_are_a_fresh_start(tmp_path):
     assert find_checkpoint(tmp_path, "auto") is None
     (tmp_path / "checkpoints" / ".step_00000001.partial").mkdir(parents=True)
     assert find_checkpoint(tmp_path, "auto") is None
+    # But where `latest` names one, there was one: beginning anew in silence would lose the run.
+    (tmp_path / "checkpoints" / "latest").write_text('{"checkpoint": "step_00000004"}')
+    with pytest.raises(UserError, match=r"latest: checkpoint is 'step_00000004'; must be one that is there: none; "):
+        find_checkpoint(tmp_path, "auto")

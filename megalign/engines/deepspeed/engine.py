@@ -107,6 +107,7 @@ class DeepSpeedEngine:
         self.policy.eval()
         with torch.no_grad():
             for batch in batches:
+                self.ranks.beat()
                 self.policy(partial(self.policy.loss, batch, score))
         return results
 
@@ -124,6 +125,7 @@ class DeepSpeedEngine:
         gradients.forget(self.ds)
         self.policy.train()
         for index, batch in enumerate(batches):
+            self.ranks.beat()
 
             def loss_of_head(head: Head, index: int = index) -> Tensor:
                 loss, payload = objective(index, head)

@@ -162,6 +162,7 @@ class MegatronEngine:
 
         def step(iterator: Iterator[tuple[int, MicroBatch, ContextPart]], model: Any) -> tuple[Tensor, Any]:
             index, batch, part = next(iterator)
+            shard.options.beat()
             chunk: PolicyModel = getattr(model, "module", model)
             hidden = model(
                 part.token_L.to(device),
