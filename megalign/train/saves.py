@@ -11,6 +11,7 @@ from megalign.config.job import dump_config
 from megalign.engines.build import lora_of
 from megalign.engines.saving import Saving, Written
 from megalign.runtime.command_line import program
+from megalign.runtime.ranks import on_every_rank
 from megalign.runtime.status import during
 from megalign.schema import UserError
 from megalign.train.checkpoint import Target, begin, finish, removed_on_failure
@@ -38,10 +39,10 @@ def save(job: Job, *, last: bool = False) -> str:
     settle(job, wait=True)
     if job.holds_step:
         return ""
-    job.report.keep()
     copied, began = job.cfg.checkpoint.async_save and not last, time.perf_counter()
     target = _target(job)
     try:
+        on_every_rank(job.report.keep)
         with removed_on_failure(target):
             saving = begin(job.engine, target, {"step": job.step, "bad_steps": job.bad_steps}, copied=copied)
             if not copied:
