@@ -23,6 +23,7 @@ from megalign.files import CheckedFile, checksum
 from megalign.runtime.distributed import process_group
 from megalign.schema import UserError
 from megalign.train.metrics_file import MetricsFile
+from megalign.train.resume_point import latest
 from megalign.train.saves import save, settle
 from tests.support.processes import on_two_ranks, run_ranks
 from tests.support.tiny_jobs import (
@@ -295,3 +296,23 @@ def test_long_runs_save_unasked(folder, tmp_path):
     assert checkpoint_steps(tmp_path / "run") == [200, 201]
     assert "checkpoint.every is not set: a checkpoint every 200 steps" in (tmp_path / "run/log.txt").read_text()
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 201
+
+
+def test_the_last_step_is_on_the_disk_while_it_is_exported(folder, tmp_path):
+    """And no longer: only what was there before stays, and `latest` names it."""
+    run = tmp_path / "run"
+    job = [folder / "job.yaml", f"run.dir={run}", f"export.hf_dir={tmp_path}/hf", "checkpoint.every=none"]
+    assert train(*job, NOW) == 75
+    assert train(*job) == 0
+    assert checkpoint_steps(run) == [1] and latest(run / "checkpoints") == run / "checkpoints" / "step_00000001"
+    log = (run / "log.txt").read_text()
+    last = f"{run}/checkpoints/step_00000003"
+    assert log.index(f"saved {last}") < log.index("exported ") < log.index(f"removed {last}, since")
+    # Where there is no room for it, the export goes ahead.
+    files_may_have(TOO_SMALL)
+    try:
+        assert train(*job, f"run.dir={tmp_path}/other", f"export.hf_dir={tmp_path}/other_hf") == 0
+    finally:
+        files_may_have(resource.RLIM_INFINITY)
+    assert checkpoint_steps(tmp_path / "other") == []
+    assert "step 3 is not saved" in (tmp_path / "other/log.txt").read_text()
