@@ -22,6 +22,7 @@ from megalign.runtime.discovery import allocation_end
 from megalign.runtime.distributed import World, make_deterministic
 from megalign.runtime.ranks import gather, on_every_rank
 from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, during, write_status
+from megalign.train.bad_steps import skip
 from megalign.train.check import check
 from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
@@ -166,13 +167,7 @@ def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
     rate = learning_rate(cfg.optimizer, job.step + 1, job.num_steps)
     norm = job.engine.update(rate) if finite else None
     if norm is None or not math.isfinite(norm):
-        job.bad_steps += 1
-        problem = f"loss {result.loss}, gradient norm {norm}"
-        if job.bad_steps > cfg.run.max_bad_steps:
-            raise RuntimeError(f"{problem}; bad steps {job.bad_steps}, run.max_bad_steps {cfg.run.max_bad_steps}")
-        job.report.say(
-            f"step {job.step + 1}: {problem}; skipped, {job.bad_steps} of run.max_bad_steps {cfg.run.max_bad_steps}"
-        )
+        skip(job, batch, result, f"loss {result.loss}, gradient norm {norm}")
     return result, math.nan if norm is None else norm
 
 
