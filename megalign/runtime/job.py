@@ -18,7 +18,7 @@ from megalign.config.yaml_file import hinted_run_dir
 from megalign.runtime.discovery import adopt_launcher
 from megalign.runtime.distributed import MeetingError, World, launched, process_group
 from megalign.runtime.ranks import SharedError, on_every_rank
-from megalign.runtime.status import BAD_INPUT, FAILED, Ending, explain, leave, refuse
+from megalign.runtime.status import FAILED, Ending, code_of, explain, leave, refuse
 from megalign.schema import UserError
 
 TIMEOUT_S = 600.0  # for joining the ranks where no configuration could be read
@@ -77,12 +77,13 @@ def work_on_rank(work: Callable[[World], int], world: World, ending: Ending) -> 
         if world.is_main:
             refuse(error, ending.run_dir, taken=ending.taken)
         dist.barrier()  # a launcher ends all ranks once one has ended; rank 0 has reported by then
-        return BAD_INPUT
+        return code_of(error)
     except UserError as error:
         if world.size == 1:
             return refuse(error, ending.run_dir, taken=ending.taken)
         # The others do not know of it and may wait for this rank: as with a failure, only its end frees them.
         shown = UserError(f"rank {world.rank} of {world.size}: {error}")
+        shown.doing, shown.step = error.doing, error.step
         _end(refuse(shown, ending.run_dir, taken=ending.taken))
     except (Exception, SystemExit) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, if another rank has failed too: report first

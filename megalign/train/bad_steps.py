@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from megalign.engines.scoring import Scored
 from megalign.engines.step import StepBatch, StepResult
+from megalign.losses.base import LossError
+from megalign.schema import UserError
 from megalign.train.job import Job
 
 MOST = 6  # records named in a line; the log's file has all
@@ -23,6 +26,16 @@ def skip(job: Job, batch: StepBatch, result: StepResult, problem: str) -> None:
     if job.bad_steps > most:
         raise RuntimeError(f"{problem}; bad steps {job.bad_steps}, run.max_bad_steps {most}")
     job.report.say(f"step {number}: {problem}; skipped, {job.bad_steps} of run.max_bad_steps {most}")
+
+
+@contextmanager
+def naming_records(job: Job, batch: StepBatch) -> Iterator[None]:
+    """Name the records that a user's loss had when it went wrong inside the block."""
+    try:
+        yield
+    except LossError as error:
+        members = range(len(batch.sequences)) if error.members is None else error.members
+        raise UserError(f"{named(job.feed.origins(job.step, members))}: {error}") from error
 
 
 def offenders(batch: StepBatch, result: StepResult) -> list[int]:

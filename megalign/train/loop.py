@@ -22,7 +22,7 @@ from megalign.runtime.discovery import allocation_end
 from megalign.runtime.distributed import World, make_deterministic
 from megalign.runtime.ranks import gather, on_every_rank
 from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, during, write_status
-from megalign.train.bad_steps import skip
+from megalign.train.bad_steps import naming_records, skip
 from megalign.train.check import check
 from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
@@ -156,7 +156,8 @@ def _next_batch(job: Job) -> StepBatch:
 def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
     """Compute the gradient, check it and update the weights; return the gradient's norm, NaN where it is skipped."""
     cfg = job.cfg
-    result = accumulate(job.engine, batch, cfg.loss, packing=packing_of(cfg))
+    with naming_records(job, batch):
+        result = accumulate(job.engine, batch, cfg.loss, packing=packing_of(cfg))
     limit = cfg.run.max_pass_gap
     allowed = AUTO_PASS_GAP[cfg.run.dtype] if limit == "auto" else float(limit)
     finite = math.isfinite(result.loss)  # else the gap is undefined too, and the step is a bad step
