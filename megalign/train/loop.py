@@ -22,6 +22,7 @@ from megalign.runtime.ranks import gather, max_over_job, on_every_rank
 from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, write_status
 from megalign.runtime.stop import Stop
 from megalign.train.alike import check_alike, rank_items
+from megalign.train.bad_steps import naming_records, skip
 from megalign.train.check import check
 from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
@@ -217,7 +218,8 @@ def _next_batch(job: Job) -> StepBatch:
 def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
     """Compute the gradient, check it and update the weights; return the gradient's norm, NaN where it is skipped."""
     cfg = job.cfg
-    result = accumulate(job.engine, batch, cfg.loss, packing=packing_of(cfg))
+    with naming_records(job, batch):
+        result = accumulate(job.engine, batch, cfg.loss, packing=packing_of(cfg))
     limit = cfg.run.max_pass_gap
     allowed = AUTO_PASS_GAP[cfg.run.dtype] if limit == "auto" else float(limit)
     finite = math.isfinite(result.loss)  # else the gap is undefined too, and the step is a bad step
@@ -228,13 +230,7 @@ def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
     rate = learning_rate(cfg.optimizer, job.step + 1, job.num_steps)
     norm = job.engine.update(rate) if finite else None
     if norm is None or not math.isfinite(norm):
-        job.bad_steps += 1
-        problem = f"loss {result.loss}, gradient norm {norm}"
-        if job.bad_steps > cfg.run.max_bad_steps:
-            raise RuntimeError(f"{problem}; bad steps {job.bad_steps}, run.max_bad_steps {cfg.run.max_bad_steps}")
-        job.report.say(
-            f"step {job.step + 1}: {problem}; skipped, {job.bad_steps} of run.max_bad_steps {cfg.run.max_bad_steps}"
-        )
+        skip(job, batch, result, f"loss {result.loss}, gradient norm {norm}")
     return result, math.nan if norm is None else norm
 
 

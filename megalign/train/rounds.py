@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,13 @@ class RoundFeed:
         # The first update's step reports its own mismatch.
         mismatch = self._scores.mismatch[update] if update and self._scores.mismatch else {}
         return {**self._stats, **mismatch, **self._times.metrics(first=update == 0)}
+
+    def origins(self, step: int, members: Sequence[int]) -> list[str]:
+        """Return where the prompts of these sequences of a step (from 0) were read, as `path:line`."""
+        number, update = divmod(step, self.rollout.updates_per_round)
+        sequences, _ = self._sequences(update)
+        prompts = self.source.origins(number)
+        return [prompts[sequences[member].record] for member in members]
 
     def state(self) -> dict[str, Any]:
         """Return the round in progress for a checkpoint: a resume trains on the same samples and scores."""
