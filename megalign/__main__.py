@@ -13,6 +13,7 @@ from megalign.runtime.command_line import parse_job, program, without_command, w
 from megalign.runtime.parent import end_with_parent
 from megalign.runtime.quiet import quiet_libraries
 from megalign.runtime.status import guarded, leave
+from megalign.runtime.stop import Stop
 
 
 class Command(NamedTuple):
@@ -60,15 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_job(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Run a command on this rank of a job."""
-    end_with_parent()
-    args, problem = parse_job(name, command.about, arguments)  # --help ends here
+    with Stop().listening() as stop:
+        end_with_parent()
+        args, problem = parse_job(name, command.about, arguments)  # --help ends here
 
-    def run() -> int:
-        from megalign.runtime.job import run_job  # imports torch, which --help need not wait for
+        def run() -> int:
+            from megalign.runtime.job import run_job  # imports torch, which --help need not wait for
 
-        return run_job(args, problem, command.load)
+            return run_job(args, problem, command.load, stop)
 
-    return guarded(run, lambda: hinted_run_dir(args.config, args.overrides))
+        return guarded(run, lambda: hinted_run_dir(args.config, args.overrides))
 
 
 def script() -> NoReturn:

@@ -14,12 +14,13 @@ from megalign.schema import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "megalign").rglob("*.py"))
-# Files that grow in place: metrics by a line a step, the starts of a requeued job, and a tensor after the other in a
-# folder that has no name yet. The doctor tries what a disk can do on files of its own, which it removes.
+# Files that grow in place: metrics by a line a step, the starts of a requeued job, a tensor after the other in a folder
+# that has no name yet, and what a rank that hangs was doing. The doctor tries what a disk can do on files of its own,
+# which it removes.
 OWN_WAYS = {
     "train/reporter.py": {"open"},
     "train/attempts.py": {"open"},
-    "convert/megatron/torch_dist.py": {"open"},
+    "runtime/hang_report.py": {"open"},
     "doctor/disk.py": {"open", "link"},
 }
 

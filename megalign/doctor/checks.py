@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megalign.doctor.devices import device_checks
 from megalign.doctor.engine import engine_checks
-from megalign.doctor.finding import Finding, lines_by_rank, where
+from megalign.doctor.finding import Finding, where
 from megalign.doctor.inputs import input_checks
 from megalign.doctor.layout import layout_checks
 from megalign.doctor.limits import limit_checks
@@ -14,6 +14,7 @@ from megalign.doctor.refusals import refusal_checks
 from megalign.doctor.storage import storage_checks
 from megalign.doctor.versions import version_checks
 from megalign.doctor.visit import Check, Visit
+from megalign.runtime.ranks import lines_by_rank
 
 
 def first_checks(visit: Visit) -> list[Check]:

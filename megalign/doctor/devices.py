@@ -11,9 +11,10 @@ from typing import Any
 import psutil
 import torch
 
-from megalign.doctor.finding import Finding, State, by_value, listed, where
+from megalign.doctor.finding import Finding, State, listed, where
 from megalign.doctor.nvidia import asked, health_findings
 from megalign.doctor.visit import Check, Visit
+from megalign.runtime.ranks import by_value
 
 FREE_SHARE = 0.9  # of a device's memory that should be free before a job starts
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # a folder a device, where the driver is loaded

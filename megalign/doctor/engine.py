@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megalign.doctor.finding import Finding, lines_by_rank, where
+from megalign.doctor.finding import Finding, where
 from megalign.doctor.needed import model_of
 from megalign.doctor.visit import Check, Visit
 from megalign.engines.build import engine_package
+from megalign.runtime.ranks import lines_by_rank
 from megalign.schema import UserError
 
 NO_MODEL = "not run: the model, or the layout for it, is refused above"

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megalign.runtime.ranks import by_value, span
+
 State = Literal["ok", "warn", "fail"]
 
 
@@ -23,19 +25,6 @@ class Finding:
     advice: str = ""
 
 
-def span(ranks: Iterable[int]) -> str:
-    """Return ranks in words: `rank 3`, `ranks 0-3, 6`."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    single = len(runs) == 1 and len(runs[0]) == 1
-    return f"rank{'' if single else 's'} {shown}"
-
-
 def where(ranks: Iterable[int], hosts: Sequence[str]) -> str:
     """Return ranks with their hosts in words; hosts: the host name of every rank of the job."""
     chosen = sorted(ranks)
@@ -48,21 +37,6 @@ def where(ranks: Iterable[int], hosts: Sequence[str]) -> str:
     return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more hosts" if len(shown) > 6 else "")
 
 
-def by_value(values: Sequence[Any]) -> dict[Any, list[int]]:
-    """Return {value: ranks that have it}, the most frequent value first."""
-    ranks = lines_by_rank([[value] for value in values])
-    return dict(sorted(ranks.items(), key=lambda item: -len(item[1])))
-
-
 def listed(values: Sequence[Any], hosts: Sequence[str]) -> str:
     """Return every value with its ranks: `2.13.0 (ranks 0-2 on a); 2.12.0 (rank 3 on b)`."""
     return "; ".join(f"{value} ({where(ranks, hosts)})" for value, ranks in by_value(values).items())
-
-
-def lines_by_rank(answers: Sequence[Sequence[Any]]) -> dict[Any, list[int]]:
-    """Return {line: ranks that brought it} from the lines of each rank."""
-    ranks: dict[Any, list[int]] = {}
-    for rank, lines in enumerate(answers):
-        for line in lines:
-            ranks.setdefault(line, []).append(rank)
-    return ranks

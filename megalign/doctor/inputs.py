@@ -8,11 +8,12 @@ from typing import Any
 
 from megalign.config.job import JobConfig
 from megalign.convert.hf.reader import HUB_MODEL
-from megalign.doctor.finding import Finding, by_value, where
+from megalign.doctor.finding import Finding, where
 from megalign.doctor.input_files import differing, digests, inputs_of, settings_digest, signature
 from megalign.doctor.visit import Check, Visit
 from megalign.modules import describe
 from megalign.rollout.rewards import choose_reward
+from megalign.runtime.ranks import by_value
 from megalign.schema import UserError
 
 HASHING_S = 8.0  # after which no more files are compared

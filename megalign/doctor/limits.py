@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megalign.doctor.finding import Finding, by_value, where
+from megalign.doctor.finding import Finding, where
 from megalign.doctor.visit import Check, Visit
+from megalign.runtime.ranks import by_value
 
 UNLIMITED = -1
 SHM = Path("/dev/shm")

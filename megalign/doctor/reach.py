@@ -16,9 +16,10 @@ from typing import Any
 
 import psutil
 
-from megalign.doctor.finding import Finding, State, by_value, listed, where
+from megalign.doctor.finding import Finding, State, listed, where
 from megalign.doctor.visit import Check, Visit
 from megalign.runtime.discovery import collective_address
+from megalign.runtime.ranks import by_value
 from megalign.schema import reason_of
 
 CONNECT_S = 5.0  # for one connection; within a cluster it takes milliseconds

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megalign.config.job import JobConfig
-from megalign.doctor.finding import Finding, State, by_value, where
+from megalign.doctor.finding import Finding, State, where
 from megalign.doctor.needed import gigabytes, num_writers
 from megalign.doctor.visit import Visit
+from megalign.runtime.ranks import by_value
 
 IN_MEMORY = ("tmpfs", "ramfs")
 SHARE_OF_TIMEOUT = 0.5  # of watchdog.timeout_s: a checkpoint that takes longer is a risk, because ranks wait for it

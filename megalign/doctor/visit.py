@@ -15,8 +15,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megalign.config.job import JobConfig
-from megalign.doctor.finding import Finding, by_value, span, where
+from megalign.doctor.finding import Finding, where
 from megalign.runtime.distributed import World
+from megalign.runtime.ranks import by_value, span
 from megalign.schema import UserError, reason_of
 
 FAREWELL_S = 5.0  # for rank 0 to wait until the others have noticed that it has printed

@@ -44,11 +44,12 @@ def rollout_round(
     num_ranks: int = 1,
     gather: Gather | None = None,
     reward_limit_s: float = LIMIT_S,
+    beat: Callable[[], None] = lambda: None,
 ) -> Round:
     """Sample, reward and collect the round's prompts; the records are the same for any number of ranks.
 
     gather: required with several ranks. reward_limit_s: time limit of one reward call; the other ranks wait meanwhile,
-    so it must be shorter than the timeout of collectives.
+    so it must be shorter than the watchdog's time-out. beat: called for each reward call.
     """
     start = time.perf_counter()
     mine = range(rank, len(prompts), num_ranks)
@@ -56,7 +57,8 @@ def rollout_round(
         own = [prompts[index] for index in mine]
         seeds = [(seed, round_number, index) for index in mine]
         samples = sampler.sample([prompt.ids for prompt in own], seeds, plan)
-        result: Any = list(zip(mine, _rewarded(own, samples, tokenizer, reward, limit_s=reward_limit_s), strict=True))
+        rewarded = _rewarded(own, samples, tokenizer, reward, limit_s=reward_limit_s, beat=beat)
+        result: Any = list(zip(mine, rewarded, strict=True))
     except UserError as error:
         result = str(error)  # gathered like a result, so that no rank waits for one that has stopped
     by_rank = gather(result) if gather is not None else [result]
@@ -86,7 +88,13 @@ def without_texts(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rewarded(
-    prompts: Sequence[Prompt], samples: Sequence[Sequence[Sampled]], tokenizer: Any, reward: Reward, *, limit_s: float
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sequence[Sampled]],
+    tokenizer: Any,
+    reward: Reward,
+    *,
+    limit_s: float,
+    beat: Callable[[], None],
 ) -> list[list[dict[str, Any]]]:
     """Reward each prompt's responses and return them as `responses` of a record."""
     texts = [[plain_text(tokenizer, response.ids) for response in group] for group in samples]
@@ -95,7 +103,7 @@ def _rewarded(
         for prompt, group in zip(prompts, texts, strict=True)
         for text in group
     ]
-    rewards = iter(reward.score(calls, limit_s=limit_s))
+    rewards = iter(reward.score(calls, limit_s=limit_s, beat=beat))
     return [
         [
             {

@@ -26,6 +26,7 @@ def write_rollouts(
     rank: int = 0,
     num_ranks: int = 1,
     gather: Gather | None = None,
+    beat: Callable[[], None] = lambda: None,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Sample all rounds with the same weights and write `RUN_DIR/rollout.jsonl`, which `data.path` accepts.
@@ -53,6 +54,7 @@ def write_rollouts(
             num_ranks=num_ranks,
             gather=gather,
             reward_limit_s=call_limit_s(cfg.watchdog.timeout_s),
+            beat=beat,
         )
         records += result.records
         shown = ", ".join(f"{name} {value:.3g}" for name, value in result.stats.items())

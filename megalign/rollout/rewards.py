@@ -50,7 +50,7 @@ LIMIT_S = 300.0  # of one call where the job sets no limit: long enough for a ju
 
 
 def call_limit_s(timeout_s: float) -> float:
-    """Return the time limit of one reward call: half of the collectives' timeout, in which the other ranks wait."""
+    """Return the time limit of one reward call: half of the time after which the watchdog ends the job."""
     return timeout_s / 2
 
 
@@ -84,15 +84,22 @@ class Reward:
         """Return one response's reward, as `score` does."""
         return self.score([RewardCall(prompt, response, record, where)], limit_s=limit_s)[0]
 
-    def score(self, calls: Sequence[RewardCall], *, limit_s: float = LIMIT_S) -> list[float]:
+    def score(
+        self, calls: Sequence[RewardCall], *, limit_s: float = LIMIT_S, beat: Callable[[], None] = lambda: None
+    ) -> list[float]:
         """Return the finite reward of each response; anything else is a UserError that names record and reward.
 
         The function gets copies of the records, so that no call depends on an earlier one's changes. limit_s: for one
-        call of the function, which gets all responses at once if it is batched and one otherwise.
+        call of the function, which gets all responses at once if it is batched and one otherwise. beat: called before
+        each.
         """
         size = max(1, len(calls)) if isinstance(self.function, Batched) else 1
         parts = [calls[first : first + size] for first in range(0, len(calls), size)]
-        return [number for part in parts for number in self._score_together(part, limit_s=limit_s)]
+        numbers: list[float] = []
+        for part in parts:
+            beat()
+            numbers += self._score_together(part, limit_s=limit_s)
+        return numbers
 
     def _score_together(self, calls: Sequence[RewardCall], *, limit_s: float) -> list[float]:
         """Call the function once, within its time limit."""

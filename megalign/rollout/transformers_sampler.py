@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ from megalign.rollout.ends import NO_END
 from megalign.rollout.sampler import Sampled, SamplingPlan
 from megalign.schema import UserError
 
+Beat = Callable[[], None]  # tells a watchdog of progress
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 class TransformersSampler:
-    """Implements `Sampler` with the whole model on this rank's device."""
+    """Implements `Sampler` with the whole model on this rank's device; `beat` is called for each step of a batch."""
 
-    def __init__(self, model: Any, end_ids: tuple[int, ...]) -> None:
-        self.model = model
+    def __init__(self, model: Any, end_ids: tuple[int, ...], beat: Beat = lambda: None) -> None:
+        self.model, self.beat = model, beat
         self._end_ids = end_ids
 
     @property
@@ -56,6 +57,7 @@ class TransformersSampler:
                     np.stack([uniforms((*seeds[index], number), plan.max_new_tokens) for index, number in batch]),
                     temperature=plan.temperature,
                     device=self.model.device,
+                    beat=self.beat,
                 )
                 token_BT = _generate(
                     self.model,
@@ -77,22 +79,26 @@ class TransformersSampler:
                 _tensor_named(own, name).copy_(tensor)
 
 
-def load_sampler(hf_dir: Path, tokenizer: Any, *, dtype: torch.dtype, device: torch.device) -> TransformersSampler:
+def load_sampler(
+    hf_dir: Path, tokenizer: Any, *, dtype: torch.dtype, device: torch.device, beat: Beat = lambda: None
+) -> TransformersSampler:
     """Load a Hugging Face directory with its weights."""
     if not sys.stderr.isatty():
         disable_progress_bar()  # in a log every update of a bar is a line
     model = AutoModelForCausalLM.from_pretrained(
         str(hf_dir), config=_config(hf_dir), dtype=dtype, local_files_only=True, trust_remote_code=False
     )
-    return TransformersSampler(model.to(device), end_ids(model, tokenizer))
+    return TransformersSampler(model.to(device), end_ids(model, tokenizer), beat)
 
 
-def empty_sampler(hf_dir: Path, tokenizer: Any, *, dtype: torch.dtype, device: torch.device) -> TransformersSampler:
+def empty_sampler(
+    hf_dir: Path, tokenizer: Any, *, dtype: torch.dtype, device: torch.device, beat: Beat = lambda: None
+) -> TransformersSampler:
     """Build a Hugging Face directory's model without its weights; `update` must fill them in."""
     model = AutoModelForCausalLM.from_config(_config(hf_dir), dtype=dtype, trust_remote_code=False)
     if (hf_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(hf_dir), local_files_only=True)
-    return TransformersSampler(model.to(device).eval().requires_grad_(False), end_ids(model, tokenizer))
+    return TransformersSampler(model.to(device).eval().requires_grad_(False), end_ids(model, tokenizer), beat)
 
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -150,12 +156,16 @@ def pick(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
 class _Picker(LogitsProcessor):
     """Turns greedy generation into sampling: sets every logit but the drawn token's to -inf, and keeps its log-prob."""
 
-    def __init__(self, uniform_BT: np.ndarray, *, temperature: float, device: torch.device) -> None:
+    def __init__(
+        self, uniform_BT: np.ndarray, *, temperature: float, device: torch.device, beat: Beat = lambda: None
+    ) -> None:
+        self.beat = beat
         self.uniform_BT = torch.from_numpy(uniform_BT).to(device)
         self.temperature = temperature
         self.logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.beat()
         token_B, logp_B = pick(scores, self.uniform_BT[:, len(self.logps)], self.temperature)
         self.logps.append(logp_B)
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)

@@ -22,6 +22,8 @@ from megalign.schema import UserError, reason_of
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 ATTEMPT = "MEGALIGN_ATTEMPT"  # names a start of a job by Slurm: only its own ranks meet under it
+# Of collectives in a job with a watchdog, which ends it much earlier where no rank makes progress.
+COLLECTIVE_S = 7 * 24 * 3600.0
 PORT_S = 3.0  # to wait for a port that an outgoing connection briefly occupies
 NAME_S = 5.0  # to wait for a name server that has no answer yet
 LAST_WORD_S = 2.0  # that rank 0, which serves the store, waits so that others can read why the job ends
@@ -38,6 +40,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    beat: Callable[[], None] = lambda: None  # tells the watchdog of progress; see runtime/heart.py
 
     @property
     def is_main(self) -> bool:
@@ -72,12 +75,14 @@ def process_group(
     *,
     timeout_s: float,
     limit: str = "watchdog.timeout_s",
+    collective_s: float | None = None,
     before: Callable[[World, dist.Store], None] = lambda world, store: None,
 ) -> Iterator[World]:
     """Join the job's processes (NCCL on CUDA, gloo else) and leave them at the end.
 
-    Every collective of the default group fails after `timeout_s` seconds with the operation's name. limit: what the
-    user sets that time by. before: called when all ranks have met in the store, before they connect to each other.
+    timeout_s: to wait for the other ranks to come. limit: what the user sets that time by. collective_s: after which
+    every collective of the default group fails with the operation's name, `timeout_s` if None. before: called when all
+    ranks have met in the store, before they connect to each other.
     """
     rank, size, local_rank = launched()
     on_cuda = torch.cuda.is_available()
@@ -91,6 +96,7 @@ def process_group(
     timeout = timedelta(seconds=timeout_s)
     store = _store(rank, size, timeout, limit)
     before(World(rank, size, device), store)
+    timeout = timedelta(seconds=timeout_s if collective_s is None else collective_s)
     try:
         dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:

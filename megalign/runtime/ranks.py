@@ -1,8 +1,8 @@
-"""Gathers values from every rank, and raises one rank's bad input on all of them."""
+"""Gathers values from every rank, raises one rank's bad input on all of them, and names ranks in words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -42,3 +42,31 @@ def max_over_job(value: float, *, device: torch.device) -> float:
     held = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     return float(held)
+
+
+def span(ranks: Iterable[int]) -> str:
+    """Return ranks in words: `rank 3`, `ranks 0-3, 6`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    single = len(runs) == 1 and len(runs[0]) == 1
+    return f"rank{'' if single else 's'} {shown}"
+
+
+def by_value(values: Sequence[Any]) -> dict[Any, list[int]]:
+    """Return {value: ranks that have it}, the most frequent value first."""
+    ranks = lines_by_rank([[value] for value in values])
+    return dict(sorted(ranks.items(), key=lambda item: -len(item[1])))
+
+
+def lines_by_rank(answers: Sequence[Sequence[Any]]) -> dict[Any, list[int]]:
+    """Return {line: ranks that brought it} from the lines of each rank."""
+    ranks: dict[Any, list[int]] = {}
+    for rank, lines in enumerate(answers):
+        for line in lines:
+            ranks.setdefault(line, []).append(rank)
+    return ranks

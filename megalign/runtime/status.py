@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from megalign.files import write_whole
+from megalign.runtime.heart import Counts, Heart
+from megalign.runtime.stop import Stop
 from megalign.schema import UserError
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -28,6 +30,8 @@ PEER_GONE = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed? ?out|remote process|by peer|NCCL.*abort",
     re.IGNORECASE,
 )
+# A status in which a rank reports no more than that: `explain` names the kinds of errors that torch raises for it.
+CONSEQUENCE = re.compile(rf"(?:RuntimeError|Dist\w*Error): .*(?:{PEER_GONE.pattern})", re.IGNORECASE)
 GLOO_NOISE = re.compile(r"\[\S+\.(?:cc|h):\d+\] | This is typically caused by a remote worker.*")
 PATIENCE_S = 5.0  # to wait for the status of the rank that failed first
 
@@ -61,7 +65,8 @@ def explain(error: BaseException) -> tuple[str, int | None]:
     cause = _cause(error)
     frames = traceback.extract_tb(cause.__traceback__)
     calls = [frame.name for frame in frames if Path(frame.filename).name == "distributed_c10d.py"]
-    ours = [frame.name for frame in frames if "megalign" in Path(frame.filename).parts]
+    calls = [name for name in calls if not name.startswith("_")] or calls
+    ours = [frame.name for frame in frames if "megalign" in Path(frame.filename).parts and frame.name.isidentifier()]
     inside = f"{calls[-1]} of {ours[-1]}" if calls and ours else ""
     text = GLOO_NOISE.sub("", " ".join(f"{type(cause).__name__}: {cause}".split()))
     return ": ".join(part for part in (doing, inside, text) if part), step
@@ -78,20 +83,48 @@ def is_consequence(error: BaseException) -> bool:
     return isinstance(cause, RuntimeError) and PEER_GONE.search(str(cause)) is not None
 
 
+class Watch(Protocol):
+    """Declares what an ending needs of a `runtime.watchdog.Watchdog`, whose module imports torch."""
+
+    def report_in(self, run_dir: Path) -> None:
+        """Write reports into the run directory from now on."""
+
+    def missing(self) -> str:
+        """Return which other rank has ended without a word; "" where all are there."""
+
+    def silent(self) -> str:
+        """Return which other rank gives no sign of life for a few intervals; "" where all do."""
+
+    def await_end(self) -> None:
+        """Wait for the end of the process if the watchdog is about to end it."""
+
+    def leave(self) -> None:
+        """Stop watching without a word to the others, which learn that this rank has ended."""
+
+    def close(self) -> None:
+        """Say that this rank ends by itself, and stop watching."""
+
+
 @dataclass
 class Ending:
     """Reports this process's failure: the first rank that fails writes `status.json`, and no other.
 
+    One that only lost its connection to another may be the first to notice; the rank that failed replaces its status.
     Until `take_over`, a status in the run directory is another run's, which a refusal must not replace.
     """
 
     run_dir: str | None = None
     taken: bool = False
     began: float = field(default_factory=time.time)
+    stop: Stop = field(default_factory=Stop)
+    heart: Heart = field(default_factory=Heart)
+    watchdog: Watch | None = None
 
     def take_over(self) -> None:
         """Note that the run directory is this job's and holds no earlier status; called on every rank."""
         self.taken = True
+        if self.watchdog is not None and self.run_dir is not None:
+            self.watchdog.report_in(Path(self.run_dir))
 
     def reported_by_another(self, error: BaseException) -> bool:
         """Wait a few seconds for another rank to write the failure that caused `error`; return whether it did."""
@@ -99,23 +132,46 @@ class Ending:
             return False
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
+            # Before the look for a status, which a rank writes before it ends.
+            ended = self.watchdog is not None and self.watchdog.missing()
             if any(path.exists() for path in self._written()):
                 return True
+            if ended:
+                break
             time.sleep(0.1)
         return False
+
+    @contextmanager
+    def during(self, doing: str, step: int | None, *, counts: Counts = "beats") -> Iterator[None]:
+        """Name the phase inside the block to the watchdog, and to who reads of an error in it, as `during` does."""
+        with self.heart.during(doing, step, counts=counts), during(doing, step):
+            yield
+
+    def missing(self) -> str:
+        """Return which other rank has ended without a word, or gives no sign of life; "" where that is not known."""
+        return "" if self.watchdog is None else self.watchdog.missing() or self.watchdog.silent()
 
     def write(self, code: int, reason: str, step: int | None) -> None:
         """Write a failure's status unless a rank has written one, or the directory is another run's."""
         if self.run_dir is None or (not self.taken and is_of_another_run(self.run_dir)):
             write_result(code, replace=False)
             return
+        replace = self._holds_consequence(reason) if self.taken else not self._reported_since()
         with suppress(OSError, ValueError):  # the printed line and the exit code report it anyway
-            write_status(self.run_dir, code, reason, step, replace=not self.taken and not self._reported_since())
+            write_status(self.run_dir, code, reason, step, replace=replace)
 
     def _reported_since(self) -> bool:
         """Return whether a status has been written since this process began: another rank's, which failed first."""
         status = Path(str(self.run_dir), "status.json")
         return status.exists() and status.stat().st_mtime >= self.began
+
+    def _holds_consequence(self, reason: str) -> bool:
+        """Return whether the status there only follows from another failure, as `reason` does not."""
+        try:
+            held = json.loads(Path(str(self.run_dir), "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return CONSEQUENCE.search(str(held.get("reason"))) is not None and CONSEQUENCE.search(reason) is None
 
     def _written(self) -> list[Path]:
         result = os.environ.get(RESULT_FILE)

@@ -37,7 +37,10 @@ class Feed(Protocol):
         """Return where the records of these sequences of a step (from 0) were read, as `path:line`."""
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold so that a resumed run takes the same next step."""
+        """Return what a checkpoint must hold so that a resumed run takes the same next step, without communication.
+
+        JSON must be able to express it, besides bytes; a tuple comes back as a list.
+        """
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state` of a checkpoint."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +41,7 @@ class LiveSampling:
     tokenizer: Any
     prompts: Sequence[Prompt]
     reward: Reward
+    beat: Callable[[], None] = lambda: None  # tells the watchdog of progress
 
     @property
     def rollout(self) -> RolloutConfig:
@@ -86,5 +87,6 @@ class LiveSampling:
                 num_ranks=dist.get_world_size(),
                 gather=gather,
                 reward_limit_s=call_limit_s(self.cfg.watchdog.timeout_s),
+                beat=self.beat,
             )
         )

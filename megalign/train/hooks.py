@@ -12,7 +12,8 @@ from typing import Any
 
 from megalign.engines.step import StepBatch, StepResult
 from megalign.train.evaluation import evaluation_due
-from megalign.train.job import Job, export_model, save
+from megalign.train.job import Job, export_model
+from megalign.train.saves import save, settle
 from megalign.train.schedule import keeps_last
 from megalign.train.step_metrics import dump_step
 
@@ -63,21 +64,28 @@ def evaluate(job: Job, done: StepDone) -> None:
 
 
 def write_metrics(job: Job, done: StepDone) -> None:
-    """Write and show the step's line of metrics."""
-    job.report.step(done.metrics)
+    """Write and show the step's line of metrics; with it what saving took since the line before."""
+    job.report.step(done.metrics | job.save_times)
+    job.save_times = {}
 
 
 def save_if_due(job: Job, done: StepDone) -> None:
-    """Save a checkpoint every `checkpoint.every` steps, and after the last where nothing else would keep the model."""
-    every, is_last = job.cfg.checkpoint.every, job.step == job.num_steps
-    if (every and job.step % every == 0) or (is_last and keeps_last(job.cfg)):
-        save(job)
+    """Save a checkpoint every so many steps, and after the last where nothing else would keep the model."""
+    settle(job, wait=False)
+    every, is_last = job.save_every, job.step == job.num_steps
+    if (every and job.step % every == 0) or (is_last and keeps_last(job.cfg, job.num_steps)):
+        with job.heart.during(f"saving step {job.step}", job.step, counts="bytes"):
+            save(job, last=is_last)
 
 
 def export_if_due(job: Job, done: StepDone) -> None:
     """Export the model every `export.every` steps; after the last the loop exports itself."""
     every = job.cfg.export.every
-    if every and job.step % every == 0 and job.step < job.num_steps and (problem := export_model(job)):
+    if not every or job.step % every or job.step >= job.num_steps:
+        return
+    with job.heart.during(f"exporting step {job.step}", job.step, counts="bytes"):
+        problem = export_model(job)
+    if problem:
         job.report.say(f"{problem}; training goes on")
 
 
@@ -91,4 +99,5 @@ def evaluation_metrics(job: Job) -> dict[str, float]:
     assert job.evaluation is not None
     job.report.doing("evaluating")
     began = time.perf_counter()
-    return {**job.evaluation(), "eval_seconds": time.perf_counter() - began}
+    with job.heart.during(f"evaluating after step {job.step}", job.step):
+        return {**job.evaluation(), "eval_seconds": time.perf_counter() - began}

@@ -6,12 +6,10 @@ Run: python -m megalign train CONFIG.yaml [key.sub=value ...]
 from __future__ import annotations
 
 import math
-import signal
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch.distributed as dist
 
@@ -20,19 +18,23 @@ from megalign.engines.build import engine_package, packing_of
 from megalign.engines.step import StepBatch, StepResult, accumulate
 from megalign.runtime.discovery import allocation_end
 from megalign.runtime.distributed import World, make_deterministic
-from megalign.runtime.ranks import gather, on_every_rank
-from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, during, write_status
+from megalign.runtime.ranks import gather, max_over_job, on_every_rank
+from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, write_status
+from megalign.runtime.stop import Stop
+from megalign.train.alike import check_alike, rank_items
 from megalign.train.bad_steps import naming_records, skip
 from megalign.train.check import check
 from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
-from megalign.train.job import Job, export_model, keep_instead, resume, save
+from megalign.train.inputs import Inputs
+from megalign.train.job import Job, export_model, resume
 from megalign.train.outputs import Start, job_date, with_date
 from megalign.train.prepare import Engines, prepare
 from megalign.train.reporter import Reporter, start_log
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed
 from megalign.train.run_dir import open_run_dir
+from megalign.train.saves import keep_instead, save, settle
 from megalign.train.schedule import learning_rate
 from megalign.train.starting import agree_on_start
 from megalign.train.step_metrics import step_metrics
@@ -43,34 +45,76 @@ from megalign.train.time_limit import TimeLimit
 AUTO_PASS_GAP = {"fp32": 1e-3, "bf16": 0.1}
 
 
+class StoppedEarly(BaseException):
+    """Says that a signal stops the job before its first step; raised on every rank."""
+
+
 def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     """Run the job to its end; exit code 0, or 75 when it stopped early after saving. Called on every rank."""
+    ending.stop.wait_for_step()
     if cfg.run.deterministic:
         make_deterministic()
+    try:
+        return _train(cfg, world, ending)
+    except StoppedEarly as stopped:
+        if world.is_main:
+            print(f"megalign: {stopped}; the same command begins anew", file=sys.stderr, flush=True)
+            ending.write(STOPPED, str(stopped), None)
+        dist.barrier()  # a launcher ends all ranks once one has ended
+        return STOPPED
+
+
+def _train(cfg: JobConfig, world: World, ending: Ending) -> int:
+    """Prepare the job and run it; StoppedEarly on every rank where a signal stops it before its first step."""
     run_dir, began = Path(cfg.run.dir), time.perf_counter()
     # All ranks use rank 0's day, and a resumed run the day on which it began.
     cfg = with_date(cfg, gather(on_every_rank(lambda: job_date(cfg) if world.is_main else None))[0])
-    inputs = on_every_rank(lambda: check(cfg, world.size))
-    start = agree_on_start(cfg, inputs, world)
+    inputs = on_every_rank(lambda: _read(cfg, world, ending))
+    if world.size > 1:
+        with ending.heart.during("digesting the inputs", counts="work"):
+            items = rank_items(cfg, inputs)
+        check_alike(cfg, items)
+    with ending.heart.during("looking for what to start from", counts="bytes"):
+        start = agree_on_start(cfg, inputs, world)
+    _leave_if_asked(ending.stop, world)
     kept = on_every_rank(lambda: _open_run_dir(cfg, start) if world.is_main else [])
     ending.take_over()
     start_log(run_dir, main=world.is_main)
     engines = Engines(cfg, inputs, start, engine_package(cfg).connect(cfg, world), world)
     # `prepare` sets the total when the data are known, after the teachers have scored.
-    with Reporter(run_dir, 0, main=world.is_main, trackers=cfg.trackers) as report:
+    leave = partial(_leave_if_asked, ending.stop, world)
+    with Reporter(run_dir, 0, main=world.is_main, trackers=cfg.trackers, between=leave) as report:
         for line in (*kept, *start.notes):
             report.say(line)
         if not cfg.checkpoint.every and cfg.export.hf_dir is None:
             report.say(
                 "neither checkpoint.every nor export.hf_dir is set: a checkpoint after the last step keeps the model"
             )
-        with during("before the first step", None):
+        with ending.during("before the first step", None, counts="bytes"):
             job = prepare(engines, report, began=began)
-        job.limit = TimeLimit(allocation_end())
-        with _signals(job):
-            with during(f"loading {start.checkpoint}", None):
-                resume(job)
-            return _run(job)
+        job.limit, job.stop, job.heart = TimeLimit(allocation_end()), ending.stop, ending.heart
+        leave()
+        with ending.during(f"loading {start.checkpoint}", None, counts="bytes"):
+            resume(job)
+        if job.step < job.num_steps:
+            leave()
+        return _run(job, ending)
+
+
+def _read(cfg: JobConfig, world: World, ending: Ending) -> Inputs:
+    """Read and check all inputs; this rank waits for no other meanwhile."""
+    with ending.heart.during("reading the inputs", counts="work"):
+        return check(cfg, world.size)
+
+
+def _leave_if_asked(stop: Stop, world: World) -> None:
+    """Raise StoppedEarly on every rank if a signal has reached any; called on all ranks at the same places."""
+    if max_over_job(float(bool(stop.asked)), device=world.device):
+        raise StoppedEarly(f"{_signalled(stop)} before the first step")
+
+
+def _signalled(stop: Stop) -> str:
+    return f"stopped by {stop.asked or 'a signal to another rank'}"
 
 
 def _open_run_dir(cfg: JobConfig, start: Start) -> list[str]:
@@ -87,34 +131,44 @@ def _open_run_dir(cfg: JobConfig, start: Start) -> list[str]:
     )
 
 
-def _run(job: Job) -> int:
+def _run(job: Job, ending: Ending) -> int:
     """Take the steps, then export; return the exit code."""
     cfg = job.cfg
     if line := job.limit.begin():
         job.report.say(line)
     job.report.begin(job.step)
     if job.step == 0 and evaluation_due(cfg, 0, job.num_steps):
-        with during("evaluating before the first step", None):
+        with ending.during("evaluating before the first step", None):
             job.report.evaluation({"step": 0, **job.feed.position(0), **evaluation_metrics(job)})
     while job.step < job.num_steps:
-        with during(f"step {job.step + 1}", job.step):
+        with ending.during(f"step {job.step + 1}", job.step):
             done = _step(job)
-        with during(f"after step {job.step}", job.step):
+        with ending.during(f"after step {job.step}", job.step):
             stop = _why_stop(job)
             if stop and job.step < job.num_steps:
-                save(job)
-                return _finish(job, STOPPED, stop)
+                return _stop(job, stop)
             for hook in SAVE_HOOKS:
                 hook(job, done)
+    with ending.during(f"saving step {job.step}", job.step, counts="bytes"):
+        settle(job, wait=True)  # before an export that may fail
     problem = ""
     if cfg.export.hf_dir is not None:
-        with during("exporting", job.step):
+        with ending.during("exporting", job.step, counts="bytes"):
             problem = export_model(job)
     if problem:
         return _finish(job, FAILED, keep_instead(job, problem))
+    if job.unsaved:
+        return _finish(job, FAILED, job.unsaved)
     seconds = time.perf_counter() - job.began
     report_summary(job.report, cfg, step=job.step, begun_at=job.begun_at, seconds=seconds)
     return _finish(job, DONE, "done")
+
+
+def _stop(job: Job, reason: str) -> int:
+    """Save before the run's end; return the exit code."""
+    with job.heart.during(f"saving step {job.step}", job.step, counts="bytes"):
+        problem = save(job, last=True)
+    return _finish(job, FAILED, f"{reason}, but {problem}") if problem else _finish(job, STOPPED, reason)
 
 
 def _step(job: Job) -> StepDone:
@@ -145,7 +199,8 @@ def _next_batch(job: Job) -> StepBatch:
     rollout = feed.rollout
     number = job.step // rollout.updates_per_round + 1
     job.report.doing(f"sampling round {number}")
-    batch = feed.batch(job.step)
+    with job.heart.during(f"sampling round {number}", job.step):
+        batch = feed.batch(job.step)
     job.report.doing("training")
     report_round(job.report, number, rollout.rounds, feed.records, feed.stats(job.step), feed.tokenizer)
     for doubt in job.doubts.of_round(number, feed.records, feed.stats(job.step)):
@@ -172,36 +227,15 @@ def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
     return result, math.nan if norm is None else norm
 
 
-@contextmanager
-def _signals(job: Job) -> Iterator[None]:
-    """Note SIGTERM, SIGINT and SIGUSR1 inside the block, which ask for a stop after the step in progress."""
-
-    def note(number: int, frame: FrameType | None) -> None:
-        job.signalled = signal.Signals(number).name
-
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = [signal.signal(number, note) for number in numbers]
-    try:
-        yield
-    except BaseException:
-        if job.world.size > 1:
-            # The launcher signals every rank once one has failed; this rank must print its own message first.
-            before = [signal.SIG_IGN for _ in numbers]
-        raise
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
 def _why_stop(job: Job) -> str:
     """Return why all ranks stop here, or "": a signal to any rank; run.max_minutes or Slurm's limit on rank 0."""
     minutes = (time.perf_counter() - job.began) / 60
     late = job.world.is_main and job.cfg.run.max_minutes is not None and minutes >= job.cfg.run.max_minutes
     near = job.limit.why_stop() if job.world.is_main else ""
     # In the order of their weight: one number is agreed on, and each rank has the words for it.
-    signalled = f"stopped by {job.signalled or 'a signal to another rank'}"
+    signalled = _signalled(job.stop)
     reasons = ("", near or "rank 0 stops", "run.max_minutes is over", signalled)
-    mine = 3 if job.signalled else 2 if late else 1 if near else 0
+    mine = 3 if job.stop.asked else 2 if late else 1 if near else 0
     return reasons[int(job.engine.max_over_job(float(mine)))]
 
 

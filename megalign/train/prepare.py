@@ -106,9 +106,10 @@ def _for_rounds(engines: Engines) -> Ready:
     assert cfg.rollout is not None
     policy = engines.initial(trainable=True)
     fixed = _fixed_reference(engines, policy)
-    sampler = empty_sampler(inputs.policy.folder, inputs.tokenizer, dtype=dtype_of(cfg), device=engines.world.device)
+    dtype, world = dtype_of(cfg), engines.world
+    sampler = empty_sampler(inputs.policy.folder, inputs.tokenizer, dtype=dtype, device=world.device, beat=world.beat)
     reward = choose_reward(cfg.rollout.reward)
-    source = LiveSampling(cfg, policy, sampler, inputs.tokenizer, inputs.prompts, reward)
+    source = LiveSampling(cfg, policy, sampler, inputs.tokenizer, inputs.prompts, reward, world.beat)
     vocab_size = inputs.policy.facts.vocab_size
     feed = RoundFeed(cfg, source, policy, fixed, inputs.tokenizer, vocab_size, len(inputs.prompts))
     evaluation = partial(held_out_reward, source, inputs.held_out_prompts)
@@ -182,6 +183,8 @@ def _report_plan(job: Job) -> None:
     dataset = job.feed.dataset if isinstance(job.feed, DatasetFeed) else None
     held_out = inputs.held_out_prompts if inputs.held_out_records is None else inputs.held_out_records.dataset
     report.say(run_plan(cfg, job.num_steps, len(inputs.prompts) if dataset is None else dataset.epoch_size))
+    if cfg.checkpoint.every is None and job.save_every:
+        report.say(f"checkpoint.every is not set: a checkpoint every {job.save_every} steps")
     if cfg.eval.path is not None:
         report.say(evaluation_plan(cfg, job.num_steps, len(held_out)))
     for doubt in job.doubts.before(job.num_steps, dataset, inputs.prompts, held_out):

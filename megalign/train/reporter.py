@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +25,21 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Reporter:
-    """Shows progress of `total` steps, as a bar on a terminal and lines elsewhere; silent unless `main`."""
+    """Shows progress of `total` steps, as a bar on a terminal and lines elsewhere; silent unless `main`.
 
-    def __init__(self, run_dir: Path, total: int, *, main: bool, trackers: Sequence[str] = ()) -> None:
+    between: called on every rank after each part of the work before the first step.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total: int,
+        *,
+        main: bool,
+        trackers: Sequence[str] = (),
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.between = between
         self.main, self.total, self.run_dir = main, total, run_dir
         self.rounds = 0  # number of rounds of the run, if it has any
         self._console = Console(stderr=True)
@@ -53,13 +65,18 @@ class Reporter:
     ) -> None:
         self.end()
         if error is not None and self.main:
-            LOG.debug(f"failed: {explain(error)[0]}")  # the console gets it from the code that ends the process
+            how = "failed" if isinstance(error, Exception) else "ended"
+            LOG.debug(f"{how}: {explain(error)[0]}")  # the console gets it from the code that ends the process
         LOG.removeHandler(self._to_console)
         for tracker in self._trackers:
             tracker.close()
 
     def phase(self, name: str, done: int, total: int) -> None:
         """Show progress of work before the first step, such as scoring the reference."""
+        self._show_phase(name, done, total)
+        self.between()
+
+    def _show_phase(self, name: str, done: int, total: int) -> None:
         if not self.main:
             return
         now = time.perf_counter()

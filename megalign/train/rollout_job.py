@@ -29,7 +29,8 @@ def rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
             raise UserError("rollout is missing; the command rollout needs the section")
         if world.is_main:
             check_run_dir(Path(cfg.run.dir))
-        return check(cfg, world.size)
+        with ending.heart.during("reading the inputs", counts="work"):
+            return check(cfg, world.size)
 
     cfg = with_date(cfg, gather(cfg.data.date or date.today().isoformat())[0])  # rank 0's day is every rank's
     inputs = on_every_rank(read)
@@ -39,10 +40,18 @@ def rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
         print(note, flush=True)
     from megalign.rollout.transformers_sampler import load_sampler  # transformers' models take seconds to import
 
-    sampler = load_sampler(inputs.policy.folder, inputs.tokenizer, dtype=dtype_of(cfg), device=world.device)
+    dtype, device, beat = dtype_of(cfg), world.device, world.beat
+    sampler = load_sampler(inputs.policy.folder, inputs.tokenizer, dtype=dtype, device=device, beat=beat)
     on_every_rank(
         lambda: write_rollouts(
-            cfg, sampler, inputs.tokenizer, inputs.prompts, rank=world.rank, num_ranks=world.size, gather=gather
+            cfg,
+            sampler,
+            inputs.tokenizer,
+            inputs.prompts,
+            rank=world.rank,
+            num_ranks=world.size,
+            gather=gather,
+            beat=beat,
         )
     )
     if world.is_main:

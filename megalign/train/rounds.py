@@ -13,7 +13,7 @@ from megalign.data.dataset import GroupDataset, from_records
 from megalign.engines.protocol import Engine, Scorer
 from megalign.engines.step import StepBatch
 from megalign.rollout.collect import without_texts
-from megalign.runtime.ranks import SharedError, gather, on_every_rank
+from megalign.runtime.ranks import SharedError, on_every_rank
 from megalign.train.group_source import GroupSource
 from megalign.train.round_scores import RoundScores, Update, score_round
 
@@ -113,14 +113,12 @@ class RoundFeed:
 
     def state(self) -> dict[str, Any]:
         """Return the round in progress for a checkpoint: a resume trains on the same samples and scores."""
-        # By rank 0's clock, because a checkpoint's values must be the same on every rank.
-        stats, seconds = gather((self._stats, self._times.seconds()))[0]
         return {
             "round_number": self.round_number,
             "records": self.records,
-            "stats": stats,
+            "stats": self._stats,
             "scores": self._scores.plain(),
-            "times": (seconds, self._times.tokens),
+            "times": (self._times.seconds(), self._times.tokens),
         }
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -13,13 +13,14 @@ from megalign.config.job import JobConfig, dump_config, load_config
 from megalign.convert.hf.export_dir import is_export
 from megalign.files import move, write_whole
 from megalign.rollout.command import ROLLOUT_FILE
+from megalign.runtime.hang_report import FOLDER as HANG_REPORT
 from megalign.schema import UserError
 from megalign.train.checkpoint import write_latest
 from megalign.train.cut_back import later_dumps
 from megalign.train.resume_point import NAME, checkpoints_in, newer_than, pointed_to, shown_name
 from megalign.train.trackers import WANDB_ID
 
-FOLDERS = ("checkpoints", "steps", "tensorboard")
+FOLDERS = ("checkpoints", "steps", "tensorboard", HANG_REPORT)
 FILES = ("metrics.jsonl", "log.txt", "config.yaml", "status.json", WANDB_ID)
 OWN = (*FOLDERS, *FILES, ROLLOUT_FILE)  # all names that a job, or the command rollout, writes in a run directory
 

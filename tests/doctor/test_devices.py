@@ -8,9 +8,9 @@ import torch
 from megalign.doctor.devices import judge_devices
 from megalign.doctor.limits import cgroup_limit, judge_limits
 from megalign.doctor.nvidia import ERRORS, PENDING, SLOWED, answer
-from megalign.doctor.versions import driver_of
 from megalign.doctor.visit import Visit
 from megalign.runtime.distributed import World
+from megalign.runtime.versions import driver_of
 
 HOSTS = ["a", "a", "b", "b"]
 GB = 10**9

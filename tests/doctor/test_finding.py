@@ -6,8 +6,9 @@ import json
 import os
 import sys
 
-from megalign.doctor.finding import Finding, listed, span, where
+from megalign.doctor.finding import Finding, listed, where
 from megalign.doctor.report import lines, passed, show
+from megalign.runtime.ranks import span
 
 
 def test_ranks_in_words():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -89,6 +90,27 @@ def test_first_failure_stays_and_the_launcher_hears_of_it(tmp_path, monkeypatch)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["code"] == 0
     assert (tmp_path / "code").read_text() == "0\n"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
+
+
+LOST = "step 4: all_reduce of sum_over_data: RuntimeError: Connection closed by peer [127.0.0.1]:3"
+CAUSES = {
+    1: (1, "rank 1 of 6: step 4: ValueError: no such answer", 3),
+    4: (2, "rank 4 of 6: data.jsonl:7: reward 'mine' did not return in 300 s", None),
+}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::3])
+def test_many_ranks_that_fail_at_different_times_leave_the_first_cause(order, tmp_path, monkeypatch):
+    """Ranks 0 and 5 only lose their peers, before, between or after the two ranks that fail by themselves."""
+    monkeypatch.setenv(RESULT_FILE, str(tmp_path / "code"))
+    ranks = [1, 4, 0, 5]
+    for rank in (ranks[index] for index in order):
+        ending = Ending(str(tmp_path / "run"), taken=True)
+        ending.write(*CAUSES.get(rank, (1, f"rank {rank} of 6: {LOST}", 3)))
+    first = next(ranks[index] for index in order if index < 2)
+    code, reason, step = CAUSES[first]
+    assert json.loads((tmp_path / "run" / "status.json").read_text()) == {"code": code, "reason": reason, "step": step}
+    assert (tmp_path / "code").read_text() == f"{code}\n"
 
 
 @pytest.mark.parametrize("held", [(0, "done", 7), (75, "SIGTERM", 3), (1, "rank 0", 3), (2, "no room", 3)])

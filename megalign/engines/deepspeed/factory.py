@@ -33,13 +33,13 @@ from megalign.engines.deepspeed.shard_weights import ShardWeights
 from megalign.engines.deepspeed.split_layers import split_layers, sum_gradients, without_memory
 from megalign.engines.deepspeed.weights import Weights
 from megalign.ops.head_blocks import HeadConfig
-from megalign.runtime.distributed import World, set_launcher_variables
+from megalign.runtime.distributed import COLLECTIVE_S, World, set_launcher_variables
 
 
 def connect(cfg: JobConfig, world: World) -> Ranks:
     """Create the job's process groups; call once on every rank."""
     set_launcher_variables(world)
-    return make_ranks(world, layout_of(cfg), timeout_s=cfg.watchdog.timeout_s)
+    return make_ranks(world, layout_of(cfg), timeout_s=COLLECTIVE_S)
 
 
 def describe(cfg: JobConfig, model: HFModel, ranks: Ranks, world: World) -> str:

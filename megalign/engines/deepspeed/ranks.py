@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
@@ -34,6 +36,7 @@ class Ranks:
     context: dist.ProcessGroup | None  # None: every rank has whole sequences
     tensor: dist.ProcessGroup | None = None  # None: every rank has the whole model, but for what ZeRO partitions
     shards: Any = None  # with tensor ranks, the groups that Megatron's layers use, of which the others are some
+    beat: Callable[[], None] = lambda: None  # called for each micro-batch
 
     @property
     def tensor_rank(self) -> int:
@@ -61,15 +64,17 @@ def make_ranks(world: World, layout: Layout, *, timeout_s: float) -> Ranks:
         # Imported here: Megatron takes seconds, and only these jobs need it.
         groups = import_module(SHARDS).make_shard_groups(layout, timeout_s=timeout_s)
         data_rank, data_size, data, tensor = groups.data_rank, groups.data_size, groups.data, groups.tensor
-        return Ranks(world.rank, world.size, world.device, data_rank, data_size, data, None, tensor, groups)
+        return Ranks(world.rank, world.size, world.device, data_rank, data_size, data, None, tensor, groups, world.beat)
     if layout.context == 1:
         group = dist.group.WORLD
         assert group is not None
-        return Ranks(world.rank, world.size, world.device, world.rank, world.size, group, None)
+        return Ranks(world.rank, world.size, world.device, world.rank, world.size, group, None, beat=world.beat)
     rows = torch.arange(world.size).view(-1, layout.context)
-    context, _ = dist.new_subgroups_by_enumeration(rows.tolist())
-    data, _ = dist.new_subgroups_by_enumeration(rows.T.tolist())
-    return Ranks(world.rank, world.size, world.device, world.rank // layout.context, len(rows), data, context)
+    limit = timedelta(seconds=timeout_s)
+    context, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=limit)
+    data, _ = dist.new_subgroups_by_enumeration(rows.T.tolist(), timeout=limit)
+    data_rank = world.rank // layout.context
+    return Ranks(world.rank, world.size, world.device, data_rank, len(rows), data, context, beat=world.beat)
 
 
 def has_shards(model: HFModel, tensor_size: int) -> bool:

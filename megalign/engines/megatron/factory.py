@@ -10,13 +10,13 @@ from megalign.engines.megatron.groups import Groups, make_groups
 from megalign.engines.megatron.shard import EngineOptions
 from megalign.model_config import ModelConfig
 from megalign.models.gpt import choose_layers
-from megalign.runtime.distributed import World
+from megalign.runtime.distributed import COLLECTIVE_S, World
 from megalign.runtime.quiet import missing_packages
 
 
 def connect(cfg: JobConfig) -> Groups:
     """Create the job's process groups; call once on every rank."""
-    return make_groups(layout_of(cfg), timeout_s=cfg.watchdog.timeout_s)
+    return make_groups(layout_of(cfg), timeout_s=COLLECTIVE_S)
 
 
 def describe(cfg: JobConfig, model: HFModel, groups: Groups, world: World) -> str:
@@ -54,6 +54,7 @@ def build(cfg: JobConfig, model: HFModel, groups: Groups, world: World, *, train
         lora=lora_of(cfg) if trainable else None,
         base=cfg.model.path,
         megatron=passed,
+        beat=world.beat,
     )
     optimizer = cfg.optimizer
     adamw = AdamW(optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.clip_norm) if trainable else None

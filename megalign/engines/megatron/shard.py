@@ -6,7 +6,7 @@ Axes: L positions of hidden states on this rank, H hidden, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,7 @@ class EngineOptions:
     lora: Lora | None = None  # train adapters alone
     base: str | None = None  # the user's name for the model that adapters are trained on
     megatron: dict[str, Any] = field(default_factory=dict)  # passed through to Megatron's configurations
+    beat: Callable[[], None] = lambda: None  # called for each micro-batch
 
 
 class Shard:

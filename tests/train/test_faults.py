@@ -1,0 +1,90 @@
+"""What a job reports when a rank stops, hangs, dies or raises; and that all ranks end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.faults import Ended, run_job
+from tests.support.tiny_jobs import metrics, records, status, write_config, write_lines, write_model
+
+TIMEOUT_S = 6
+ENDS_S = 45  # a start, the time-out, the report
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    write_model(folder / "model")
+    write_lines(folder / "data.jsonl", records("singles"))
+    return folder
+
+
+def faulty(folder: Path, tmp_path: Path, fault: str, *overrides: str, rank: int = 1, call: int = 3) -> Ended:
+    """Run a job of 50 steps on two ranks; one goes wrong in the second: the loss is called before the first, too."""
+    config = write_config(
+        tmp_path,
+        model={"path": str(folder / "model")},
+        data={"path": str(folder / "data.jsonl")},
+        run={"steps": 50},
+        loss={"name": "tests.support.faults:faulty", "fault": fault, "rank": rank, "call": call},
+        watchdog={"timeout_s": TIMEOUT_S},
+    )
+    return run_job(tmp_path, ["train", str(config), *overrides])
+
+
+def test_a_rank_that_was_stopped_is_named_by_the_other(folder, tmp_path):
+    ended = faulty(folder, tmp_path, "stop")
+    assert ended.codes == [1, -9] and ended.seconds < ENDS_S, ended
+    held = status(tmp_path / "run")
+    assert held["code"] == 1 and held["step"] == 1
+    assert held["reason"].startswith("rank 1 of 2 gave no sign of life for 6 s (watchdog.timeout_s), the last in ")
+    assert " is stopped (SIGSTOP, or a debugger); rank 0 of 2 in step 2, waiting in " in held["reason"]
+    summary = (tmp_path / "run/watchdog/summary.txt").read_text()
+    assert held["reason"].split(";")[0] in summary and summary.count("\nrank ") == 2
+    stacks = (tmp_path / "run/watchdog/rank_0.txt").read_text()
+    assert "distributed_c10d.py" in stacks and "megalign/train/loop.py" in stacks
+
+
+def test_a_rank_that_holds_the_interpreter_is_named_with_its_stack(folder, tmp_path):
+    ended = faulty(folder, tmp_path, "gil")
+    assert ended.codes == [1, -9] and ended.seconds < ENDS_S, ended
+    held = status(tmp_path / "run")
+    assert held["reason"].startswith("rank 1 of 2 gave no sign of life for 6 s (watchdog.timeout_s), the last in ")
+    assert " runs, but something in it holds Python's interpreter lock (GIL)" in held["reason"]
+    assert "in go_wrong" in (tmp_path / "run/watchdog/rank_1.txt").read_text()
+
+
+def test_a_rank_that_hangs_is_told_from_the_one_that_waits_for_it(folder, tmp_path):
+    ended = faulty(folder, tmp_path, "sleep")
+    assert ended.codes == [1, 1] and ended.seconds < ENDS_S, ended
+    held = status(tmp_path / "run")
+    assert held["reason"].startswith("rank 1 of 2 made no progress for 6 s (watchdog.timeout_s) in step 2; rank 0 ")
+    assert "; rank 0 of 2 in step 2, waiting in " in held["reason"] and held["step"] == 1
+    assert "in go_wrong" in (tmp_path / "run/watchdog/rank_1.txt").read_text()
+
+
+@pytest.mark.parametrize("fault", ["abort", "kill"])
+def test_a_rank_that_dies_is_named_by_the_other(fault, folder, tmp_path):
+    ended = faulty(folder, tmp_path, fault)
+    assert ended.codes == [1, -6 if fault == "abort" else -9] and ended.seconds < ENDS_S, ended
+    held = status(tmp_path / "run")
+    assert held["reason"].startswith("rank 1 of 2: process ") and " has ended without a word; rank 0 " in held["reason"]
+    assert "waited for it in step 2: " in held["reason"] and held["step"] == 1
+    assert f"megalign: failed: {held['reason']}" in ended.told
+
+
+def test_a_rank_that_raises_is_the_first_to_be_told(folder, tmp_path):
+    ended = faulty(folder, tmp_path, "raise")
+    assert set(ended.codes) <= {1, 2} and ended.seconds < ENDS_S, ended
+    held = status(tmp_path / "run")
+    assert held["reason"].startswith("rank 1 of 2: ") and "the loss has had enough" in held["reason"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_slow_but_beats_is_waited_for(folder, tmp_path):
+    """Twenty seconds in a step are too long for a time-out of 6, and well within one of 40."""
+    ended = faulty(folder, tmp_path, "slow", "watchdog.timeout_s=40", "run.steps=4")
+    assert ended.codes == [0, 0], ended
+    assert len(metrics(tmp_path / "run")) == 4 and not (tmp_path / "run/watchdog").exists()
