@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megalign.engines.replicas import first_difference
 from megalign.engines.step import StepBatch, StepResult
+from megalign.runtime.ranks import gather
 from megalign.train.evaluation import evaluation_due
 from megalign.train.job import Job, export_model, save
 from megalign.train.schedule import keeps_last
@@ -67,6 +69,19 @@ def write_metrics(job: Job, done: StepDone) -> None:
     job.report.step(done.metrics)
 
 
+def compare_ranks(job: Job, done: StepDone) -> None:
+    """Raise RuntimeError where parameters differ that ranks hold alike, every `watchdog.check_every` steps.
+
+    Before a checkpoint is written, which would keep one rank's copy of them.
+    """
+    every = job.cfg.watchdog.check_every
+    if not every or job.step % every:
+        return
+    problem = first_difference(job.engine.replicas(), device=job.engine.device)
+    if job.engine.max_over_job(float(bool(problem))):
+        raise RuntimeError(next(filter(None, gather(problem))))
+
+
 def save_if_due(job: Job, done: StepDone) -> None:
     """Save a checkpoint every `checkpoint.every` steps, and after the last where nothing else would keep the model."""
     every, is_last = job.cfg.checkpoint.every, job.step == job.num_steps
@@ -88,7 +103,7 @@ def export_if_due(job: Job, done: StepDone) -> None:
 
 # Errors in STEP_HOOKS are reported as the step's; SAVE_HOOKS run after the step, unless the run stops there.
 STEP_HOOKS: tuple[Hook, ...] = (name_pass_mode, dump, warn, evaluate, write_metrics)
-SAVE_HOOKS: tuple[Hook, ...] = (save_if_due, export_if_due)
+SAVE_HOOKS: tuple[Hook, ...] = (compare_ranks, save_if_due, export_if_due)
 
 
 def evaluation_metrics(job: Job) -> dict[str, float]:
