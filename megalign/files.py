@@ -12,7 +12,9 @@ import json
 import os
 import shutil
 import threading
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import mkdtemp
 from types import TracebackType
@@ -21,6 +23,7 @@ from typing import IO, Any
 from megalign.schema import UserError
 
 JOURNAL = ".progress.json"
+BLOCK_BYTES = 1 << 24  # read, checked or written at once
 
 
 class PartialFolder:
@@ -230,6 +233,54 @@ def write_at(handle: int, content: memoryview | bytes, offset: int) -> None:
     while view:
         count = os.pwrite(handle, view, offset)
         view, offset = view[count:], offset + count
+
+
+class CheckedFile:
+    """Writes a new file from beginning to end; `size` and `crc` are those of what is written so far.
+
+    The checksum (CRC-32) is computed in a thread beside the writing. Errors are UserErrors that name the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size, self.crc = path, 0, 0
+        with writing(path):
+            self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.beside = ThreadPoolExecutor(1)
+
+    def write(self, content: memoryview | bytes) -> None:
+        """Append bytes."""
+        view = memoryview(content).cast("B")
+        for first in range(0, len(view), BLOCK_BYTES):
+            block = view[first : first + BLOCK_BYTES]
+            checked = self.beside.submit(zlib.crc32, block, self.crc) if len(block) > 4096 else None
+            with writing(self.path):
+                write_at(self.handle, block, self.size)
+            self.size += len(block)
+            self.crc = zlib.crc32(block, self.crc) if checked is None else checked.result()
+
+    def close(self) -> None:
+        """Sync the file to disk and close it."""
+        try:
+            with writing(self.path):
+                sync(self.handle)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file without syncing it; does nothing when called again."""
+        if self.handle >= 0:
+            os.close(self.handle)
+        self.handle = -1
+        self.beside.shutdown()
+
+
+def checksum(path: Path) -> int:
+    """Read a file and return its CRC-32, as `CheckedFile` computes it."""
+    crc, block = 0, memoryview(bytearray(BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            crc = zlib.crc32(block[:count], crc)
+    return crc
 
 
 def move(path: Path, target: Path) -> Path:

@@ -20,7 +20,6 @@ FILES = sorted((ROOT / "megalign").rglob("*.py"))
 OWN_WAYS = {
     "train/reporter.py": {"open"},
     "train/attempts.py": {"open"},
-    "convert/megatron/torch_dist.py": {"open"},
     "runtime/hang_report.py": {"open"},
     "doctor/disk.py": {"open", "link"},
 }

@@ -266,14 +266,6 @@ class CheckpointConfig(Strict):
     allow: list[Text] = []
     """Keys or sections in which a resumed job may differ from the one that saved, such as optimizer.lr."""
 
-    @field_validator("resume")
-    @classmethod
-    def _known(cls, resume: str) -> str:
-        named = Path(resume)
-        if resume in ("auto", "never") or named.is_dir() or (named.name == "latest" and named.is_file()):
-            return resume
-        raise ValueError("must be auto, never or an existing checkpoint directory")
-
 
 class ExportConfig(Strict):
     """Declares `export`: the Hugging Face checkpoint that a run writes."""

@@ -28,7 +28,7 @@ from megalign.convert.hf.writer import DEFAULT_SHARD_BYTES, HFWriter
 from megalign.convert.megatron.checkpoint_dir import HF_FILES
 from megalign.convert.megatron.keys import checkpoint_key, extra_state_of, whole_shape
 from megalign.convert.megatron.reader import key_specs, whole_names
-from megalign.convert.megatron.torch_dist import TorchDistFile, write_index
+from megalign.convert.megatron.torch_dist_file import TorchDistFile, write_index
 from megalign.convert.rules import find_rule
 from megalign.convert.saved import open_saved
 from megalign.files import PartialFolder
@@ -116,13 +116,15 @@ def _file_writer(
         try:
             for name, spec in shard.items():
                 key, index, _ = checkpoint_key(name, source.model)
-                out.append(key, index, spec, megatron_blocks(source, name))
+                offset, sizes = (*index, *[0] * len(spec.shape)), ((1,) * len(index) + spec.shape)
+                out.append(key, offset, sizes, megatron_blocks(source, name))
                 state = extra_state_of(name, source.model)
                 if state is not None:
-                    out.append_empty_state(state)
+                    out.append_object(state, None)
                 options.reported(spec.num_bytes)
-        finally:
             out.close()
+        finally:
+            out.abandon()
         partial.finish(file, out.entries)
 
     return write

@@ -27,7 +27,7 @@ from megalign.doctor.visit import Check, Visit
 EXPECTED = {
     ("nccl", False): (20.0, 200.0),  # PCIe 4 x16 gives 25; NVLink hundreds
     ("nccl", True): (5.0, 500.0),  # a 100 Gb/s card for two devices
-    ("gloo", False): (0.02, 50000.0),  # loopback gives 1 and 100 on idle cores, this where ranks share a core
+    ("gloo", False): (0.02, 50000.0),  # far below what idle cores give: ranks may share them
     ("gloo", True): (0.05, 20000.0),  # 1 Gb/s Ethernet gives 0.118 to all ranks of a machine together
 }
 ADVICE = {

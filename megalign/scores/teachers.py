@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 from megalign.config.job import JobConfig
@@ -32,12 +32,14 @@ def with_teacher_scores(
     teachers: Sequence[TeacherTexts],
     load: Callable[[HFModel], Scorer],
     *,
+    needed: Set[int] | None = None,
     say: Callable[[str], None],
     progress: Progress,
 ) -> GroupDataset:
     """Return the data set with the scores of the configured teachers; scores in the records are kept.
 
-    load: builds an engine with a teacher's weights; only one is in memory at a time.
+    load: builds an engine with a teacher's weights; only one is in memory at a time. needed: the groups of the steps
+    that are left; others may stay without scores. None: all.
     """
     if not cfg.teachers:
         return dataset
@@ -46,20 +48,25 @@ def with_teacher_scores(
         {name: value for name, value in group.teacher_scores.items() if name in names} for group in dataset.groups
     ]
     for texts in teachers:
-        say(f"scoring {len(texts.sequences)} responses with teacher {texts.name}")
-        means = _mean_logps(cfg, texts, load(texts.model), progress)
-        for index, mean in zip(texts.group_indices, means, strict=True):
-            scores[index][texts.name] = mean
+        parts = _parts(cfg, texts, needed)
+        total, count = sum(map(len, parts)), len(texts.sequences)
+        say(f"scoring {total}{'' if total == count else f' of {count}'} responses with teacher {texts.name}")
+        if not parts:
+            continue
+        engine, done = load(texts.model), 0
+        for part in parts:
+            scored = score(engine, [texts.sequences[at] for at in part], coupled=False, packing=packing_of(cfg))
+            for at, result in zip(part, scored, strict=True):
+                scores[texts.group_indices[at]][texts.name] = result.total / texts.sequences[at].num_scored
+            done += len(part)
+            progress(f"teacher {texts.name}", done, total)
     return dataset.with_teacher_scores(scores)
 
 
-def _mean_logps(cfg: JobConfig, texts: TeacherTexts, engine: Scorer, progress: Progress) -> list[float]:
-    """Compute each response's log-prob divided by its number of scored tokens."""
-    means: list[float] = []
+def _parts(cfg: JobConfig, texts: TeacherTexts, needed: Set[int] | None) -> list[range]:
+    """Return the places in `texts` that are scored together; whole parts, so that a resumed run packs them alike."""
     total, size = len(texts.sequences), 4 * (cfg.data.groups_per_step or 64)
-    for first in range(0, total, size):
-        part = texts.sequences[first : first + size]
-        scored = score(engine, part, coupled=False, packing=packing_of(cfg))
-        means += [result.total / sequence.num_scored for sequence, result in zip(part, scored, strict=True)]
-        progress(f"teacher {texts.name}", len(means), total)
-    return means
+    parts = [range(first, min(first + size, total)) for first in range(0, total, size)]
+    if needed is None:
+        return parts
+    return [part for part in parts if any(texts.group_indices[at] in needed for at in part)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megalign.schema import UserError
-from megalign.train.checkpoint import latest
+from megalign.train.resume_point import latest
 
 
 def why_give_up(file: Path, run_dir: Path, *, max_stalls: int) -> str:

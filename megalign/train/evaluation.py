@@ -22,6 +22,11 @@ def evaluation_due(cfg: JobConfig, step: int, num_steps: int) -> bool:
     return step in (0, num_steps) or (cfg.eval.every > 0 and step % cfg.eval.every == 0)
 
 
+def evaluation_left(cfg: JobConfig, step: int, num_steps: int) -> bool:
+    """Tell whether a run that has taken this many steps evaluates the held-out data again."""
+    return any(evaluation_due(cfg, later, num_steps) for later in range(step + bool(step), num_steps + 1))
+
+
 def held_out_loss(cfg: JobConfig, engine: Engine, held_out: DatasetFeed) -> dict[str, float]:
     """Return the loss of held-out records and its metrics."""
     result = evaluate(engine, held_out.whole(), cfg.loss, packing=packing_of(cfg))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +16,9 @@ from megalign.engines.build import packing_of
 from megalign.engines.protocol import Scorer, Want
 from megalign.engines.scoring import Scored, score
 from megalign.engines.step import StepBatch
+from megalign.scores.needed import Needed, needed_scores
 from megalign.scores.store import ScoreStore, fill
-from megalign.scores.teachers import Progress
+from megalign.train.reporter import Reporter
 
 
 class Feed(Protocol):
@@ -60,6 +62,7 @@ def old_scores(sequences: Sequence[TokenSequence], store: ScoreStore) -> list[Sc
 
 
 Wanted = Callable[[TokenSequence], bool]
+REFERENCE, INITIAL = "scoring reference", "scoring initial policy"
 
 
 @dataclass
@@ -72,6 +75,7 @@ class DatasetFeed:
     reference: ScoreStore | None = None
     old: ScoreStore | None = None
     first: StepBatch | None = None  # step 0 with its scores under the initial weights, by token
+    after: int = 0  # steps that the run has taken before this start: what they alone need is not scored again
 
     @property
     def num_steps(self) -> int:
@@ -91,6 +95,13 @@ class DatasetFeed:
         """Return the sequences of a step (from 0) and their number of groups."""
         items = self.dataset.step_items(step, groups_per_step=self._groups_per_step, shuffle=self.cfg.data.shuffle)
         return self.dataset.sequences(items)
+
+    def groups_after(self, step: int) -> set[int]:
+        """Return the indices of the groups that steps from `step` (from 0) on train on."""
+        groups, shuffle = self._groups_per_step, self.cfg.data.shuffle
+        steps = range(step, self.num_steps)
+        items = (self.dataset.step_items(each, groups_per_step=groups, shuffle=shuffle) for each in steps)
+        return {index for step_items in items for _, index in step_items}
 
     def batch(self, step: int) -> StepBatch:
         """Return the step's global batch with the scores that its loss needs."""
@@ -125,12 +136,14 @@ class DatasetFeed:
     def restore(self, state: dict[str, Any]) -> None:
         """Do nothing, as `state` returns nothing."""
 
-    def score_reference(self, engine: Scorer, progress: Progress) -> None:
-        """Score every sequence of the run with a reference's own engine."""
+    def score_reference(self, load: Callable[[], Scorer], report: Reporter) -> None:
+        """Score every sequence that is needed with a reference's own engine, which `load` builds if any is."""
         self.reference = ScoreStore(by_token=self._by_token)
-        self._fill(engine, self.reference, "scoring reference", progress)
+        needed = self._needed(REFERENCE, report, _every)
+        if needed is None or needed.batches:
+            self._fill(load(), self.reference, REFERENCE, report, _every, needed)
 
-    def score_policy(self, engine: Scorer, progress: Progress) -> None:
+    def score_policy(self, engine: Scorer, report: Reporter) -> None:
         """Score under the initial policy: every sequence if it is the reference, else those without old log-probs."""
         traits = self.cfg.loss.traits()
         is_reference = traits.reference and self.cfg.reference.source in ("initial", "round_start")
@@ -140,9 +153,11 @@ class DatasetFeed:
         self.old = store if traits.old else None
         self.reference = store if is_reference else self.reference
         wanted: Wanted = _every if is_reference else _lacks_behaviour
-        current = None if self.held_out else self._score_first(engine, store, wanted)
-        self._fill(engine, store, "scoring initial policy", progress, wanted)
-        if current is not None:
+        needed = self._needed(INITIAL, report, wanted)
+        with_first = not self.held_out and (needed is None or needed.with_first)
+        current = self._score_first(engine, store, wanted) if with_first else None
+        self._fill(engine, store, INITIAL, report, wanted, needed)
+        if current is not None and not self.after:
             self.first = replace(self._assemble(*self.sequences(0)), current=current)
 
     def _score_first(self, engine: Scorer, store: ScoreStore, wanted: Wanted) -> list[Scored] | None:
@@ -163,20 +178,33 @@ class DatasetFeed:
         store.add(sequences, current)
         return current
 
-    def _fill(self, engine: Scorer, store: ScoreStore, name: str, progress: Progress, wanted: Wanted = _every) -> None:
-        """Score the wanted sequences step by step; held-out ones at once."""
-        total = 1 if self.held_out else self.num_steps
+    def _wanted_of(self, step: int, wanted: Wanted) -> list[TokenSequence]:
+        """Return the wanted sequences of a step; of held-out data all, which are one batch."""
+        return list(filter(wanted, (self._whole() if self.held_out else self.sequences(step))[0]))
 
-        def batches() -> Iterator[list[TokenSequence]]:
-            for step in range(total):
-                sequences = self._whole()[0] if self.held_out else self.sequences(step)[0]
-                yield list(filter(wanted, sequences))
+    def _needed(self, name: str, report: Reporter, wanted: Wanted) -> Needed | None:
+        """Return what is scored for the steps that are left; None if that is everything."""
+        if self.held_out or not self.after:
+            return None
+        needed = needed_scores(partial(self._wanted_of, wanted=wanted), self.num_steps, self.after)
+        report.say(f"{name}: {needed.num_sequences} of {needed.num_all} sequences, for the steps after {self.after}")
+        return needed
 
+    def _fill(
+        self, engine: Scorer, store: ScoreStore, name: str, report: Reporter, wanted: Wanted, needed: Needed | None
+    ) -> None:
+        """Score the needed batches; None: the wanted sequences step by step, held-out ones at once."""
+        batches: Iterable[list[TokenSequence]]
+        if needed is None:
+            total = 1 if self.held_out else self.num_steps
+            batches = (self._wanted_of(step, wanted) for step in range(total))
+        else:
+            total, batches = len(needed.batches), (sequences for _, sequences in needed.batches)
         fill(
             store,
             engine,
-            batches(),
+            batches,
             coupled=self.cfg.loss.traits().coupled,
             packing=packing_of(self.cfg),
-            progress=lambda done: progress(name, done, total),
+            progress=lambda done: report.phase(name, done, total),
         )

@@ -16,12 +16,14 @@ from megalign.runtime.heart import Heart
 from megalign.runtime.status import during
 from megalign.runtime.stop import Stop
 from megalign.train.cannot_learn import Doubts
-from megalign.train.checkpoint import Facts, save_checkpoint
+from megalign.train.checkpoint import save_checkpoint
+from megalign.train.checkpoint_facts import Facts
+from megalign.train.cut_back import keep_metrics_up_to, later_dumps
 from megalign.train.evaluation import Evaluation
 from megalign.train.feeds import Feed
 from megalign.train.inputs import Inputs
 from megalign.train.outputs import Start
-from megalign.train.reporter import Reporter, keep_metrics_up_to
+from megalign.train.reporter import Reporter
 from megalign.train.schedule import resume_lines
 from megalign.train.time_limit import TimeLimit
 
@@ -59,6 +61,7 @@ class Job:
 def save(job: Job) -> Path:
     """Write a checkpoint of the step that is done."""
     began = time.perf_counter()
+    job.report.keep()
     extra = {"step": job.step, "bad_steps": job.bad_steps, "feed": job.feed.state()}
     start, keep = job.start, job.cfg.checkpoint
     job.saved = save_checkpoint(
@@ -75,6 +78,7 @@ def save(job: Job) -> Path:
             job=start.job,
             num_steps=job.num_steps,
             started_from=start.started_from,
+            step=job.step,
         ),
         keep=keep.keep,
         keep_every=keep.keep_every,
@@ -114,7 +118,7 @@ def keep_instead(job: Job, problem: str) -> str:
 
 
 def resume(job: Job) -> None:
-    """Load the checkpoint to resume from, if any; drop the metrics of steps that are still to be taken."""
+    """Load the checkpoint to resume from, if any; drop metrics and dumps of steps that are still to be taken."""
     start, checkpoint = job.start, job.start.checkpoint
     if checkpoint is not None:
         extra = job.engine.load(checkpoint)
@@ -128,8 +132,16 @@ def resume(job: Job) -> None:
         for line in resume_lines(job.cfg, job.step, job.num_steps, start.num_steps_before):
             job.report.say(line)
     if job.world.is_main:
-        again = keep_metrics_up_to(job.run_dir, job.step)
-        if again:
-            job.report.say(
-                f"metrics.jsonl: the lines of steps {again[0]} to {again[-1]} are dropped; these steps are taken again"
-            )
+        _cut_back(job)
+
+
+def _cut_back(job: Job) -> None:
+    """Drop what the run directory holds of steps after the job's; the log names the steps."""
+    dumps = later_dumps(job.run_dir, job.step)
+    again = {"metrics.jsonl: the lines": keep_metrics_up_to(job.run_dir, job.step)}
+    again["steps: the files"] = [int(path.stem.removeprefix("step_")) for path in dumps]
+    for path in dumps:
+        path.unlink()
+    for what, steps in again.items():
+        if steps:
+            job.report.say(f"{what} of steps {steps[0]} to {steps[-1]} are dropped; these steps are taken again")

@@ -27,13 +27,14 @@ from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
 from megalign.train.inputs import Inputs
 from megalign.train.job import Job, export_model, keep_instead, resume, save
-from megalign.train.outputs import Start, check_outputs, job_date, with_date
+from megalign.train.outputs import Start, job_date, with_date
 from megalign.train.prepare import Engines, prepare
 from megalign.train.reporter import Reporter, start_log
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed
 from megalign.train.run_dir import open_run_dir
 from megalign.train.schedule import learning_rate
+from megalign.train.starting import agree_on_start
 from megalign.train.step_metrics import step_metrics
 from megalign.train.summary import report_summary
 from megalign.train.time_limit import TimeLimit
@@ -71,8 +72,8 @@ def _train(cfg: JobConfig, world: World, ending: Ending) -> int:
         with ending.heart.during("digesting the inputs", counts="work"):
             items = rank_items(cfg, inputs)
         check_alike(cfg, items)
-    # Only rank 0 looks: the directory changes while other ranks would still be reading it.
-    start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs) if world.is_main else None))[0]
+    with ending.heart.during("looking for what to start from", counts="bytes"):
+        start = agree_on_start(cfg, inputs, world)
     _leave_if_asked(ending.stop, world)
     kept = on_every_rank(lambda: _open_run_dir(cfg, start) if world.is_main else [])
     ending.take_over()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -15,17 +16,11 @@ from megalign.convert.hf.model import HFModel
 from megalign.convert.hf.writer import specs_of
 from megalign.engines.build import dtype_of, engine_package, lora_of
 from megalign.schema import UserError
-from megalign.train.checkpoint import (
-    Facts,
-    ResumePoint,
-    check_whole,
-    find_checkpoint,
-    newer_than,
-    read_facts,
-    read_plain,
-)
+from megalign.train.checkpoint_facts import Facts, read_facts, read_plain
+from megalign.train.checkpoint_files import check_whole
 from megalign.train.fingerprint import Difference, describe, differences, is_allowed, job_digest, settings
 from megalign.train.inputs import Inputs
+from megalign.train.resume_point import NONE, ResumePoint, find_checkpoint, newer_than
 from megalign.train.run_dir import check_config_file, check_run_dir, holds_own, is_inside, nearest, probe
 from megalign.train.schedule import keeps_last
 
@@ -48,6 +43,7 @@ class Start:
     changed: tuple[str, ...] = ()
     started_from: str | None = None
     num_steps_before: int | None = None
+    step: int = 0  # that the checkpoint is after; 0 where it does not say, or there is none
     notes: tuple[str, ...] = ()  # for the log
 
 
@@ -77,9 +73,12 @@ def with_date(cfg: JobConfig, day: str | None) -> JobConfig:
     return cfg.model_copy(update={"data": cfg.data.model_copy(update={"date": day})})
 
 
-def check_outputs(cfg: JobConfig, inputs: Inputs) -> Start:
-    """Refuse checkpoints that training cannot resume from, and a run.dir or export.hf_dir that it cannot write to."""
-    start = _find_start(cfg, inputs)
+def check_outputs(cfg: JobConfig, inputs: Inputs, damaged: Mapping[Path, str] = NONE) -> Start:
+    """Refuse checkpoints that training cannot resume from, and a run.dir or export.hf_dir that it cannot write to.
+
+    damaged: as in `find_checkpoint`.
+    """
+    start = _find_start(cfg, inputs, damaged)
     check_run_dir(Path(cfg.run.dir))
     check_config_file(Path(cfg.run.dir))
     if cfg.export.hf_dir is not None:
@@ -88,22 +87,22 @@ def check_outputs(cfg: JobConfig, inputs: Inputs) -> Start:
     return start
 
 
-def _find_start(cfg: JobConfig, inputs: Inputs) -> Start:
-    point = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume)
-    weights = None
+def _find_start(cfg: JobConfig, inputs: Inputs, damaged: Mapping[Path, str]) -> Start:
+    point = find_checkpoint(Path(cfg.run.dir), cfg.checkpoint.resume, damaged)
+    weights, notes = None, () if point is None else point.notes
     if point is not None:
         check_whole(point.folder, inputs.policy)
         facts = read_facts(point.folder)
         _check_engine(cfg, point.folder, facts)
         if not facts.optimizer:
             weights, point = point.folder, None
-        elif point.since and point.named is not None:
+        elif point.since and point.named is not None and _began_converted(point.folder):
             weights = _converted(point.named, inputs)
     job = describe(cfg, inputs, weights)
     owner = Owner(str(Path(cfg.run.dir).resolve()), job_digest(job))
     if point is None:
         named = None if weights is None else str(Path(cfg.checkpoint.resume).resolve())
-        return Start(job, owner, weights=weights, started_from=named)
+        return Start(job, owner, weights=weights, started_from=named, notes=notes)
     return _go_on(cfg, point, Start(job, replace(owner, resumed=point.own), point.folder, weights, own=point.own))
 
 
@@ -124,6 +123,13 @@ def _check_engine(cfg: JobConfig, checkpoint: Path, facts: Facts) -> None:
         )
 
 
+def _began_converted(folder: Path) -> bool:
+    """Tell whether a run's checkpoint may come from one that began with converted weights; else those are not read."""
+    saved = read_plain(folder)
+    about = None if saved is None or saved["job"] is None else saved["job"].get("checkpoint")
+    return about is None or about.get("resume") is not None
+
+
 def _converted(named: Path, inputs: Inputs) -> Path | None:
     """Return the converted checkpoint that a run began with, if any: the reference still has its weights."""
     start = find_checkpoint(named / "no run", str(named))
@@ -135,15 +141,17 @@ def _converted(named: Path, inputs: Inputs) -> Path | None:
 
 def _go_on(cfg: JobConfig, point: ResumePoint, start: Start) -> Start:
     """Return the start with its checkpoint, after comparing the job with the one that saved it."""
-    saved, notes = read_plain(point.folder), []
+    saved, notes = read_plain(point.folder), [*point.notes]
     if point.since:
         notes.append(
             f"this run has saved {point.folder.name} since it started from {point.named}, and goes on from there; to "
             "start from it once more give another run.dir"
         )
     named = None if point.named is None else str(point.named.resolve())
-    newer = newer_than(point.folder) if point.own and point.named is not None and not point.since else []
-    goes_on = point.own and not newer
+    returns = point.own and point.named is not None and not point.since
+    newer = newer_than(point.folder) if returns else []
+    # One that is named itself is a start of its own even where nothing is newer: a restart must find it so.
+    goes_on = point.own and not (returns and named == str(point.folder.resolve())) and not newer
     if saved is None:
         notes.append(f"{point.folder} does not say which job saved it, so this is not checked")
         return replace(start, rolled_back=bool(newer), started_from=None if goes_on else named, notes=tuple(notes))
@@ -162,6 +170,7 @@ def _go_on(cfg: JobConfig, point: ResumePoint, start: Start) -> Start:
         changed=tuple(difference.key for difference in changes),
         started_from=saved.get("started_from") if goes_on else named,
         num_steps_before=saved.get("num_steps"),
+        step=saved.get("step") or 0,
         notes=tuple(notes),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from megalign.config.job import JobConfig, total_steps
@@ -15,7 +15,7 @@ from megalign.rollout.rewards import choose_reward
 from megalign.runtime.distributed import World
 from megalign.scores.teachers import with_teacher_scores
 from megalign.train.cannot_learn import Doubts
-from megalign.train.evaluation import Evaluation, held_out_loss, held_out_reward
+from megalign.train.evaluation import Evaluation, evaluation_left, held_out_loss, held_out_reward
 from megalign.train.feeds import DatasetFeed, Feed
 from megalign.train.group_source import LiveSampling
 from megalign.train.inputs import Inputs, Records
@@ -131,33 +131,49 @@ def _for_records(engines: Engines, records: Records, report: Reporter) -> Ready:
     cfg, inputs = engines.cfg, engines.inputs
     # Teachers and a separate reference come first, so that their engines are freed before the policy's is built.
     feed, held_out = _feed(engines, records, report), None
-    if inputs.held_out_records is not None:
-        held_out = _feed(engines, inputs.held_out_records, report, held_out=True)
+    if inputs.held_out_records is not None and evaluation_left(cfg, engines.start.step, feed.num_steps):
+        held_out = _held_out(engines, inputs.held_out_records, report)
     feeds = [feed] if held_out is None else [feed, held_out]
     if inputs.reference is not None and cfg.loss.traits().reference:
-        _score_reference(engines.scorer(inputs.reference), feeds, report)
+        load = cache(partial(engines.scorer, inputs.reference))
+        for each in feeds:
+            each.score_reference(load, report)
+        del load
     policy = engines.initial(trainable=True)
     for each in feeds:
-        each.score_policy(policy, report.phase)
+        each.score_policy(policy, report)
     evaluation: Evaluation | None = None
     if held_out is not None:
         evaluation = partial(held_out_loss, cfg, policy, held_out)
     return Ready(policy, feed, evaluation, feed.num_steps)
 
 
-def _feed(engines: Engines, records: Records, report: Reporter, *, held_out: bool = False) -> DatasetFeed:
-    """Let the teachers score the records, and filter them by their scores unless they are held-out data."""
-    cfg, dataset = engines.cfg, records.dataset
-    report.say(f"{'held-out data' if held_out else 'training data'}: {dataset.report.line()}")
-    dataset = with_teacher_scores(cfg, dataset, records.teachers, engines.scorer, say=report.say, progress=report.phase)
-    if cfg.data.filter is not None and not held_out:
+def _feed(engines: Engines, records: Records, report: Reporter) -> DatasetFeed:
+    """Let the teachers score the records that are needed, and filter them by their scores."""
+    cfg, dataset, after = engines.cfg, records.dataset, engines.start.step
+    report.say(f"training data: {dataset.report.line()}")
+    needed = None
+    if after and cfg.data.filter is None:  # a filter needs every score
+        needed = DatasetFeed(cfg, dataset).groups_after(after)
+    dataset = with_teacher_scores(
+        cfg, dataset, records.teachers, engines.scorer, needed=needed, say=report.say, progress=report.phase
+    )
+    if cfg.data.filter is not None:
         dataset = dataset.keep_highest(cfg.data.filter.teacher_score_keep)
-    return DatasetFeed(cfg, dataset, held_out)
+    return DatasetFeed(cfg, dataset, after=after)
 
 
-def _score_reference(reference: Scorer, feeds: list[DatasetFeed], report: Reporter) -> None:
-    for feed in feeds:
-        feed.score_reference(reference, report.phase)
+def _held_out(engines: Engines, records: Records, report: Reporter) -> DatasetFeed:
+    """Let the teachers score the held-out records, which are never filtered."""
+    cfg = engines.cfg
+    report.say(f"held-out data: {records.dataset.report.line()}")
+    return DatasetFeed(
+        cfg,
+        with_teacher_scores(
+            cfg, records.dataset, records.teachers, engines.scorer, say=report.say, progress=report.phase
+        ),
+        held_out=True,
+    )
 
 
 def _report_plan(job: Job) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from megalign.files import write_whole
+from megalign.files import sync
 from megalign.runtime.status import explain
 from megalign.train.console import ConsoleHandler, StepBar, clock, duration, evaluation_numbers, step_numbers
 from megalign.train.trackers import open_tracker
@@ -92,6 +92,8 @@ class Reporter:
 
     def begin(self, done: int) -> None:
         """Start counting steps; `done` of them were taken before this start."""
+        for tracker in self._trackers:
+            tracker.begin(done)
         self._done_at_start, self._started = done, time.perf_counter()
         if self._bar is not None:
             self._bar.begin("training", done, self.total)
@@ -135,6 +137,12 @@ class Reporter:
             file.write(json.dumps({**_plain(record), "time": _utc_now()}) + "\n")
         for tracker in self._trackers:
             tracker.add(record)
+
+    def keep(self) -> None:
+        """Flush the metrics to disk: a checkpoint that stays must not outlive its steps' lines."""
+        path = self.run_dir / "metrics.jsonl"
+        if self.main and path.is_file():
+            sync(path)
 
     def _say_evaluation(self, record: Mapping[str, Any]) -> None:
         when = f"after step {record['step']}" if record["step"] else "before the first step"
@@ -186,20 +194,6 @@ def start_log(run_dir: Path, *, main: bool) -> None:
     to_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     LOG.addHandler(to_file)
-
-
-def keep_metrics_up_to(run_dir: Path, step: int) -> list[int]:
-    """Drop the metrics of steps after `step`, which a resumed run takes again, and return the numbers of these steps.
-
-    A fresh run (`step` 0) keeps none. A half-written last line of a killed run is dropped, too.
-    """
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole if step and json.loads(line)["step"] <= step]
-    write_whole(path, "".join(kept))
-    return [json.loads(line)["step"] for line in whole[len(kept) :]]
 
 
 def _utc_now() -> str:

@@ -15,10 +15,13 @@ from megalign.files import move, write_whole
 from megalign.rollout.command import ROLLOUT_FILE
 from megalign.runtime.hang_report import FOLDER as HANG_REPORT
 from megalign.schema import UserError
-from megalign.train.checkpoint import NAME, newer_than, write_latest
+from megalign.train.checkpoint import write_latest
+from megalign.train.cut_back import later_dumps
+from megalign.train.resume_point import NAME, checkpoints_in, newer_than, pointed_to, shown_name
+from megalign.train.trackers import WANDB_ID
 
 FOLDERS = ("checkpoints", "steps", "tensorboard", HANG_REPORT)
-FILES = ("metrics.jsonl", "log.txt", "config.yaml", "status.json")
+FILES = ("metrics.jsonl", "log.txt", "config.yaml", "status.json", WANDB_ID)
 OWN = (*FOLDERS, *FILES, ROLLOUT_FILE)  # all names that a job, or the command rollout, writes in a run directory
 
 
@@ -95,6 +98,8 @@ def open_run_dir(
             lines.append(_set_aside(run_dir, cfg.export.hf_dir, inputs))
         elif resumed is not None and (rolled_back or changed):
             lines += _set_back(run_dir, resumed if rolled_back else None)
+        if resumed is not None and pointed_to(resumed.parent) != shown_name(resumed):
+            write_latest(resumed.parent, shown_name(resumed))  # for tools, which take what it names
         write_whole(run_dir / "config.yaml", dump_config(cfg))
         (run_dir / "status.json").unlink(missing_ok=True)
     except OSError as error:
@@ -119,6 +124,9 @@ def _set_aside(run_dir: Path, hf_dir: str | None, inputs: Sequence[Path]) -> str
     aside, names = _free(run_dir), list((*FOLDERS, *FILES))
     if hf_dir is not None and is_inside(Path(hf_dir), run_dir) and is_export(Path(hf_dir)):
         names.append(str(Path(hf_dir).resolve().relative_to(run_dir.resolve())))
+    if any(is_inside(source, run_dir / "checkpoints") for source in inputs):
+        # The rest of them must not be taken for the new run's.
+        names += [f"checkpoints/{path.name}" for path in checkpoints_in(run_dir / "checkpoints")]
     moved = []
     for name in names:
         path = run_dir / name
@@ -135,6 +143,8 @@ def _set_back(run_dir: Path, checkpoint: Path | None) -> list[str]:
     for name in ("metrics.jsonl", "config.yaml"):
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(run_dir / name, aside / name)
+    if (run_dir / WANDB_ID).exists():  # the steps that are taken again go to another run there
+        move(run_dir / WANDB_ID, aside / WANDB_ID)
     newer = [] if checkpoint is None else newer_than(checkpoint)
     if checkpoint is not None and newer:
         # First, so that from now on no run resumes from the newer ones.
@@ -143,8 +153,16 @@ def _set_back(run_dir: Path, checkpoint: Path | None) -> list[str]:
         for path in newer:
             move(path, aside / "checkpoints" / path.name)
         write_latest(aside / "checkpoints", newer[-1].name)
+        _keep_dumps(run_dir, aside, int(shown_name(checkpoint).removeprefix("step_")))
     names = ", ".join(["metrics.jsonl", "config.yaml", *(path.name for path in newer)])
     return [f"the run's state before this resume is kept in {aside}: {names}"]
+
+
+def _keep_dumps(run_dir: Path, aside: Path, step: int) -> None:
+    """Move the dumps of steps after `step` aside."""
+    for path in later_dumps(run_dir, step):
+        (aside / "steps").mkdir(exist_ok=True)
+        move(path, aside / "steps" / path.name)
 
 
 def holds_own(run_dir: Path, path: Path) -> bool:

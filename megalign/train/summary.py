@@ -13,9 +13,9 @@ from rich.table import Table
 
 from megalign.config.job import JobConfig
 from megalign.runtime.command_line import program
-from megalign.train.checkpoint import latest
 from megalign.train.console import SHOWN, counted, duration, shown
 from megalign.train.reporter import Reporter
+from megalign.train.resume_point import latest
 
 Line = Mapping[str, Any]
 Row = tuple[str, Line, str]  # name, line of metrics, prefix of its metrics

@@ -278,7 +278,6 @@ BAD = [
     ("engine.megatron.context_parallel_size=2", "context_parallel_size is 2", "set it with parallel.context"),
     ("checkpoint.async=true", "checkpoint.async is True", "must be false"),
     ("checkpoint.allow=[3]", "checkpoint.allow.0 is 3", "string"),
-    ("checkpoint.resume=ckpt/none", "checkpoint.resume is 'ckpt/none'", "auto, never or an existing"),
     ("reference.source=none", "reference.source is 'none'", "must be initial, round_start or"),
     ("reference.source=intial", "reference.source is 'intial'", "none, round_start, hf://org/name or an existing"),
     ("reference.cache_dir=c", "reference.cache_dir is 'c'", "must be null"),

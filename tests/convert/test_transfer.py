@@ -89,9 +89,9 @@ def keys_of_engines(folder: str) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     from megalign.config.layout import Layout
-    from megalign.engines.megatron import checkpoint as megatron_checkpoint
     from megalign.engines.megatron.engine import MegatronEngine
     from megalign.engines.megatron.groups import make_groups
+    from megalign.engines.megatron.parts import METADATA
     from megalign.engines.megatron.shard import EngineOptions
 
     with process_group(timeout_s=60) as world:
@@ -102,7 +102,7 @@ def keys_of_engines(folder: str) -> None:
             reader = TorchDistReader(checkpoint)
             dtype = getattr(torch, reader.common()["about"]["dtype"].removeprefix("torch."))
             engine = MegatronEngine(model, groups, EngineOptions(dtype=dtype, device=world.device), adamw=None)
-            state = engine.shard.chunks[0].sharded_state_dict(metadata=dict(megatron_checkpoint.METADATA))
+            state = engine.shard.chunks[0].sharded_state_dict(metadata=dict(METADATA))
             plain, objects = {}, set()
             for entry in state.values():
                 for one in entry.build() if hasattr(entry, "build") else [entry]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from megalign.config.job import load_config
+from megalign.convert.hf.model import read_model
 from megalign.engines.deepspeed.settings import ds_config
+from tests.support.families import write_family
 from tests.support.processes import run_ranks
 from tests.support.tiny_jobs import write_config
 
@@ -105,3 +107,28 @@ def all_cases(folder: Path) -> None:
 
 def test_deepspeed_takes_the_settings_and_steps_as_adamw(tmp_path):
     run_ranks(all_cases, 1, tmp_path)
+
+
+def partitioned_models(folder: Path) -> None:
+    """Build a partitioned model in each dtype, on processors that can and cannot compute in fp16."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    from megalign.engines.deepspeed import factory
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler
+    deepspeed.init_distributed("gloo")
+    model = read_model(folder / "mixtral")
+    for dtype, own in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        cfg = config(folder, stage=3, dtype=dtype)
+        for fp16 in (True, False):
+            deepspeed.get_accelerator().is_fp16_supported = lambda fp16=fp16: fp16
+            settings = ds_config(cfg, zero_size=1, on_cuda=False)
+            built = factory._empty_model(cfg, model, settings, torch.device("cpu"))
+            assert {parameter.dtype for parameter in built.parameters()} == {own}, (dtype, fp16)
+            assert all(hasattr(parameter, "ds_id") for parameter in built.parameters())
+
+
+def test_partitioned_weights_have_the_runs_dtype_on_every_processor(tmp_path):
+    write_family(tmp_path / "mixtral", "mixtral")
+    run_ranks(partitioned_models, 1, tmp_path)

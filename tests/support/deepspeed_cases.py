@@ -62,7 +62,18 @@ SETUPS = {
     "zero2 x 2 x context 2": Setup(4, 2, context=2),
     "zero3 x context 4": Setup(4, 3, split=True, context=4),
 }
-DEFAULT = tuple(SETUPS)[:15]
+DEFAULT = (
+    "zero2 x 2",
+    "zero3 x 2",
+    "zero2 offloaded x 2",
+    "zero3 offloaded x 2",
+    "zero2 x 1",
+    "zero3 x 1",
+    "zero1 x 4",
+    "zero3 x tensor 2",
+    "zero3 x context 2",
+    "zero3 offloaded x 2 x tensor 2",
+)
 WIDE = tuple(name for name, setup in SETUPS.items() if setup.wide)
 MODES = ("sft", "dapo", "rloo", "gvpo")  # losses of the runs in every pass mode
 OTHER_MODELS = {

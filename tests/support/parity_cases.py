@@ -170,7 +170,7 @@ def parity_cases(layout: str) -> list[Case]:
     cases = [
         Case("llama", loss, *cutting, gradients=everything or loss in ("gvpo", "epa"))
         for loss in LOSSES
-        for cutting in CUTTINGS
+        for cutting in (CUTTINGS if everything or layout in ("one", "tp2+sp") else EXTREMES)
     ]
     if layout == "one":
         cases += [Case(model, "gvpo", *cut, gradients=True) for model in ("deep", *EXPERTS) for cut in EXTREMES]

@@ -17,9 +17,10 @@ from rich.console import Console, Group
 
 from megalign.config.job import load_config
 from megalign.train.console import StepBar, clock, duration, evaluation_numbers, step_numbers
+from megalign.train.cut_back import keep_metrics_up_to
 from megalign.train.evaluation import evaluation_due
 from megalign.train.plan import evaluation_plan
-from megalign.train.reporter import Reporter, keep_metrics_up_to, start_log
+from megalign.train.reporter import Reporter, start_log
 from megalign.train.round_report import quoted, round_sample, shows_sample
 from megalign.train.summary import as_text, summary_rows, summary_table, time_line
 from tests.support.tiny_jobs import (

@@ -150,18 +150,23 @@ def test_newest_and_every_third_are_kept(trained, folder):
     }  # fmt: skip
 
 
-def test_latest_wins_over_what_is_newer(job, tmp_path):
-    """A checkpoint that `latest` was never moved to does not count; nor does half a line of metrics."""
-    whole = numbers(metrics(tmp_path / "run"))
-    (tmp_path / "run" / "checkpoints" / "latest").write_text('{"checkpoint": "step_00000003"}')
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+def test_the_newest_whole_checkpoint_wins(job, tmp_path):
+    """Whatever `latest` names: a save may have been killed before it; half a line of metrics does not count."""
+    run = tmp_path / "run"
+    whole = numbers(metrics(run))
+    (run / "checkpoints" / "latest").write_text('{"checkpoint": "step_00000003"}')
+    spoiled = next((run / "checkpoints" / "step_00000007").glob("*.distcp"))
+    spoiled.write_bytes(spoiled.read_bytes()[:-1])
+    with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "lo')
     assert train(job) == 0
-    assert "step_00000003 after step 3" in (tmp_path / "run" / "log.txt").read_text()
-    assert "the lines of steps 4 to 7 are dropped" in (tmp_path / "run" / "log.txt").read_text()
-    again = numbers(metrics(tmp_path / "run"))
-    assert again == [{**line, "lr": other["lr"]} for line, other in zip(whole, again, strict=True)] == whole
-    assert checkpoint_steps(tmp_path / "run") == [3, 6, 7]
+    log = (run / "log.txt").read_text()
+    assert f"passed over: {spoiled.parent}: {spoiled.name} is " in log
+    assert "latest names step_00000003; the newest whole checkpoint is step_00000006" in log
+    assert "step_00000006 after step 6" in log and "the lines of steps 7 to 7 are dropped" in log
+    assert numbers(metrics(run)) == whole
+    assert checkpoint_steps(run) == [3, 6, 7]
+    assert json.loads((run / "checkpoints" / "latest").read_text()) == {"checkpoint": "step_00000007"}
 
 
 @pytest.mark.parametrize("where", ["run", "run/checkpoints", "run/checkpoints/step_00000006"])

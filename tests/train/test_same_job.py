@@ -12,7 +12,8 @@ import pytest
 from megalign.config.job import load_config
 from megalign.preflight import main as preflight
 from megalign.train.check import check
-from megalign.train.checkpoint import Facts, read_facts
+from megalign.train.checkpoint_facts import Facts, read_facts
+from megalign.train.checkpoint_files import describe_files
 from megalign.train.fingerprint import describe, differences, settings
 from tests.support.tiny_jobs import (
     CHARACTERS,
@@ -205,7 +206,7 @@ def test_checkpoint_of_another_engine(job, tmp_path, capfd):
     path = tmp_path / "run" / "checkpoints" / "step_00000002" / "checkpoint.json"
     facts = json.loads(path.read_text())
     path.write_text(json.dumps(facts | {"engine": "deepspeed"}, indent=1))
-    path.with_name("files.json").unlink()
+    path.with_name("files.json").write_text(json.dumps(describe_files(path.parent)))
     assert train(job, "run.steps=3") == 2
     told = capfd.readouterr().err
     assert "step_00000002 was saved by engine deepspeed; must be one of engine.name megatron" in told
@@ -217,10 +218,12 @@ def test_damaged_job_file(job, tmp_path, capfd):
     good = json.loads(path.read_text())
     path.write_text("{" + path.read_text()[1:].replace('"', "'"))  # as long as before
     assert train(job) == 2
-    assert "checkpoint.json cannot be read" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "checkpoint.json has checksum" in told and told.count("\n") == 1
     wrong_kind = json.dumps({**good, "optimizer": "yes"})
     for text in ('{"format": 1}', '{"format": 1, "job": {}}', wrong_kind):
         path.write_text(text)
+        path.with_name("files.json").write_text(json.dumps(describe_files(path.parent)))
         assert train(job) == 2
         told = capfd.readouterr().err
         assert "checkpoint.json cannot be read" in told and told.count("\n") == 1

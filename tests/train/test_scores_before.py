@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
 from tests.support.tiny_jobs import (
     CHARACTERS,
+    NOW,
     hf_logps,
     metrics,
+    numbers,
     read_lines,
     records,
     train,
@@ -163,3 +166,71 @@ def _check_tensorboard(folder, lines):
     evaluated = [(event.step, event.value) for event in events.Scalars("eval_loss")]
     assert evaluated == [(step, pytest.approx(lines[step]["eval_loss"], rel=1e-6)) for step in (0, 2, 4)]
     assert {"epoch", "grad_norm", "lr", "eval_loss", "reward_mean"} <= set(events.Tags()["scalars"])
+
+
+# what a resumed run scores
+
+
+@pytest.mark.parametrize(("source", "shuffle"), [("initial", False), ("other", True)])
+def test_a_resumed_run_scores_what_its_steps_need(source, shuffle, folder, tmp_path):
+    """Bitwise what it would have scored: the batches in which the needed sequences come first, and no others."""
+    config = config_of(
+        folder,
+        tmp_path,
+        "samples.jsonl",
+        run={"steps": 5},  # of two of eight records: the last one begins a second epoch
+        data={"groups_per_step": 2, "shuffle": shuffle},
+        loss={"name": "grpo", "beta": 0.1},
+        checkpoint={"every": 1, "keep": 9},
+    )
+    named = f"reference.source={folder / source}" if source == "other" else "reference.source=initial"
+    assert train(config, named, f"run.dir={tmp_path}/whole") == 0
+    for after in (1, 3, 4, 5):
+        run = tmp_path / f"from_{after}"
+        resume = f"checkpoint.resume={tmp_path}/whole/checkpoints/step_0000000{after}"
+        assert train(config, named, f"run.dir={run}", resume) == 0
+        log = (run / "log.txt").read_text()
+        name = "scoring reference" if source == "other" else "scoring initial policy"
+        told = re.search(rf"{name}: (\d+) of (\d+) sequences, for the steps after {after}", log)
+        assert told is not None
+        # Records have 2, 3, 4, 5, 2, 3, 4 and 5 responses, 28 in all; unshuffled, the fifth step takes the first two.
+        if not shuffle:
+            assert told[1] == str({1: 28, 3: 4 + 5 + 2 + 3, 4: 2 + 3, 5: 0}[after])
+        assert told[2] == "28" and (int(told[1]) < 28 or after == 1)
+        if after < 5:
+            assert numbers(metrics(run)) == numbers(metrics(tmp_path / "whole"))[after:]
+        else:
+            assert not (run / "metrics.jsonl").exists()
+
+
+def test_a_resumed_run_evaluates_and_asks_teachers_only_where_it_must(folder, tmp_path):
+    config = config_of(
+        folder,
+        tmp_path,
+        "texts.jsonl",
+        loss={"name": "poft"},
+        run={"steps": 3},
+        data={"groups_per_step": 1, "shuffle": False},
+        eval={"path": str(folder / "texts.jsonl"), "every": 2},
+    )
+    teacher = f"teachers=[{{name: t, path: {folder}/teacher}}]"
+    write_lines(folder / "texts.jsonl", TEXTS)
+    assert train(config, teacher, f"run.dir={tmp_path}/whole") == 0
+    assert train(config, teacher, NOW) == 75
+    assert train(config, teacher) == 0
+    assert numbers(metrics(tmp_path / "run")) == numbers(metrics(tmp_path / "whole"))
+    assert train(config, teacher) == 0  # no step is left, and nothing to evaluate
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "scoring 0 of 6 responses with teacher t" in log
+    assert log.count("held-out data:") == 2
+
+
+def test_a_filter_needs_every_teacher_score(folder, tmp_path):
+    config = config_of(
+        folder, tmp_path, "texts.jsonl", loss={"name": "poft"}, run={"steps": 3}, data={"groups_per_step": 1}
+    )
+    both = [f"teachers=[{{name: t, path: {folder}/teacher}}]", "data.filter.teacher_score_keep=0.5"]
+    assert train(config, *both, f"run.dir={tmp_path}/whole") == 0
+    assert [train(config, *both, NOW) for _ in range(3)] == [75, 75, 0]
+    assert numbers(metrics(tmp_path / "run")) == numbers(metrics(tmp_path / "whole"))
+    assert (tmp_path / "run" / "log.txt").read_text().count("scoring 6 responses with teacher t") == 3

@@ -10,8 +10,8 @@ from megalign import preflight
 from megalign.runtime.status import DONE, FAILED
 from megalign.schema import UserError
 from megalign.train.attempts import why_give_up
-from megalign.train.checkpoint import write_latest
 from megalign.train.time_limit import TimeLimit
+from tests.support.checkpoint_dirs import write_checkpoint
 from tests.support.tiny_jobs import metrics, numbers, records, status, train, write_config, write_lines, write_model
 
 
@@ -100,10 +100,8 @@ def test_max_minutes_that_are_over_first_are_the_reason(config, tmp_path, monkey
 
 def start(folder, checkpoint: str | None, *, max_stalls: int = 2) -> str:
     """Note a start of a job that has saved this checkpoint last."""
-    if checkpoint is not None:
-        path = folder / "run/checkpoints" / checkpoint
-        path.mkdir(parents=True, exist_ok=True)
-        write_latest(path.parent, checkpoint)
+    if checkpoint is not None and not (folder / "run/checkpoints" / checkpoint).exists():
+        write_checkpoint(folder / "run", int(checkpoint[-8:]))
     return why_give_up(folder / "logs/attempts", folder / "run", max_stalls=max_stalls)
 
 
@@ -114,6 +112,9 @@ def test_a_job_gives_up_after_starts_without_a_new_checkpoint(tmp_path):
     for checkpoint in ("step_00000004", "step_00000004", "step_00000006", "step_00000006"):
         assert start(tmp_path, checkpoint) == ""
     assert "saved no checkpoint after step_00000006; " in start(tmp_path, "step_00000006")
+    # One that cannot be resumed from is no progress.
+    (write_checkpoint(tmp_path / "run", 8) / "metadata.json").write_text("")
+    assert "saved no checkpoint after step_00000006; " in start(tmp_path, "step_00000008")
     assert start(tmp_path, "step_00000006", max_stalls=0) == ""
     (tmp_path / "logs/attempts").unlink()
     assert start(tmp_path, "step_00000006") == ""

@@ -1,44 +1,35 @@
-"""Reads and writes Megatron-Core's `torch_dist` checkpoints, tensor by tensor and without Megatron.
+"""Reads Megatron-Core's `torch_dist` checkpoints, tensor by tensor and without Megatron.
 
 The format is torch's distributed checkpoint: `.metadata` maps the chunks of each tensor to ranges of files, and each
-range is an output of `torch.save`; `common.pt` holds plain values and `metadata.json` names the format. Megatron's own
-writer is not used, because it needs all tensors in memory at once.
+range is an output of `torch.save`; `common.pt` holds plain values and `metadata.json` names the format.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
 import math
 import mmap
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.serialization import skip_data
 
 from megalign.convert.hf.safetensors_file import Spec
-from megalign.convert.megatron.checkpoint_dir import MARK
-from megalign.files import sync, write_at, write_whole, writing
 from megalign.schema import UserError, reason_of
 
 INDEX, COMMON = ".metadata", "common.pt"
-FORMAT_TEXT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-FORMAT_TEXT |= {"common_backend": "torch", "common_backend_version": 1}
 _METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 INDEX_CLASSES = {
     ("torch", "Size"),
@@ -49,117 +40,6 @@ INDEX_CLASSES = {
     (_METADATA, "_MEM_FORMAT_ENCODING"),
     *((_PLANNER, name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
 }
-
-
-class _WithHole(io.RawIOBase):
-    """Wraps a file for `torch.save` under `skip_data`; `hole` is the offset of the skipped tensor data."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__()
-        self.file, self.hole = file, 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: Any) -> int:
-        return self.file.write(content)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.hole = self.file.tell()
-        return self.file.seek(offset, whence)
-
-
-class TorchDistFile:
-    """Appends tensors and small objects to one file of a checkpoint; `entries` lists their byte ranges."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: list[list[Any]] = []  # key, offset, shape, first byte, bytes
-        with writing(path):
-            self.file = open(path, "wb")  # noqa: SIM115  (closed in `close`)
-
-    def append(self, key: str, index: tuple[int, ...], spec: Spec, blocks: Sequence[Tensor]) -> None:
-        """Append the part of the tensor `key` at `index` in its first dimensions; `blocks` are runs of its rows."""
-        if sum(block.nbytes for block in blocks) != spec.num_bytes or any(
-            block.dtype != spec.dtype for block in blocks
-        ):
-            raise ValueError(
-                f"{key} is announced as {spec}, and comes as {[(block.shape, block.dtype) for block in blocks]}"
-            )
-        # Its pages are never touched, so it takes no memory; the blocks are written without being joined first.
-        chunk = torch.empty((1,) * len(index) + spec.shape, dtype=spec.dtype)
-        begin, hole = self.file.tell(), _WithHole(self.file)
-        with skip_data():
-            self._save(chunk, hole)
-        offset = hole.hole
-        for block in blocks:
-            flat = block.contiguous().reshape(-1).view(torch.uint8)
-            self._put(flat.numpy().data, offset)
-            offset += block.nbytes
-        self.entries.append([key, [*index, *[0] * len(spec.shape)], list(chunk.shape), begin, self.file.tell() - begin])
-
-    def append_empty_state(self, key: str) -> None:
-        """Append the empty extra state that Megatron saves beside a weight."""
-        begin = self.file.tell()
-        self._save([None], self.file)
-        self.entries.append([key, None, None, begin, self.file.tell() - begin])
-
-    def _save(self, value: Any, file: Any) -> None:
-        try:
-            torch.save(value, file)
-        except (OSError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError of its zip writer.
-            reason = error.strerror if isinstance(error, OSError) else "No space left on device, or it failed"
-            raise UserError(f"{self.path} cannot be written: {reason}") from None
-
-    def _put(self, content: memoryview, offset: int) -> None:
-        with writing(self.path):
-            write_at(self.file.fileno(), content, offset)
-
-    def close(self) -> None:
-        """Sync the file to disk and close it."""
-        try:
-            with writing(self.path):
-                self.file.flush()
-                sync(self.file.fileno())
-        finally:
-            with contextlib.suppress(OSError):
-                self.file.close()
-
-
-def write_index(
-    folder: Path, specs: Mapping[str, Spec], entries: Mapping[str, Sequence[Any]], common: Mapping[str, Any]
-) -> None:
-    """Write index, common values and format file of a folder of `TorchDistFile`s.
-
-    specs: the tensors by key. entries: `TorchDistFile.entries` by file name. common: the plain values.
-    """
-    tensors: dict[str, Any] = {
-        key: TensorStorageMetadata(TensorProperties(dtype=spec.dtype), torch.Size(spec.shape), [])
-        for key, spec in specs.items()
-    }
-    storage = {}
-    for name, listed in entries.items():
-        for key, offset, shape, begin, length in listed:
-            info = _StorageInfo(name, begin, length)
-            if offset is None:
-                tensors[key] = BytesStorageMetadata()
-                storage[MetadataIndex(key)] = info
-                continue
-            chunks = tensors[key].chunks
-            storage[MetadataIndex(key, torch.Size(offset), len(chunks))] = info
-            chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)))
-    values = io.BytesIO()
-    torch.save(dict(common), values)
-    index = Metadata(tensors, planner_data=None, storage_data=storage)
-    contents: dict[str, bytes | str] = {
-        COMMON: values.getvalue(),
-        MARK: json.dumps(FORMAT_TEXT),
-        INDEX: pickle.dumps(index),
-    }
-    for name, content in contents.items():
-        with writing(folder / name):
-            write_whole(folder / name, content)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -195,6 +75,8 @@ class TorchDistReader:
     def __init__(self, folder: Path) -> None:
         self.folder, self.index = folder, read_index(folder)
         self.maps: dict[str, mmap.mmap] = {}
+        # by key: chunks by first offset with their numbers in the index, the first offsets, the longest first dimension
+        self.sorted_chunks: dict[str, tuple[list[tuple[int, ChunkStorageMetadata]], list[tuple[int, ...]], int]] = {}
         self.specs = {
             key: Spec(tuple(metadata.size), metadata.properties.dtype)
             for key, metadata in self.index.state_dict_metadata.items()
@@ -214,14 +96,20 @@ class TorchDistReader:
 
         torch's own loader unpickles them unchecked.
         """
-        for entry, info in self.index.storage_data.items():
-            if isinstance(self.index.state_dict_metadata.get(entry.fqn), BytesStorageMetadata):
-                try:
-                    inside = _Window(self._mapped(info.relative_path), info.offset, info.length)
-                    torch.load(cast(IO[bytes], inside), map_location="cpu", weights_only=True)
-                except Exception as error:
-                    file = self.folder / info.relative_path
-                    raise UserError(f"{file}: {entry.fqn} cannot be read: {reason_of(error)}") from None
+        for key, metadata in self.index.state_dict_metadata.items():
+            if isinstance(metadata, BytesStorageMetadata):
+                self.object(key)
+
+    def object(self, key: str) -> Any:
+        """Return an object saved beside the tensors; UserError where it is more than plain values."""
+        info = self.index.storage_data[MetadataIndex(key)]
+        try:
+            inside = _Window(self._mapped(info.relative_path), info.offset, info.length)
+            (value,) = torch.load(cast(IO[bytes], inside), map_location="cpu", weights_only=True)
+        except Exception as error:
+            file = self.folder / info.relative_path
+            raise UserError(f"{file}: {key} cannot be read: {reason_of(error)}") from None
+        return value
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
         """Read the part of the tensor `key` at `index` in its first dimensions; a view of the file if in one chunk."""
@@ -233,21 +121,25 @@ class TorchDistReader:
         if len(parts) == 1 and parts[0][1].numel() == math.prod(shape):
             return parts[0][1].reshape(shape)
         whole = torch.empty(tuple(e - b for b, e in zip(begin, end, strict=True)), dtype=spec.dtype)
-        filled = 0
-        for offsets, part in parts:
-            whole[tuple(slice(b, b + size) for b, size in zip(offsets, part.shape, strict=True))].copy_(part)
-            filled += part.numel()
-        if filled != whole.numel():
-            raise UserError(f"{self.folder}: tensor {key} has {filled} of {whole.numel()} values at {list(begin)}")
+        self.read_into(key, begin, whole)
         return whole.reshape(shape)
+
+    def read_into(self, key: str, offset: tuple[int, ...], out: Tensor) -> None:
+        """Fill `out` with the part of the tensor `key` at `offset`; UserError where it does not hold all of it."""
+        filled = 0
+        end = tuple(begin + size for begin, size in zip(offset, out.shape, strict=True))
+        for inside, part in self._overlapping(key, offset, end):
+            target = out[tuple(slice(b, b + size) for b, size in zip(inside, part.shape, strict=True))]
+            target.copy_(part)
+            filled += part.numel()
+        if filled != out.numel():
+            raise UserError(f"{self.folder}: tensor {key} has {filled} of {out.numel()} values at {list(offset)}")
 
     def _overlapping(
         self, key: str, begin: tuple[int, ...], end: tuple[int, ...]
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Yield (offsets in the region, values) for each chunk that overlaps the region from `begin` to `end`."""
-        metadata = self.index.state_dict_metadata[key]
-        assert isinstance(metadata, TensorStorageMetadata)
-        for number, chunk in enumerate(metadata.chunks):
+        for number, chunk in self._near(key, begin, end):
             low = tuple(max(b, offset) for b, offset in zip(begin, chunk.offsets, strict=True))
             high = tuple(min(e, offset + size) for e, offset, size in zip(end, chunk.offsets, chunk.sizes, strict=True))
             if all(a < b for a, b in zip(low, high, strict=True)):
@@ -257,6 +149,19 @@ class TorchDistReader:
                     slice(a - offset, b - offset) for a, b, offset in zip(low, high, chunk.offsets, strict=True)
                 )
                 yield tuple(a - b for a, b in zip(low, begin, strict=True)), values[inside]
+
+    def _near(self, key: str, begin: tuple[int, ...], end: tuple[int, ...]) -> list[tuple[int, ChunkStorageMetadata]]:
+        """Return the chunks, with their numbers, that overlap a region in its first dimension, and maybe others."""
+        if key not in self.sorted_chunks:
+            metadata = self.index.state_dict_metadata[key]
+            assert isinstance(metadata, TensorStorageMetadata)
+            numbered = sorted(enumerate(metadata.chunks), key=lambda item: item[1].offsets[:1])
+            longest = max((chunk.sizes[0] for chunk in metadata.chunks if chunk.sizes), default=1)
+            self.sorted_chunks[key] = numbered, [tuple(chunk.offsets[:1]) for _, chunk in numbered], longest
+        numbered, firsts, longest = self.sorted_chunks[key]
+        if not begin:
+            return numbered
+        return numbered[bisect_right(firsts, (begin[0] - longest,)) : bisect_left(firsts, (end[0],))]
 
     def _chunk(self, info: Any, dtype: torch.dtype, shape: tuple[int, ...], key: str) -> Tensor:
         """Return a chunk as a view of its mapped file: `torch.save` stores tensor data uncompressed in a zip."""

@@ -133,7 +133,8 @@ def _empty_model(cfg: JobConfig, model: HFModel, partition_by: dict[str, Any] | 
         contexts.enter_context(no_init_weights())
         if partition_by is not None:
             contexts.enter_context(prevent_arange_dtype_change())
-            contexts.enter_context(library.zero.Init(config_dict_or_path=partition_by, dtype=dtype))
+            # Not told the dtype, DeepSpeed takes that of its settings; told it, it forgets it where a CPU has no fp16.
+            contexts.enter_context(library.zero.Init(config_dict_or_path=partition_by))
         else:
             contexts.enter_context(device)
         hf_model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -1,48 +1,113 @@
-"""Saves and loads a shard and its optimizer as a `torch_dist` checkpoint, which loads at any layout."""
+"""Saves and loads a shard and its optimizer as a `torch_dist` checkpoint, which loads at any layout.
+
+Every rank writes what it owns into a file of its own and reads what it needs from mapped files; no tensor is sent from
+rank to rank, and on a CPU none is copied before it is written.
+"""
 
 from __future__ import annotations
 
-import queue
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async, state_dict_saver  # noqa: F401  for the shims
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategy  # noqa: F401  likewise
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from megalign.convert.hf.companions import copy_hf_files
-from megalign.convert.megatron.about import read_about
+from megalign.convert.megatron.about import parse_about
 from megalign.convert.megatron.checkpoint_dir import HF_FILES
 from megalign.convert.megatron.torch_dist import TorchDistReader
-from megalign.engines.megatron.optimizer_state import fill_optimizers, load_optimizer
+from megalign.convert.megatron.torch_dist_file import TorchDistFile, write_index
+from megalign.engines.megatron.optimizer_state import begin_state, num_updates, owned_state, saved_updates, settings
+from megalign.engines.megatron.parts import Held, Part, held_tensors, parts_of, weight_parts
 from megalign.engines.megatron.shard import Shard
-from megalign.runtime.ranks import max_over_job
+from megalign.runtime.ranks import gather, max_over_job, on_every_rank
+from megalign.schema import UserError
 
-# Without a prefix, optimizer tensors have the same names however many optimizers share the parameters.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+STATE = "optimizer.state."  # prefix of the optimizer's tensors
 
 
 def save(shard: Shard, optimizer: Any, folder: Path, extra: dict[str, Any]) -> None:
     """Write weights, optimizer state and plain values as a `torch_dist` checkpoint, independent of the layout.
 
-    The Hugging Face checkpoint's other files are copied beside it, so that it can be exported again.
+    The Hugging Face checkpoint's other files are copied beside it, so that it can be exported again. SharedError on
+    all ranks if one cannot write.
     """
-    # Megatron's own queue for writers' results starts a server process, which outlives a rank that is killed.
-    filesystem_async._results_queue = queue.Queue()
-    about = {
+    tensors, objects = held_tensors(shard)
+    parts = [*weight_parts(tensors, shard.groups), *_state_parts(tensors, optimizer, saving=True)]
+    small = {entry.unique_key: entry.data for entry in objects.values() if is_main_replica(entry.replica_id)}
+    common = {"extra": extra, "about": about_shard(shard, optimizer=optimizer is not None)}
+    if optimizer is not None:
+        common["optimizer"] = settings(optimizer, num_updates(optimizer, most=_most(shard)))
+    file = f"__{dist.get_rank()}_0.distcp"
+    entries = on_every_rank(lambda: _write(folder / file, parts, small))
+    specs = {part.key: part.spec for part in parts}
+    written = gather((file, entries, specs))
+
+    def finish() -> None:
+        merged = {key: spec for _, _, some in written for key, spec in some.items()}
+        listed = {name: entries for name, entries, _ in written}
+        _check_whole(merged, listed)
+        write_index(folder, merged, listed, common)
+        if shard.source is not None:
+            copy_hf_files(shard.source, folder / HF_FILES)
+
+    on_every_rank(finish if dist.get_rank() == 0 else lambda: None)
+
+
+def about_shard(shard: Shard, *, optimizer: bool) -> dict[str, Any]:
+    """Return the plain values that describe a checkpoint of a shard, with an optimizer's state or without."""
+    lora = shard.options.lora
+    return {
         "dtype": str(shard.options.dtype),
-        "optimizer": optimizer is not None,
-        "lora": None if shard.options.lora is None else asdict(shard.options.lora),
+        "optimizer": optimizer,
+        "lora": None if lora is None else asdict(lora),
         "base": shard.options.base,
     }
-    dist_checkpointing.save(
-        _sharded_state(shard, optimizer, loading=False) | {"extra": extra, "about": about}, str(folder)
-    )
-    if dist.get_rank() == 0 and shard.source is not None:
-        copy_hf_files(shard.source, folder / HF_FILES)
+
+
+def _most(shard: Shard) -> Any:
+    return partial(max_over_job, device=shard.options.device)
+
+
+def _write(path: Path, parts: Iterable[Part], objects: dict[str, Any]) -> list[list[Any]]:
+    """Write a rank's file, synced to disk, and return its entries; UserError where writing fails."""
+    out = TorchDistFile(path)
+    try:
+        for part in parts:
+            out.append(part.key, part.offset, part.sizes, [part.values])
+        for key, value in objects.items():
+            out.append_object(key, value)
+        out.close()
+    finally:
+        out.abandon()
+    return out.entries
+
+
+def _check_whole(specs: dict[str, Any], listed: dict[str, Any]) -> None:
+    """Raise RuntimeError where ranks have written more or less than each value once."""
+    counts = dict.fromkeys(specs, 0)
+    for entries in listed.values():
+        for key, offset, sizes, *_ in entries:
+            if offset is not None:
+                counts[key] += math.prod(sizes)
+    for key, spec in specs.items():
+        if counts[key] != math.prod(spec.shape):
+            raise RuntimeError(f"{counts[key]} values of {key} were written; must be {math.prod(spec.shape)}")
+
+
+def _state_parts(tensors: dict[str, Held], optimizer: Any, *, saving: bool) -> Iterator[Part]:
+    """Yield the optimizer's state that this rank owns; with `saving` without what another copy of it saves."""
+    by_values = {held.values.data_ptr(): held for held in tensors.values() if held.values.numel()}
+    for owned in () if optimizer is None else owned_state(optimizer):
+        held = by_values[owned.parameter.data_ptr()]
+        if saving and not held.main:
+            continue
+        for name, values in owned.tensors.items():
+            yield from parts_of(held, values, start=owned.start, prefix=f"{STATE}{name}.")
 
 
 def load(shard: Shard, optimizer: Any, folder: Path) -> dict[str, Any]:
@@ -50,39 +115,36 @@ def load(shard: Shard, optimizer: Any, folder: Path) -> dict[str, Any]:
 
     A checkpoint without adapters leaves the shard's as they are; one with adapters must have the same settings.
     """
-    TorchDistReader(folder).check_objects()
-    about = read_about(folder)
+    reader = TorchDistReader(folder)
+    reader.check_objects()
+    common = reader.common()
+    about = parse_about(folder, common)
     adapters = about.lora
     if adapters is not None and adapters != shard.options.lora:
         raise ValueError(f"{folder} holds adapters {adapters}, the engine {shard.options.lora}")
-    with_optimizer = optimizer is not None and about.optimizer
-    if with_optimizer:
-        # A fresh torch optimizer has no state to be loaded into; every value of it is replaced below.
-        for part in optimizer.chained_optimizers:
-            part._init_optimizer_states_with_dummy_values()
-    wanted, kept = _sharded_state(shard, optimizer if with_optimizer else None, loading=True), {}
-    for number in range(len(shard.chunks)) if adapters is None else ():
-        model = wanted[f"model{number}"]
-        kept[number] = {name: model.pop(name).data for name in list(model) if name.startswith("adapters.")}
-    state = dist_checkpointing.load(wanted, str(folder))
+    tensors, objects = held_tensors(shard)
+    for held in tensors.values():
+        if adapters is not None or not held.blocks[0].key.startswith("adapters."):
+            _fill(reader, parts_of(held, held.values))
     for number, chunk in enumerate(shard.chunks):
-        chunk.load_state_dict(state[f"model{number}"] | kept.get(number, {}))
-    if with_optimizer:
-        parts = optimizer.chained_optimizers  # Megatron saves a single one as it is, several by number
-        for number, part in enumerate(parts):
-            load_optimizer(part, state["optimizer"] if len(parts) == 1 else state["optimizer"][number])
+        mine = {name.split(" ", 1)[1]: entry for name, entry in objects.items() if name.startswith(f"{number} ")}
+        states = {name: reader.object(entry.unique_key) for name, entry in mine.items()}
+        # Only TransformerEngine's layers have any.
+        chunk.load_state_dict({name: state for name, state in states.items() if state is not None}, strict=False)
+    if optimizer is not None and about.optimizer:
+        begin_state(optimizer, saved_updates(common))
+        _fill(reader, _state_parts(tensors, optimizer, saving=False))
     elif optimizer is not None:
         optimizer.reload_model_params()
-    extra: dict[str, Any] = state.get("extra", {})
+    extra: dict[str, Any] = common.get("extra", {})
     return extra
 
 
-def _sharded_state(shard: Shard, optimizer: Any, *, loading: bool) -> dict[str, Any]:
-    metadata = dict(METADATA)  # a copy, because Megatron adds this job's groups to it
-    state: dict[str, Any] = {
-        f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(shard.chunks)
-    }
-    if optimizer is not None:
-        fill_optimizers(optimizer, most=partial(max_over_job, device=shard.options.device))
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
-    return state
+def _fill(reader: TorchDistReader, parts: Iterable[Part]) -> None:
+    """Read parts from a checkpoint; UserError where it lacks one, or has it in another shape."""
+    for part in parts:
+        held = reader.specs.get(part.key)
+        if held is None or held.shape != part.spec.shape:
+            has = "is missing" if held is None else f"has shape {list(held.shape)}"
+            raise UserError(f"{reader.folder}: tensor {part.key} {has}; must have shape {list(part.spec.shape)}")
+        reader.read_into(part.key, part.offset, part.values.view(part.sizes))

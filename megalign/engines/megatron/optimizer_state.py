@@ -1,58 +1,91 @@
-"""Adapts the state of torch's AdamW to the way Megatron saves and loads its distributed optimizer."""
+"""Reads and fills this rank's part of Megatron's distributed optimizer, which owns a run of each parameter's values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-NO_PARAMETERS: Any = "no parameters on this rank"  # stands in for a parameter as key of the state; torch allows any key
-
-
-def load_optimizer(part: Any, state: dict[str, Any]) -> None:
-    """Load the distributed optimizer and restore AdamW's step of each parameter, which Megatron's load leaves out."""
-    parameter_state = state.pop("param_state", {})  # absent on a rank without parameters
-    groups = part.optimizer.param_groups
-    kept = [{key: group[key] for key in ("weight_decay", "betas", "eps") if key in group} for group in groups]
-    part.load_state_dict(state)
-    entries = list(part.optimizer.state.values())
-    steps = [entry.pop("step", None) for entry in entries]
-    part.load_parameter_state_from_fully_reshardable(parameter_state)
-    for entry, step in zip(entries, steps, strict=True):
-        if step is not None:
-            # One tensor each: torch increments it in place, so a shared one would be incremented for every parameter.
-            entry["step"] = torch.tensor(float(step))
-    for group, settings in zip(part.optimizer.param_groups, kept, strict=True):
-        group.update(settings)  # this run's configuration, not the saved one's
+WEIGHT = "param"  # of the fp32 values that the optimizer updates
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def fill_optimizers(optimizer: Any, *, most: Callable[[float], float]) -> None:
-    """Initialise optimizers that have no state yet, so that Megatron can read a step count from each of them.
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """Holds what this rank owns of a parameter: its values from `start` on, flattened, with the moments by name."""
 
-    AdamW has no state before its first step, and never on a pipeline stage without such parameters (an expert optimizer
-    where no layer has experts). The latter takes the other stages' count, because a checkpoint keeps the first rank's.
-    most: returns the maximum of a number over all ranks.
+    parameter: torch.nn.Parameter
+    start: int
+    tensors: dict[str, Tensor]  # fp32; the moments before the first update are zeros that take no memory
+
+
+def owned_state(optimizer: Any) -> Iterator[Owned]:
+    """Yield the weights and moments of every parameter of which this rank owns values."""
+    for part in optimizer.chained_optimizers:
+        for parameter in part.model_param_gbuf_map:
+            held = part._get_model_param_range_map(parameter)["param"]
+            main = _main(part, parameter)
+            state = part.optimizer.state.get(main, {})
+            zeros = torch.zeros(1).expand(main.numel())
+            moments = {name: state.get(name, zeros).detach() for name in MOMENTS}
+            yield Owned(parameter, held.start, {WEIGHT: main.detach(), **moments})
+
+
+def _main(part: Any, parameter: torch.nn.Parameter) -> Tensor:
+    """Return the fp32 values of a parameter that this rank's optimizer updates."""
+    group, order = part.model_param_group_index_map[parameter]
+    main: Tensor = part.optimizer.param_groups[group]["params"][order]
+    return main
+
+
+def num_updates(optimizer: Any, *, most: Callable[[float], float]) -> float:
+    """Return the number of updates taken, on every rank; one whose stage has no such parameters has not counted.
+
+    most: returns the maximum of a number over all ranks. AdamW of torch counts by parameter, others by group.
     """
     inner = [part.optimizer for part in optimizer.chained_optimizers]
-    groups = [group for torch_optimizer in inner for group in torch_optimizer.param_groups]
-    states = [torch_optimizer.state for torch_optimizer in inner]
-    entries = [entry for state in states for key, entry in state.items() if isinstance(key, torch.Tensor)]
-    count = most(max((float(counted["step"]) for counted in (*groups, *entries) if "step" in counted), default=0.0))
-    for torch_optimizer in inner:
-        if isinstance(torch_optimizer, torch.optim.AdamW):
-            _fill_adamw(torch_optimizer, count)
+    counted = [group for torch_optimizer in inner for group in torch_optimizer.param_groups]
+    counted += [entry for torch_optimizer in inner for entry in torch_optimizer.state.values()]
+    return most(max((float(entry["step"]) for entry in counted if "step" in entry), default=0.0))
+
+
+def begin_state(optimizer: Any, count: float) -> None:
+    """Give optimizers that have no state yet moments of zero, and all of them a number of updates."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            _begin_adamw(part.optimizer, count)
             continue
-        for group in torch_optimizer.param_groups:  # TransformerEngine's and Apex's count by group
-            if count and not group["params"]:
-                group["step"] = int(count)
+        part._init_optimizer_states_with_dummy_values()
+        for group in part.optimizer.param_groups:  # TransformerEngine's and Apex's count by group
+            group["step"] = int(count)
 
 
-def _fill_adamw(adamw: torch.optim.AdamW, count: float) -> None:
-    parameters = [parameter for group in adamw.param_groups for parameter in group["params"]]
-    if not parameters:
-        adamw.state[NO_PARAMETERS] = {"step": torch.tensor(count)}
-    for parameter in parameters:
-        if not adamw.state[parameter]:
-            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            adamw.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+def _begin_adamw(adamw: torch.optim.AdamW, count: float) -> None:
+    for parameter in (parameter for group in adamw.param_groups for parameter in group["params"]):
+        entry = adamw.state[parameter]
+        # One tensor each: torch increments it in place, so a shared one would be incremented for every parameter.
+        entry["step"] = torch.tensor(float(count))
+        for name in MOMENTS:
+            entry.setdefault(name, torch.zeros_like(parameter))
+
+
+def settings(optimizer: Any, count: float) -> dict[Any, Any]:
+    """Return the optimizers' settings as Megatron's own loader expects them among a checkpoint's plain values."""
+    saved = []
+    for part in optimizer.chained_optimizers:
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} | {"step": count}
+            for group in part.optimizer.param_groups
+        ]
+        saved.append({"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"})
+    return saved[0] if len(saved) == 1 else dict(enumerate(saved))
+
+
+def saved_updates(common: dict[Any, Any]) -> float:
+    """Return the number of updates in a checkpoint's plain values, as `settings` or Megatron wrote it."""
+    held = common.get("optimizer", {})
+    parts = [held] if "optimizer" in held else held.values()
+    return max((float(group["step"]) for part in parts for group in part["optimizer"]["param_groups"]), default=0.0)
