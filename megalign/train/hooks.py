@@ -14,7 +14,7 @@ from megalign.engines.replicas import first_difference
 from megalign.engines.step import StepBatch, StepResult
 from megalign.runtime.ranks import gather
 from megalign.train.evaluation import evaluation_due
-from megalign.train.job import Job, export_model, save
+from megalign.train.job import Job, export_model, phase, save
 from megalign.train.schedule import keeps_last
 from megalign.train.step_metrics import dump_step
 
@@ -86,7 +86,7 @@ def save_if_due(job: Job, done: StepDone) -> None:
     """Save a checkpoint every `checkpoint.every` steps, and after the last where nothing else would keep the model."""
     every, is_last = job.cfg.checkpoint.every, job.step == job.num_steps
     if (every and job.step % every == 0) or (is_last and keeps_last(job.cfg)):
-        with job.heart.during(f"saving step {job.step}", job.step, counts="bytes"):
+        with phase(job, f"saving step {job.step}", counts="bytes"):
             save(job)
 
 
@@ -95,7 +95,7 @@ def export_if_due(job: Job, done: StepDone) -> None:
     every = job.cfg.export.every
     if not every or job.step % every or job.step >= job.num_steps:
         return
-    with job.heart.during(f"exporting step {job.step}", job.step, counts="bytes"):
+    with phase(job, f"exporting step {job.step}", counts="bytes"):
         problem = export_model(job)
     if problem:
         job.report.say(f"{problem}; training goes on")
@@ -111,5 +111,5 @@ def evaluation_metrics(job: Job) -> dict[str, float]:
     assert job.evaluation is not None
     job.report.doing("evaluating")
     began = time.perf_counter()
-    with job.heart.during(f"evaluating after step {job.step}", job.step):
+    with phase(job, f"evaluating after step {job.step}"):
         return {**job.evaluation(), "eval_seconds": time.perf_counter() - began}

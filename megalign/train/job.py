@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from megalign.engines.export import ExportFailed, export
 from megalign.engines.protocol import Engine
 from megalign.runtime.command_line import program
 from megalign.runtime.distributed import World
-from megalign.runtime.heart import Heart
+from megalign.runtime.heart import Counts, Heart
 from megalign.runtime.status import during
 from megalign.runtime.stop import Stop
 from megalign.train.cannot_learn import Doubts
@@ -56,6 +58,13 @@ class Job:
     def run_dir(self) -> Path:
         """Return the directory that the run writes to."""
         return Path(self.cfg.run.dir)
+
+
+@contextmanager
+def phase(job: Job, doing: str, *, counts: Counts = "beats") -> Iterator[None]:
+    """Name what the job does inside the block, to the watchdog and to who reads of an error in it."""
+    with job.heart.during(doing, job.step, counts=counts), during(doing, job.step):
+        yield
 
 
 def save(job: Job) -> Path:
