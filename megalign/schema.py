@@ -17,8 +17,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 class UserError(Exception):
     """Raised for wrong input of the user; its message is shown as one line, and the exit code is 2.
 
-    The message names the file or section, the field, its value and what it must be.
+    The message names the file or section, the field, its value and what it must be. Where a run had taken steps, `step`
+    is the last of them and `doing` the phase that failed; the exit code is then 1.
     """
+
+    doing: str = ""
+    step: int | None = None
 
 
 def reason_of(error: BaseException) -> str:

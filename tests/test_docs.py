@@ -201,7 +201,7 @@ def test_every_metric_is_described_with_its_unit(workspace, tmp_path):
     sections = round_sections(tmp_path, reward="exact_match", path=str(workspace / "data/prompts.jsonl"))
     sections |= {"loss": {"name": "grpo"}, "eval": {"path": str(workspace / "data/prompts.jsonl")}}
     config = write_config(tmp_path, **{"model": {"path": str(workspace / "models/base")}, **sections})
-    train(config)
+    train(config, "checkpoint.every=1")
     written = {name for line in metrics(tmp_path / "run") for name in line} | {"eval_loss"} | metrics_of_losses()
     text = WATCHING.read_text()
     described = set(table_names(text[text.index("## Metrics") :]))

@@ -253,14 +253,16 @@ class LoraConfig(Strict):
 class CheckpointConfig(Strict):
     """Declares `checkpoint`: when checkpoints are written, which are kept, and how a run goes on."""
 
-    every: NonNegativeInt = 0
-    """Steps between checkpoints; 0 writes one only when the run stops early or has no export."""
+    every: Annotated[NonNegativeInt | None, NoneWord] = None
+    """Steps between checkpoints; 0 writes one only when the run stops early or has no export. none is 200 in runs of
+    more than 200 steps, else 0."""
     keep: PositiveInt = 2
     """Number of newest checkpoints that are kept."""
     keep_every: NonNegativeInt = 0
     """Steps whose checkpoints are never dropped: those that this divides; 0 for none."""
-    async_save: Annotated[bool, only(False)] = Field(default=False, alias="async")
-    """Whether saving goes on beside training; not implemented yet."""
+    async_save: bool = Field(default=False, alias="async")
+    """Whether checkpoints are written beside training, from a copy in host memory: 16 bytes a parameter, over the data
+    ranks."""
     resume: PathText = "auto"
     """Checkpoint to go on from: auto (the run's newest), never, or a checkpoint directory to start from."""
     allow: list[Text] = []

@@ -12,7 +12,7 @@ from megalign.engines.build import engine_package
 from megalign.schema import UserError
 from megalign.train.outputs import export_bytes
 from megalign.train.resume_point import NAME
-from megalign.train.schedule import keeps_last
+from megalign.train.schedule import keeps_last, save_every
 
 FILES_A_RANK, OTHER_FILES = 2, 12  # of a checkpoint
 
@@ -50,15 +50,16 @@ def written(cfg: JobConfig, model: HFModel) -> Written:
 def _num_checkpoints(cfg: JobConfig) -> int:
     """Return how many checkpoints there will be at once, less those that are there already."""
     keep, steps = cfg.checkpoint, _num_steps(cfg)
-    saved = None if steps is None else (steps // keep.every if keep.every else 0) + keeps_last(cfg)
-    if not keep.every:
+    every = save_every(cfg, steps)
+    saved = None if steps is None else (steps // every if every else 0) + keeps_last(cfg, steps)
+    if not every:
         count = 1  # after the last step, or when the job is stopped
     elif saved is None:
         count = keep.keep + 1  # the oldest is dropped only when the next is complete
     else:
         count = max(1, min(keep.keep + 1, saved))
-    if keep.every and keep.keep_every and steps is not None:
-        count += sum(step % keep.keep_every == 0 for step in range(keep.every, steps + 1, keep.every))
+    if every and keep.keep_every and steps is not None:
+        count += sum(step % keep.keep_every == 0 for step in range(every, steps + 1, every))
     folder = Path(cfg.run.dir) / "checkpoints"
     there = sum(NAME.fullmatch(path.name) is not None for path in folder.iterdir()) if folder.is_dir() else 0
     return max(0, count - there)

@@ -14,6 +14,7 @@ from megalign.data.micro_batch import MicroBatch
 from megalign.data.packing import MicroBatchShape
 from megalign.engines.head import Head
 from megalign.engines.replicas import Replica
+from megalign.engines.saving import Saving
 from megalign.ops.linear_logp import TokenLogp
 
 # Called where the head is, once for each micro-batch: (index, head) -> (loss with every factor inside, any payload).
@@ -89,8 +90,12 @@ class Engine(Scorer, Protocol):
     def base(self) -> Scorer:
         """Return a scorer of the same weights without adapters."""
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Write weights, optimizer and `extra` (plain values) into an empty folder."""
+    def begin_save(self, folder: Path, extra: dict[str, Any], *, copied: bool) -> Saving:
+        """Prepare to write weights, optimizer and `extra` (plain values) into an empty folder; call it on every rank.
+
+        copied: copy the values to host memory, so that training may go on before they are written. Else they must not
+        change until then.
+        """
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Load what `save` wrote, under any layout of the same engine; return its `extra`."""
+        """Load what a save wrote, under any layout of the same engine; return its `extra`."""

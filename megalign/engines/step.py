@@ -36,6 +36,7 @@ from megalign.engines.token_metrics import (
 )
 from megalign.losses.base import (
     LossConfig,
+    LossError,
     LossFn,
     LossOut,
     Scores,
@@ -46,7 +47,6 @@ from megalign.losses.base import (
 )
 from megalign.ops.linear_logp import TokenLogp
 from megalign.ops.segments import segment_sum
-from megalign.schema import UserError
 
 PassMode = Literal["two_pass", "single_pass", "known_scores"]
 
@@ -97,12 +97,15 @@ class _Step:
     micro: MicroBatches
     scores: Scores  # of the global batch, with group sizes and advantages
 
-    def loss(self, scores: Scores) -> LossOut:
-        """Call the loss; UserError where a token-level one returns other metrics than its traits declare."""
-        out = self.function(scores, self.cfg)
-        problem = token_metrics_problem(out, self.traits)
-        if problem is not None:
-            raise UserError(f"loss {self.cfg.name!r} {problem}")
+    def loss(self, scores: Scores, members: Sequence[int] | None = None) -> LossOut:
+        """Call the loss on `members`, None for all; LossError where it fails or has other metrics than declared."""
+        try:
+            out = self.function(scores, self.cfg)
+            if (problem := token_metrics_problem(out, self.traits)) is not None:
+                raise LossError(f"loss {self.cfg.name!r} {problem}")
+        except LossError as error:
+            error.members = members
+            raise
         return out
 
     def scores_at(self, policy_S: Tensor, members: Sequence[int] | None = None) -> Scores:
@@ -264,7 +267,8 @@ def _local_coefficients(step: _Step, micro: MicroBatch, logp_N: Tensor) -> Coeff
     if step.traits.level == "token":
         return _token_coefficients(step, micro, logp_N)
     policy_S = segment_sum(logp_N.cpu(), micro.seq_N, len(micro.members)).requires_grad_()
-    return _spread(_gradient(step.loss(step.scores_at(policy_S, micro.members)), policy_S), micro, logp_N)
+    out = step.loss(step.scores_at(policy_S, micro.members), micro.members)
+    return _spread(_gradient(out, policy_S), micro, logp_N)
 
 
 def _spread(member_S: Tensor, micro: MicroBatch, logp_N: Tensor) -> Coefficients:
@@ -275,7 +279,7 @@ def _spread(member_S: Tensor, micro: MicroBatch, logp_N: Tensor) -> Coefficients
 def _token_coefficients(step: _Step, micro: MicroBatch, logp_N: Tensor) -> Coefficients:
     policy_T = logp_N.detach().cpu().clone().requires_grad_()
     part = step_tokens(step.scores.part(micro.members), step.batch, micro.members, policy_T)
-    out = step.loss(part)
+    out = step.loss(part, micro.members)
     gradient_T = _gradient(out, policy_T)
     mean_S = segment_sum(gradient_T, micro.seq_N, len(micro.members)) / part.length_S
     sums = {"loss": float(out.loss.detach())} | {name: float(value) for name, value in out.metrics.items()}

@@ -146,6 +146,12 @@ class Loss:
     prepare: Prepare | None = None
 
 
+class LossError(UserError):
+    """Says what a user's loss did wrong; `members`: the sequences of the step that it had, None for all of them."""
+
+    members: Sequence[int] | None = None
+
+
 LOSSES: dict[str, Loss] = {}  # the built-in ones, by name
 _DECORATED: list[Loss] = []  # those and the users' own
 
@@ -220,7 +226,7 @@ def _checked(function: LossFn, name: str) -> LossFn:
         out = _call(name, function, scores, cfg)
         problem = _result_problem(out)
         if problem is not None:
-            raise UserError(f"loss {name!r} returned {problem}")
+            raise LossError(f"loss {name!r} returned {problem}")
         return out
 
     return checked
@@ -243,7 +249,7 @@ def _call(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except (Exception, SystemExit) as error:
-        raise UserError(f"loss {name!r} raised {describe(error)}") from error
+        raise LossError(f"loss {name!r} raised {describe(error)}") from error
 
 
 def prepared(scores: Scores, cfg: LossConfig, *, with_advantages: bool = True) -> Scores:
@@ -255,7 +261,7 @@ def prepared(scores: Scores, cfg: LossConfig, *, with_advantages: bool = True) -
     advantage_S = None if prepare is None else _call(cfg.name, prepare, scores, cfg)
     if advantage_S is not None and (not isinstance(advantage_S, Tensor) or advantage_S.shape != scores.group_S.shape):
         returned = shorten(advantage_S)
-        raise UserError(f"loss {cfg.name!r}: prepare returned {returned}; must be a tensor of one number a sequence")
+        raise LossError(f"loss {cfg.name!r}: prepare returned {returned}; must be a tensor of one number a sequence")
     return replace(
         scores, group_size_S=scores.sizes(), advantage_S=None if advantage_S is None else advantage_S.detach()
     )

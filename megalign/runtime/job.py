@@ -21,7 +21,16 @@ from megalign.runtime.discovery import adopt_launcher
 from megalign.runtime.distributed import COLLECTIVE_S, MeetingError, World, launched, process_group
 from megalign.runtime.ft_launcher import launcher_heartbeat
 from megalign.runtime.ranks import SharedError, on_every_rank
-from megalign.runtime.status import BAD_INPUT, FAILED, Ending, explain, is_consequence, leave, refuse, write_result
+from megalign.runtime.status import (
+    FAILED,
+    Ending,
+    code_of,
+    explain,
+    is_consequence,
+    leave,
+    refuse,
+    write_result,
+)
 from megalign.runtime.stop import Stop
 from megalign.runtime.watchdog import Watchdog
 from megalign.schema import UserError
@@ -110,13 +119,14 @@ def work_on_rank(work: Callable[[World], int], world: World, ending: Ending) -> 
         if world.is_main:
             refuse(error, ending.run_dir, taken=ending.taken)
         dist.barrier()  # a launcher ends all ranks once one has ended; rank 0 has reported by then
-        return BAD_INPUT
+        return code_of(error)
     except UserError as error:
         if world.size == 1:
             return refuse(error, ending.run_dir, taken=ending.taken)
         # The others do not know of it and may wait for this rank: as with a failure, only its end frees them.
         ending.stop.ignore()
         shown = UserError(f"rank {world.rank} of {world.size}: {error}")
+        shown.doing, shown.step = error.doing, error.step
         _end(refuse(shown, ending.run_dir, taken=ending.taken), ending)
     except (Exception, SystemExit) as error:
         ending.stop.ignore()

@@ -46,10 +46,14 @@ class PhaseError(Exception):
 
 @contextmanager
 def during(doing: str, step: int | None) -> Iterator[None]:
-    """Raise PhaseError from any exception inside; UserError passes, because it explains itself."""
+    """Raise PhaseError from any exception inside; UserError, which explains itself, gets the phase after a step."""
     try:
         yield
-    except (UserError, PhaseError):
+    except PhaseError:
+        raise
+    except UserError as error:
+        if step and error.step is None:
+            error.doing, error.step = doing, step
         raise
     except Exception as error:
         raise PhaseError(doing, step) from error
@@ -255,14 +259,20 @@ def stoppable(main: Callable[[], int], *, afterwards: str = "") -> int:
 
 
 def refuse(error: UserError, run_dir: str | None, *, taken: bool = False) -> int:
-    """Print bad input in one line, write a status where the run directory is known, and return the exit code.
+    """Print a UserError in one line, write a status where the run directory is known, and return the exit code.
 
     taken: whether the job has taken the run directory over; otherwise another run's status stays.
     """
-    reason = " ".join(str(error).split())
-    print(f"megalign: error: {reason}", file=sys.stderr, flush=True)
-    Ending(run_dir, taken).write(BAD_INPUT, reason, None)
-    return BAD_INPUT
+    reason, code = " ".join(str(error).split()), code_of(error)
+    reason = f"{error.doing}: {reason}" if error.doing else reason
+    print(f"megalign: {'error' if code == BAD_INPUT else 'failed'}: {reason}", file=sys.stderr, flush=True)
+    Ending(run_dir, taken).write(code, reason, error.step)
+    return code
+
+
+def code_of(error: UserError) -> int:
+    """Return the exit code of bad input, or of a failure where the run had taken steps: its start was accepted."""
+    return BAD_INPUT if error.step is None else FAILED
 
 
 def leave(code: int) -> NoReturn:

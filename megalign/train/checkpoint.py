@@ -1,14 +1,17 @@
 """Writes the checkpoints of a run directory.
 
-A checkpoint is written under a temporary name, synced, renamed, and then `latest` points to it. Every function here
-is called on every rank; rank 0 alone touches the directory, apart from what the engine writes.
+A checkpoint is written under a temporary name, synced, renamed, and then `latest` points to it. What fails before that
+leaves the earlier checkpoints as they are. Every function here is called on every rank; rank 0 alone touches the
+directory, apart from what the engine writes.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,52 @@ import torch.distributed as dist
 
 from megalign.convert.megatron.checkpoint_dir import FACTS, POINTER, replaced_path
 from megalign.engines.protocol import Engine
-from megalign.files import move, sync_tree, write_whole
+from megalign.engines.saving import Saving, Written, listing
+from megalign.files import move, sync, sync_tree, write_whole, writing
+from megalign.runtime.ranks import gather, on_every_rank
+from megalign.runtime.versions import versions
+from megalign.schema import UserError
 from megalign.train.checkpoint_facts import FORMAT, Facts
-from megalign.train.checkpoint_files import FILES, describe_files
+from megalign.train.checkpoint_files import FILES, file_sizes
 from megalign.train.resume_point import NAME
+from megalign.train.round_file import ROUND, round_text
+
+CONFIG = "config.yaml"
+OWN_BYTES = 1 << 20  # at most, of what is written beside tensors and the round in progress
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Describes a checkpoint to write, `checkpoints/step_<step>`, and which older ones it leaves.
+
+    The newest `keep` stay, and every `keep_every`-th step's. feed: the state of the data's feed, needed on rank 0.
+    config: the job's configuration as text, if it is to be kept. spare: the directory that `checkpoint.resume` names,
+    which a restart must find again.
+    """
+
+    run_dir: Path
+    step: int
+    facts: Facts
+    keep: int
+    keep_every: int
+    spare: str | None
+    feed: dict[str, Any]
+    config: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Return the directory of all checkpoints."""
+        return self.run_dir / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Return the checkpoint's path."""
+        return self.folder / f"step_{self.step:08d}"
+
+    @property
+    def partial(self) -> Path:
+        """Return the path that it has while it is written."""
+        return self.folder / f".step_{self.step:08d}.partial"
 
 
 def save_checkpoint(
@@ -32,24 +77,81 @@ def save_checkpoint(
     keep: int,
     keep_every: int,
     spare: str | None = None,
+    feed: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `checkpoints/step_<step>` and drop older ones: the newest `keep` stay, and every `keep_every`-th step's.
+    """Write a checkpoint and drop older ones, as `Target` says; where that fails, remove it and raise SharedError."""
+    target = Target(run_dir, step, facts, keep, keep_every, spare, feed or {})
+    with removed_on_failure(target):
+        saving = begin(engine, target, extra, copied=False)
+        return finish(target, saving, saving.write)
 
-    spare: the directory that `checkpoint.resume` names, which a restart must find again.
-    """
-    folder = run_dir / "checkpoints"
-    final, partial = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
+
+@contextmanager
+def removed_on_failure(target: Target) -> Iterator[None]:
+    """Remove what was written of a checkpoint where the block, which all ranks leave alike, raises UserError."""
+    try:
+        yield
+    except UserError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(target.partial, ignore_errors=True)
+        raise
+
+
+def begin(engine: Engine, target: Target, extra: dict[str, Any], *, copied: bool) -> Saving:
+    """Make the folder and let the engine prepare to write; SharedError where it cannot be made, or has no room."""
     main = dist.get_rank() == 0
-    if main:
-        _clear_leftovers(folder)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save(partial, extra)
-    dist.barrier()
-    if main:
-        write_whole(partial / FACTS, json.dumps({"format": FORMAT, **asdict(facts)}, indent=1))
-        write_whole(partial / FILES, json.dumps(describe_files(partial)))
-        sync_tree(partial)
+    text = round_text(target.feed) if main else ""
+
+    def make_folder() -> None:
+        with writing(target.partial):
+            _clear_leftovers(target.folder)
+            target.partial.mkdir(parents=True)
+
+    on_every_rank(make_folder if main else lambda: None)
+    saving = engine.begin_save(target.partial, extra, copied=copied)
+    num_bytes = sum(gather(saving.num_bytes + len(text)))
+
+    def write_round() -> None:
+        # Older checkpoints are dropped only when this one is complete, so that their room is not to be had yet.
+        _check_room(target, num_bytes + OWN_BYTES)
+        if text:
+            with writing(target.partial / ROUND):
+                write_whole(target.partial / ROUND, text)
+
+    on_every_rank(write_round if main else lambda: None)
+    return saving
+
+
+def _check_room(target: Target, num_bytes: int) -> None:
+    with writing(target.partial):
+        free = shutil.disk_usage(target.partial).free
+    if num_bytes > free:
+        sizes = f"it takes {num_bytes / 1e6:,.2f} MB, {free / 1e6:,.2f} MB are free there"
+        raise UserError(f"{target.final} cannot be written: {sizes}")
+
+
+def finish(target: Target, saving: Saving, write: Callable[[], Written]) -> Path:
+    """Write this rank's files with `write`, and complete the checkpoint; SharedError where that fails on any rank."""
+    written = gather(on_every_rank(write))
+    on_every_rank((lambda: _publish(target, saving, written)) if dist.get_rank() == 0 else lambda: None)
+    return target.final
+
+
+def _publish(target: Target, saving: Saving, written: Sequence[Written]) -> None:
+    """Add what describes the checkpoint, give it its name, and drop older ones; UserError where that fails."""
+    folder, partial, final = target.folder, target.partial, target.final
+    saving.finish([each.about for each in written])
+    with writing(final):
+        facts = {"format": FORMAT, **asdict(target.facts), "versions": versions()}
+        write_whole(partial / FACTS, json.dumps(facts, indent=1))
+        if target.config:
+            write_whole(partial / CONFIG, target.config)
+        files = {name: found for each in written for name, found in each.files.items()}
+        others = [name for name in file_sizes(partial) if name not in files]
+        for name in others:  # those of ranks are synced by them
+            sync(partial / name)
+        write_whole(partial / FILES, json.dumps({**files, **listing(partial, others)}))
+        sync_tree(partial, files=False)
         replaced = None
         if final.exists():  # of a run that took this step before; renamed, it still counts until the new one does
             replaced = move(final, replaced_path(final))
@@ -57,9 +159,7 @@ def save_checkpoint(
         write_latest(folder, final.name)
         if replaced is not None:
             shutil.rmtree(replaced)
-        _drop_old(folder, step, keep=keep, keep_every=keep_every, spare=spare)
-    dist.barrier()
-    return final
+        _drop_old(target)
 
 
 def _clear_leftovers(folder: Path) -> None:
@@ -79,11 +179,13 @@ def write_latest(folder: Path, name: str) -> None:
     write_whole(folder / POINTER, json.dumps({"checkpoint": name}))
 
 
-def _drop_old(folder: Path, step: int, *, keep: int, keep_every: int, spare: str | None) -> None:
+def _drop_old(target: Target) -> None:
     """Remove this run's older checkpoints; later steps are an earlier run's and stay until this one gets there."""
-    steps = sorted(int(match[1]) for path in folder.iterdir() if (match := NAME.fullmatch(path.name)))
-    for old in [saved for saved in steps if saved <= step][:-keep]:
-        path = folder / f"step_{old:08d}"
-        if (keep_every and old % keep_every == 0) or (spare is not None and str(path.resolve()) == spare):
+    steps = sorted(int(match[1]) for path in target.folder.iterdir() if (match := NAME.fullmatch(path.name)))
+    for old in [saved for saved in steps if saved <= target.step][: -target.keep]:
+        path = target.folder / f"step_{old:08d}"
+        if target.keep_every and old % target.keep_every == 0:
             continue
-        shutil.rmtree(move(path, path.with_name(f".{path.name}.dropped")))  # renamed first: no checkpoint lacks files
+        if target.spare is None or str(path.resolve()) != target.spare:
+            # Renamed first, so that no checkpoint lacks files.
+            shutil.rmtree(move(path, path.with_name(f".{path.name}.dropped")))

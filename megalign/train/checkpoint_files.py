@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from megalign.convert.hf.model import HFModel, read_model
 from megalign.convert.megatron.checkpoint_dir import FACTS, HF_FILES, MARK, is_checkpoint
+from megalign.convert.megatron.torch_dist import COMMON, INDEX
 from megalign.schema import UserError, reason_of
 from megalign.train.checkpoint_facts import Damaged, read_plain
 
@@ -77,6 +78,9 @@ def check_undamaged(folder: Path) -> None:
     if not (folder / HF_FILES / "config.json").is_file():
         raise Damaged(f"{folder}: {HF_FILES}/config.json is missing; must be a checkpoint that megalign wrote")
     listing, present = read_listing(folder), file_sizes(folder)
+    for name in (INDEX, COMMON) if MARK in present and not listing else ():
+        if name not in present:  # a converted one may be half a copy too
+            raise Damaged(f"{folder}: {name} is missing; must be a checkpoint that megalign wrote")
     for name, recorded in listing.items():
         if present.get(name) != recorded.size:
             now = f"{present[name]} bytes long" if name in present else "missing"

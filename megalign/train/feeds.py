@@ -33,8 +33,14 @@ class Feed(Protocol):
     def stats(self, step: int) -> Mapping[str, float]:
         """Return the metrics of a step (from 0) that do not come from its loss."""
 
+    def origins(self, step: int, members: Sequence[int]) -> list[str]:
+        """Return where the records of these sequences of a step (from 0) were read, as `path:line`."""
+
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold so that a resumed run takes the same next step."""
+        """Return what a checkpoint must hold so that a resumed run takes the same next step, without communication.
+
+        JSON must be able to express it, besides bytes; a tuple comes back as a list.
+        """
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state` of a checkpoint."""
@@ -128,6 +134,13 @@ class DatasetFeed:
     def stats(self, step: int) -> Mapping[str, float]:
         """Return no metrics: a step's are those of its loss."""
         return {}
+
+    def origins(self, step: int, members: Sequence[int]) -> list[str]:
+        """Return where the records of these sequences of a step (from 0) were read, as `path:line`."""
+        dataset = self.dataset
+        items = dataset.step_items(step, groups_per_step=self._groups_per_step, shuffle=self.cfg.data.shuffle)
+        sequences, _ = dataset.sequences(items)
+        return [dataset.origins[items[sequences[member].group][1]] for member in members]
 
     def state(self) -> dict[str, Any]:
         """Return nothing: a step's batch follows from its number."""

@@ -24,6 +24,9 @@ class GroupSource(Protocol):
     def round(self, number: int, attempt: int) -> Round:
         """Return the groups of round `number` (from 0); a later attempt samples others for the same prompts."""
 
+    def origins(self, number: int) -> list[str]:
+        """Return where each prompt of round `number` (from 0) was read, as `path:line`."""
+
     def mean_reward(self, prompts: Sequence[Prompt]) -> float:
         """Return the mean reward of greedy responses to the prompts under the live weights."""
 
@@ -50,13 +53,18 @@ class LiveSampling:
         """Sample and reward responses to the round's prompts."""
         if attempt == 0:  # later attempts use the same weights
             self.sampler.update(self.engine.hf_tensors())
-        rollout = self.rollout
-        prompts = round_prompts(
-            self.prompts, seed=self.cfg.run.seed, round_number=number, prompts_per_round=rollout.prompts_per_round
-        )
+        rollout, prompts = self.rollout, self._prompts_of(number)
         plan = SamplingPlan(rollout.k, rollout.temperature, rollout.max_new_tokens)
         # Numbers after the job's last round, so that no later round repeats the draws of an attempt.
         return self._collect(prompts, plan, draws=number + attempt * rollout.rounds)
+
+    def origins(self, number: int) -> list[str]:
+        """Return where each prompt of round `number` was read."""
+        return [prompt.where for prompt in self._prompts_of(number)]
+
+    def _prompts_of(self, number: int) -> list[Prompt]:
+        size = self.rollout.prompts_per_round
+        return round_prompts(self.prompts, seed=self.cfg.run.seed, round_number=number, prompts_per_round=size)
 
     def mean_reward(self, prompts: Sequence[Prompt]) -> float:
         """Return the mean reward of greedy responses to the prompts under the live weights."""

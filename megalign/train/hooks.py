@@ -14,7 +14,8 @@ from megalign.engines.replicas import first_difference
 from megalign.engines.step import StepBatch, StepResult
 from megalign.runtime.ranks import gather
 from megalign.train.evaluation import evaluation_due
-from megalign.train.job import Job, export_model, phase, save
+from megalign.train.job import Job, export_model, phase
+from megalign.train.saves import save, settle
 from megalign.train.schedule import keeps_last
 from megalign.train.step_metrics import dump_step
 
@@ -65,8 +66,9 @@ def evaluate(job: Job, done: StepDone) -> None:
 
 
 def write_metrics(job: Job, done: StepDone) -> None:
-    """Write and show the step's line of metrics."""
-    job.report.step(done.metrics)
+    """Write and show the step's line of metrics; with it what saving took since the line before."""
+    job.report.step(done.metrics | job.save_times)
+    job.save_times = {}
 
 
 def compare_ranks(job: Job, done: StepDone) -> None:
@@ -83,11 +85,12 @@ def compare_ranks(job: Job, done: StepDone) -> None:
 
 
 def save_if_due(job: Job, done: StepDone) -> None:
-    """Save a checkpoint every `checkpoint.every` steps, and after the last where nothing else would keep the model."""
-    every, is_last = job.cfg.checkpoint.every, job.step == job.num_steps
-    if (every and job.step % every == 0) or (is_last and keeps_last(job.cfg)):
+    """Save a checkpoint every so many steps, and after the last where nothing else would keep the model."""
+    settle(job, wait=False)
+    every, is_last = job.save_every, job.step == job.num_steps
+    if (every and job.step % every == 0) or (is_last and keeps_last(job.cfg, job.num_steps)):
         with phase(job, f"saving step {job.step}", counts="bytes"):
-            save(job)
+            save(job, last=is_last)
 
 
 def export_if_due(job: Job, done: StepDone) -> None:

@@ -1,32 +1,30 @@
-"""Holds the state of a running job, and saves, exports and resumes it."""
+"""Holds the state of a running job, and exports and resumes it."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megalign.config.job import JobConfig
 from megalign.engines.build import lora_of
 from megalign.engines.export import ExportFailed, export
 from megalign.engines.protocol import Engine
-from megalign.runtime.command_line import program
 from megalign.runtime.distributed import World
 from megalign.runtime.heart import Counts, Heart
 from megalign.runtime.status import during
 from megalign.runtime.stop import Stop
 from megalign.train.cannot_learn import Doubts
-from megalign.train.checkpoint import save_checkpoint
-from megalign.train.checkpoint_facts import Facts
 from megalign.train.cut_back import keep_metrics_up_to, later_dumps
 from megalign.train.evaluation import Evaluation
 from megalign.train.feeds import Feed
 from megalign.train.inputs import Inputs
 from megalign.train.outputs import Start
 from megalign.train.reporter import Reporter
-from megalign.train.schedule import resume_lines
+from megalign.train.round_file import read_round
+from megalign.train.schedule import resume_lines, save_every
 from megalign.train.time_limit import TimeLimit
 
 
@@ -53,11 +51,24 @@ class Job:
     heart: Heart = field(default_factory=Heart)
     modes: set[str] = field(default_factory=set)  # the pass modes that the log has named
     limit: TimeLimit = field(default_factory=TimeLimit)
+    pending: Any = None  # the checkpoint that is written beside training
+    unsaved: str = ""  # why the newest checkpoint could not be saved
+    save_times: dict[str, float] = field(default_factory=dict)  # metrics of what was saved since the last step's line
 
     @property
     def run_dir(self) -> Path:
         """Return the directory that the run writes to."""
         return Path(self.cfg.run.dir)
+
+    @property
+    def holds_step(self) -> bool:
+        """Tell whether the newest checkpoint of this run holds the step that is done."""
+        return self.saved is not None and self.saved.name.endswith(f"{self.step:08d}")
+
+    @property
+    def save_every(self) -> int:
+        """Return the number of steps between checkpoints; 0 for none."""
+        return save_every(self.cfg, self.num_steps)
 
 
 @contextmanager
@@ -65,37 +76,6 @@ def phase(job: Job, doing: str, *, counts: Counts = "beats") -> Iterator[None]:
     """Name what the job does inside the block, to the watchdog and to who reads of an error in it."""
     with job.heart.during(doing, job.step, counts=counts), during(doing, job.step):
         yield
-
-
-def save(job: Job) -> Path:
-    """Write a checkpoint of the step that is done."""
-    began = time.perf_counter()
-    job.report.keep()
-    extra = {"step": job.step, "bad_steps": job.bad_steps, "feed": job.feed.state()}
-    start, keep = job.start, job.cfg.checkpoint
-    job.saved = save_checkpoint(
-        job.engine,
-        job.run_dir,
-        job.step,
-        extra,
-        facts=Facts(
-            job.cfg.engine.name,
-            str(job.engine.dtype),
-            optimizer=True,
-            adapters=lora_of(job.cfg),
-            base=job.cfg.model.path,
-            job=start.job,
-            num_steps=job.num_steps,
-            started_from=start.started_from,
-            step=job.step,
-        ),
-        keep=keep.keep,
-        keep_every=keep.keep_every,
-        spare=start.started_from,
-    )
-    job.limit.saved(time.perf_counter() - began)
-    job.report.say(f"saved {job.saved}")
-    return job.saved
 
 
 def export_model(job: Job) -> str:
@@ -115,17 +95,6 @@ def export_model(job: Job) -> str:
     return ""
 
 
-def keep_instead(job: Job, problem: str) -> str:
-    """Save a checkpoint of the model that could not be exported; return the line that reports both."""
-    job.report.say(problem)
-    with during(f"{problem}; saving a checkpoint instead", job.step):
-        folder = save(job) if job.saved is None or not job.saved.name.endswith(f"{job.step:08d}") else job.saved
-    return (
-        f"{problem}; step {job.step} is kept in {folder}: {program()} export {folder} OUT_HF_DIR "
-        "exports it, and so does this command if run again"
-    )
-
-
 def resume(job: Job) -> None:
     """Load the checkpoint to resume from, if any; drop metrics and dumps of steps that are still to be taken."""
     start, checkpoint = job.start, job.start.checkpoint
@@ -135,7 +104,7 @@ def resume(job: Job) -> None:
         job.begun_at, job.saved = job.step, checkpoint if start.own else None
         job.report.say(f"resumed from {checkpoint} after step {job.step}")
         if all(key.startswith("optimizer.") for key in start.changed):
-            job.feed.restore(extra["feed"])
+            job.feed.restore(read_round(checkpoint, extra))
         elif job.cfg.rollout is not None:
             job.report.say("the round in progress is sampled anew, because its settings have changed")
         for line in resume_lines(job.cfg, job.step, job.num_steps, start.num_steps_before):

@@ -22,17 +22,19 @@ from megalign.runtime.ranks import gather, max_over_job, on_every_rank
 from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, write_status
 from megalign.runtime.stop import Stop
 from megalign.train.alike import check_alike, rank_items
+from megalign.train.bad_steps import naming_records, skip
 from megalign.train.check import check
 from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
 from megalign.train.inputs import Inputs
-from megalign.train.job import Job, export_model, keep_instead, phase, resume, save
+from megalign.train.job import Job, export_model, phase, resume
 from megalign.train.outputs import Start, job_date, with_date
 from megalign.train.prepare import Engines, prepare
 from megalign.train.reporter import Reporter, start_log
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed
 from megalign.train.run_dir import open_run_dir
+from megalign.train.saves import keep_instead, save, settle
 from megalign.train.schedule import learning_rate
 from megalign.train.starting import agree_on_start
 from megalign.train.step_metrics import step_metrics
@@ -147,12 +149,16 @@ def _run(job: Job, ending: Ending) -> int:
                 return _stop(job, stop)
             for hook in SAVE_HOOKS:
                 hook(job, done)
+    with ending.during(f"saving step {job.step}", job.step, counts="bytes"):
+        settle(job, wait=True)  # before an export that may fail
     problem = ""
     if cfg.export.hf_dir is not None:
         with ending.during("exporting", job.step, counts="bytes"):
             problem = export_model(job)
     if problem:
         return _finish(job, FAILED, keep_instead(job, problem))
+    if job.unsaved:
+        return _finish(job, FAILED, job.unsaved)
     seconds = time.perf_counter() - job.began
     report_summary(job.report, cfg, step=job.step, begun_at=job.begun_at, seconds=seconds)
     return _finish(job, DONE, "done")
@@ -161,8 +167,8 @@ def _run(job: Job, ending: Ending) -> int:
 def _stop(job: Job, reason: str) -> int:
     """Save before the run's end; return the exit code."""
     with phase(job, f"saving step {job.step}", counts="bytes"):
-        save(job)
-    return _finish(job, STOPPED, reason)
+        problem = save(job, last=True)
+    return _finish(job, FAILED, f"{reason}, but {problem}") if problem else _finish(job, STOPPED, reason)
 
 
 def _step(job: Job) -> StepDone:
@@ -205,7 +211,8 @@ def _next_batch(job: Job) -> StepBatch:
 def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
     """Compute the gradient, check it and update the weights; return the gradient's norm, NaN where it is skipped."""
     cfg = job.cfg
-    result = accumulate(job.engine, batch, cfg.loss, packing=packing_of(cfg))
+    with naming_records(job, batch):
+        result = accumulate(job.engine, batch, cfg.loss, packing=packing_of(cfg))
     limit = cfg.run.max_pass_gap
     allowed = AUTO_PASS_GAP[cfg.run.dtype] if limit == "auto" else float(limit)
     finite = math.isfinite(result.loss)  # else the gap is undefined too, and the step is a bad step
@@ -216,13 +223,7 @@ def _take_step(job: Job, batch: StepBatch) -> tuple[StepResult, float]:
     rate = learning_rate(cfg.optimizer, job.step + 1, job.num_steps)
     norm = job.engine.update(rate) if finite else None
     if norm is None or not math.isfinite(norm):
-        job.bad_steps += 1
-        problem = f"loss {result.loss}, gradient norm {norm}"
-        if job.bad_steps > cfg.run.max_bad_steps:
-            raise RuntimeError(f"{problem}; bad steps {job.bad_steps}, run.max_bad_steps {cfg.run.max_bad_steps}")
-        job.report.say(
-            f"step {job.step + 1}: {problem}; skipped, {job.bad_steps} of run.max_bad_steps {cfg.run.max_bad_steps}"
-        )
+        skip(job, batch, result, f"loss {result.loss}, gradient norm {norm}")
     return result, math.nan if norm is None else norm
 
 

@@ -219,7 +219,7 @@ def _check_export(cfg: JobConfig, inputs: Inputs, start: Start) -> None:
 def _check_room(cfg: JobConfig, inputs: Inputs, start: Start) -> None:
     """Refuse a disk without space for an export and, in a new run, for one checkpoint."""
     needs: list[tuple[str, Path, int]] = []
-    if start.checkpoint is None and keeps_last(cfg):
+    if start.checkpoint is None and keeps_last(cfg, cfg.run.steps):
         size = engine_package(cfg).checkpoint_bytes(cfg, inputs.policy)
         needs.append((f"run.dir is {cfg.run.dir!r}: a checkpoint", Path(cfg.run.dir), size))
     if cfg.export.hf_dir is not None:

@@ -183,6 +183,8 @@ def _report_plan(job: Job) -> None:
     dataset = job.feed.dataset if isinstance(job.feed, DatasetFeed) else None
     held_out = inputs.held_out_prompts if inputs.held_out_records is None else inputs.held_out_records.dataset
     report.say(run_plan(cfg, job.num_steps, len(inputs.prompts) if dataset is None else dataset.epoch_size))
+    if cfg.checkpoint.every is None and job.save_every:
+        report.say(f"checkpoint.every is not set: a checkpoint every {job.save_every} steps")
     if cfg.eval.path is not None:
         report.say(evaluation_plan(cfg, job.num_steps, len(held_out)))
     for doubt in job.doubts.before(job.num_steps, dataset, inputs.prompts, held_out):

@@ -153,6 +153,11 @@ class Reporter:
         if self.main:
             LOG.info(message)
 
+    def note(self, message: str) -> None:
+        """Write a line to the log alone."""
+        if self.main:
+            LOG.debug(message)
+
     def warn(self, message: str) -> None:
         """Write a warning to the log and the console; `message` has the numbers."""
         if self.main:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from megalign.data.dataset import GroupDataset, from_records
 from megalign.engines.protocol import Engine, Scorer
 from megalign.engines.step import StepBatch
 from megalign.rollout.collect import without_texts
-from megalign.runtime.ranks import SharedError, gather, on_every_rank
+from megalign.runtime.ranks import SharedError, on_every_rank
 from megalign.train.group_source import GroupSource
 from megalign.train.round_scores import RoundScores, Update, score_round
 
@@ -104,16 +104,21 @@ class RoundFeed:
         mismatch = self._scores.mismatch[update] if update and self._scores.mismatch else {}
         return {**self._stats, **mismatch, **self._times.metrics(first=update == 0)}
 
+    def origins(self, step: int, members: Sequence[int]) -> list[str]:
+        """Return where the prompts of these sequences of a step (from 0) were read, as `path:line`."""
+        number, update = divmod(step, self.rollout.updates_per_round)
+        sequences, _ = self._sequences(update)
+        prompts = self.source.origins(number)
+        return [prompts[sequences[member].record] for member in members]
+
     def state(self) -> dict[str, Any]:
         """Return the round in progress for a checkpoint: a resume trains on the same samples and scores."""
-        # By rank 0's clock, because a checkpoint's values must be the same on every rank.
-        stats, seconds = gather((self._stats, self._times.seconds()))[0]
         return {
             "round_number": self.round_number,
             "records": self.records,
-            "stats": stats,
+            "stats": self._stats,
             "scores": self._scores.plain(),
-            "times": (seconds, self._times.tokens),
+            "times": (self._times.seconds(), self._times.tokens),
         }
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ import math
 from megalign.config.job import JobConfig
 from megalign.config.sections import OptimizerSection
 
+AUTO_EVERY = 200  # steps between checkpoints where `checkpoint.every` is not given: half an hour at 9 seconds a step
+
 
 def learning_rate(cfg: OptimizerSection, step: int, num_steps: int) -> float:
     """Return the rate at `step` (from 1): linear warm-up, then constant, cosine or linear to `min_lr` at the last."""
@@ -20,9 +22,20 @@ def learning_rate(cfg: OptimizerSection, step: int, num_steps: int) -> float:
     return schedule.min_lr + (cfg.lr - schedule.min_lr) * left
 
 
-def keeps_last(cfg: JobConfig) -> bool:
-    """Tell whether the last step is saved: if checkpoints are on, or nothing else would keep the model."""
-    return bool(cfg.checkpoint.every) or cfg.export.hf_dir is None
+def save_every(cfg: JobConfig, num_steps: int | None) -> int:
+    """Return the steps between checkpoints, 0 for none; without `checkpoint.every` only longer runs have any."""
+    every = cfg.checkpoint.every
+    if every is not None:
+        return every
+    return AUTO_EVERY if num_steps is not None and num_steps > AUTO_EVERY else 0
+
+
+def keeps_last(cfg: JobConfig, num_steps: int | None) -> bool:
+    """Tell whether the last step is saved: if checkpoints are on, or nothing else would keep the model.
+
+    num_steps: of the run; None where it is not known yet.
+    """
+    return bool(save_every(cfg, num_steps)) or cfg.export.hf_dir is None
 
 
 def resume_lines(cfg: JobConfig, step: int, num_steps: int, num_steps_before: int | None) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megalign.convert.zero.source import ZeroSource
 from megalign.engines.deepspeed.hf_weights import HFWeights
+from megalign.engines.saving import complete
 from megalign.runtime.ranks import SharedError
 from tests.support.processes import run_ranks
 
@@ -105,7 +106,7 @@ def _save(engine: Trained, folder: Path) -> None:
     from megalign.engines.deepspeed import checkpoint
 
     _make(folder)
-    checkpoint.save(engine.ds, engine.weights, folder, EXTRA, source=None)
+    complete(checkpoint.begin_save(engine.ds, engine.weights, folder, EXTRA, source=None, copied=False))
 
 
 def _load(engine: Trained, folder: Path) -> None:
@@ -191,7 +192,7 @@ def _failing(folder: Path) -> None:
     _make(folder)
     with pytest.raises(SharedError, match="cannot be written: No such file"):
         target = folder if dist.get_rank() == 0 else folder / "nowhere" / "step"
-        checkpoint.save(engine.ds, engine.weights, target, EXTRA, source=None)
+        complete(checkpoint.begin_save(engine.ds, engine.weights, target, EXTRA, source=None, copied=False))
     other = folder / "other"
     _save(_engine("2", "fp32", inputs=5), other)
     with pytest.raises(SharedError, match=r"parameter first.weight has shape \[13, 5\]; must have shape \[13, 7\]"):

@@ -14,7 +14,16 @@ import torch.distributed as dist
 
 from megalign.runtime.distributed import free_port, process_group
 from megalign.runtime.job import work_on_rank
-from megalign.runtime.status import BAD_INPUT, RESULT_FILE, STOPPED, Ending, guarded, is_consequence, write_status
+from megalign.runtime.status import (
+    BAD_INPUT,
+    RESULT_FILE,
+    STOPPED,
+    Ending,
+    during,
+    guarded,
+    is_consequence,
+    write_status,
+)
 from megalign.schema import UserError
 
 
@@ -38,6 +47,18 @@ def test_bad_input_is_one_line_a_code_and_a_status(tmp_path, capsys):
         "reason": "data.path: no such file",
         "step": None,
     }
+
+
+@pytest.mark.parametrize(("step", "code", "doing"), [(None, 2, ""), (0, 2, ""), (7, 1, "step 8: ")])
+def test_what_explains_itself_is_bad_input_until_a_step_is_taken(step, code, doing, tmp_path, capsys):
+    def fail() -> int:
+        with during("evaluating", step), during("step 8", step):
+            return refuse()
+
+    assert guarded(fail, lambda: str(tmp_path)) == code
+    assert capsys.readouterr().err.endswith(f": {doing}data.path: no such file\n")
+    told = json.loads((tmp_path / "status.json").read_text())
+    assert told == {"code": code, "reason": f"{doing}data.path: no such file", "step": step or None}
 
 
 def test_bad_input_without_a_known_directory_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from megalign.engines.build import dtype_of, temperature_of
 from megalign.engines.head import Head
 from megalign.engines.needs import RankNeeds
 from megalign.engines.protocol import LOGP_ONLY, Objective, Want
+from megalign.engines.saving import Saving, Written, listing
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.linear_logp import TokenLogp
 from megalign.ops.vocab import VocabShard
@@ -91,11 +93,18 @@ class StubEngine:
         """Yield every parameter: there is one rank."""
         return ((name, None, tensor) for name, tensor in self.hf_tensors())
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+    def begin_save(self, folder: Path, extra: dict[str, Any], *, copied: bool) -> Saving:
         """Write everything into one file."""
-        torch.save([self.model.state_dict(), self.optimizer.state_dict(), extra], folder / "all.pt")
-        (folder / "hf").mkdir()
-        shutil.copyfile(self.hf_dir / "config.json", folder / "hf" / "config.json")
+        state = [self.model.state_dict(), self.optimizer.state_dict(), extra]
+        state = copy.deepcopy(state) if copied else state
+
+        def write() -> Written:
+            torch.save(state, folder / "all.pt")
+            (folder / "hf").mkdir()
+            shutil.copyfile(self.hf_dir / "config.json", folder / "hf" / "config.json")
+            return Written(listing(folder, ["all.pt"]))
+
+        return Saving(3 * sum(parameter.nbytes for parameter in self.model.parameters()), write, lambda abouts: None)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Read it again."""

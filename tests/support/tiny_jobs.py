@@ -216,6 +216,7 @@ def status(run_dir: Path) -> dict[str, Any]:
 CLOCKS = (
     "seconds", "tokens_per_second", "peak_memory_gb", "rollout_seconds", "round_seconds", "sampling_seconds",
     "scoring_seconds", "round_tokens_per_second", "eval_seconds", "time",
+    "checkpoint_seconds", "checkpoint_stall_seconds",
 )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def test_a_rank_that_raises_is_the_first_to_be_told(folder, tmp_path):
     ended = faulty(folder, tmp_path, "raise")
     assert set(ended.codes) <= {1, 2} and ended.seconds < ENDS_S, ended
     held = status(tmp_path / "run")
-    assert held["reason"].startswith("rank 1 of 2: ") and "the loss has had enough" in held["reason"]
+    assert "step 2: rank 1 of 2: " in held["reason"] and "the loss has had enough" in held["reason"]
 
 
 def test_a_bit_that_differs_between_tensor_ranks_ends_the_job(folder, tmp_path):

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
+from megalign.engines.saving import Saving, Written
 from megalign.files import PartialFolder
 from megalign.runtime.distributed import process_group
 from megalign.train.checkpoint import save_checkpoint
@@ -109,10 +110,14 @@ class Writer:
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def save(self, folder: Path, extra: dict) -> None:
-        (folder / "hf").mkdir()
-        for name in ("metadata.json", "hf/config.json"):
-            (folder / name).write_text(self.text)
+    def begin_save(self, folder: Path, extra: dict, *, copied: bool) -> Saving:
+        def write() -> Written:
+            (folder / "hf").mkdir()
+            for name in ("metadata.json", "hf/config.json"):
+                (folder / name).write_text(self.text)
+            return Written({})
+
+        return Saving(2 * len(self.text), write, lambda abouts: None)
 
 
 def raise_killed() -> None:

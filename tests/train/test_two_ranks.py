@@ -80,10 +80,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_saved_rounds_are_the_same_on_every_rank(folder):
-    """Megatron compares what ranks save of the job, and tells of every difference, such as one clock a rank."""
-    told = (folder / "told").read_text()
-    assert "saved " in told and "state dict differs" not in told
+def test_the_round_in_progress_is_saved_once(folder):
+    """By rank 0, for all ranks to go on from."""
+    saved = folder / "rounds" / "stopped" / "checkpoints"
+    assert [path.name for path in saved.glob("step_*/round.json")] == ["round.json"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -135,6 +135,11 @@ def check(cfg: JobConfig, model: HFModel) -> None:
     _check_recompute(cfg, model)
     check_passed_through(cfg.engine.deepspeed_config, cfg.engine.zero.stage)
     _check_nvme(cfg)
+    if cfg.checkpoint.async_save and cfg.parallel.tensor > 1:
+        raise UserError(
+            f"checkpoint.async is True: parallel.tensor is {cfg.parallel.tensor}, and engine.name deepspeed joins the "
+            "parts of tensor ranks while it saves; must be false"
+        )
 
 
 def _require(package: str, why: str, otherwise: str) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +34,35 @@ from megalign.engines.deepspeed.fragments import (
     whole_values,
 )
 from megalign.engines.deepspeed.weights import Weights
+from megalign.engines.saving import Saving, Written, listing
 from megalign.files import write_whole, writing
-from megalign.runtime.ranks import gather, on_every_rank
+from megalign.runtime.ranks import on_every_rank
 from megalign.schema import UserError, reason_of
 
 EXTRA = "extra.pt"  # plain values
+HEADER_BYTES = 512  # at most, of a tensor in its file
 
 
-def save(ds: Any, weights: Weights, folder: Path, extra: dict[str, Any], *, source: Path | None) -> None:
-    """Write weights, optimizer and the plain values of `extra`; SharedError on all ranks if one cannot write.
+def begin_save(
+    ds: Any, weights: Weights, folder: Path, extra: dict[str, Any], *, source: Path | None, copied: bool
+) -> Saving:
+    """Prepare to write weights, optimizer and the plain values of `extra` into a folder.
 
     The Hugging Face checkpoint's other files are copied beside it, so that it can be exported again.
     """
-    zero = folder / FOLDER
+    zero, step = folder / FOLDER, read_step(ds)
+    num_bytes, write_own = (_own if weights.tensor is None else _joined)(ds, weights, zero, copied=copied)
 
-    def make_folder() -> None:
+    def write() -> Written:
         with writing(zero):
             zero.mkdir(exist_ok=True)
+        files = write_own()
+        return Written({f"{FOLDER}/{name}": found for name, found in listing(zero, files).items()}, files)
 
-    on_every_rank(make_folder)
-    parts = gather(on_every_rank((_write_own if weights.tensor is None else _join_and_write)(ds, weights, zero)))
-
-    def write_common() -> None:
-        files = tuple(file for part in parts for file in part)
+    def finish(abouts: Sequence[Any]) -> None:
+        files = tuple(file for part in abouts for file in part)
         read_from = None if source is None else str(source.resolve())
-        write_index(zero, Index(weights.specs(), KINDS, read_step(ds), len(parts), files, read_from))
+        write_index(zero, Index(weights.specs(), KINDS, step, len(abouts), files, read_from))
         plain = io.BytesIO()
         torch.save(extra, plain)
         with writing(folder):
@@ -65,18 +70,30 @@ def save(ds: Any, weights: Weights, folder: Path, extra: dict[str, Any], *, sour
             if source is not None:
                 copy_hf_files(source, folder / HF_FILES)
 
-    on_every_rank(write_common if dist.get_rank() == 0 else lambda: None)
+    return Saving(num_bytes, write, finish)
 
 
-def _write_own(ds: Any, weights: Weights, folder: Path) -> Callable[[], list[str]]:
-    """Return the function that writes what this rank owns and returns its files; it does not communicate."""
-    return lambda: write_part(folder, dist.get_rank(), list(local_fragments(ds, weights.trained)))
+Plan = tuple[int, Callable[[], list[str]]]  # bytes that this rank writes; writes them and returns the files' names
 
 
-def _join_and_write(ds: Any, weights: Weights, folder: Path) -> Callable[[], list[str]]:
-    """Join all tensors, writing every so-many-th; return the function that returns the files, or raises the error."""
-    names, rank, size = weights.trained, dist.get_rank(), dist.get_world_size()
-    values = whole_values(ds, names)
+def _own(ds: Any, weights: Weights, folder: Path, *, copied: bool) -> Plan:
+    """Plan to write what this rank owns, without communication."""
+    fragments = list(local_fragments(ds, weights.trained))
+    if copied:
+        fragments = [
+            replace(one, tensors={kind: tensor.to("cpu", copy=True) for kind, tensor in one.tensors.items()})
+            for one in fragments
+        ]
+    tensors = [tensor for fragment in fragments for tensor in fragment.tensors.values()]
+    size = sum(tensor.nbytes for tensor in tensors) + HEADER_BYTES * (len(tensors) + 1)
+    return size, lambda: write_part(folder, dist.get_rank(), fragments)
+
+
+def _joined(ds: Any, weights: Weights, folder: Path, *, copied: bool) -> Plan:
+    """Plan to write every so-many-th of the tensors, which all ranks join one at a time while they write."""
+    if copied:
+        raise ValueError("tensor ranks join their parts while they write")
+    rank, size = dist.get_rank(), dist.get_world_size()
     turns = {name: index % size for index, name in enumerate(weights.specs())}
     mine = {
         fragment_key(kind, name, 0): Spec((math.prod(spec.shape),), torch.float32)
@@ -84,23 +101,25 @@ def _join_and_write(ds: Any, weights: Weights, folder: Path) -> Callable[[], lis
         for kind in KINDS
         if turns[name] == rank
     }
-    writer, problem = PartWriter(folder, rank, mine), None
-    # To its end, also after an error: ranks wait for each other in it.
-    for parameter, kind in itertools.product(names, KINDS):
-        whole = weights.whole(parameter, values(parameter, kind))
-        try:
-            for name in (each for each in whole if turns[each] == rank and problem is None):
-                writer.write(fragment_key(kind, name, 0), whole[name].reshape(-1))
-        except UserError as error:
-            problem = error
-    writer.abandon()
+    num_bytes = sum(spec.num_bytes for spec in mine.values()) + HEADER_BYTES * (len(mine) + 1)
 
-    def files() -> list[str]:
+    def write() -> list[str]:
+        writer, problem = PartWriter(folder, rank, mine), None
+        names, values = weights.trained, whole_values(ds, weights.trained)
+        # To its end, also after an error: ranks wait for each other in it.
+        for parameter, kind in itertools.product(names, KINDS):
+            whole = weights.whole(parameter, values(parameter, kind))
+            try:
+                for name in (each for each in whole if turns[each] == rank and problem is None):
+                    writer.write(fragment_key(kind, name, 0), whole[name].reshape(-1))
+            except UserError as error:
+                problem = error
+        writer.abandon()
         if problem is not None:
             raise problem
         return list(writer.shards)
 
-    return files
+    return num_bytes, write
 
 
 def load(ds: Any, weights: Weights, folder: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from megalign.engines.deepspeed.weights import Weights
 from megalign.engines.head import Head
 from megalign.engines.protocol import LOGP_ONLY, Objective, Want
 from megalign.engines.replicas import Replica
+from megalign.engines.saving import Saving, complete
 from megalign.engines.scoring import BaseModel
 from megalign.ops.linear_logp import TokenLogp
 from megalign.runtime.ranks import max_over_job
@@ -173,9 +174,16 @@ class DeepSpeedEngine:
         """Yield (PEFT name, whole tensor) of each adapter, on every rank; kind: weight or grad."""
         return self.weights.adapter_tensors(gradients.reader(self.ds) if kind == "grad" else None)
 
+    def begin_save(self, folder: Path, extra: dict[str, Any], *, copied: bool) -> Saving:
+        """Prepare to write weights, optimizer and `extra` (plain values), each rank what it owns.
+
+        copied: ValueError where tensor ranks would have to join their parts meanwhile.
+        """
+        return checkpoint.begin_save(self.ds, self.weights, folder, extra, source=self.source, copied=copied)
+
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Write weights, optimizer and `extra` (plain values) into an empty folder, each rank what it owns."""
-        checkpoint.save(self.ds, self.weights, folder, extra, source=self.source)
+        """Write weights, optimizer and `extra` into an empty folder."""
+        complete(self.begin_save(folder, extra, copied=False))
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Load what `save` wrote at any number of ranks and any ZeRO stage; return its `extra`."""

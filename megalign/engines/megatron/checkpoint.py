@@ -7,55 +7,73 @@ rank to rank, and on a CPU none is copied before it is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import is_main_replica
+from torch import Tensor
 
 from megalign.convert.hf.companions import copy_hf_files
 from megalign.convert.megatron.about import parse_about
 from megalign.convert.megatron.checkpoint_dir import HF_FILES
 from megalign.convert.megatron.torch_dist import TorchDistReader
-from megalign.convert.megatron.torch_dist_file import TorchDistFile, write_index
+from megalign.convert.megatron.torch_dist_file import HEADER_BYTES, TorchDistFile, write_index
 from megalign.engines.megatron.optimizer_state import begin_state, num_updates, owned_state, saved_updates, settings
 from megalign.engines.megatron.parts import Held, Part, held_tensors, parts_of, weight_parts
 from megalign.engines.megatron.shard import Shard
-from megalign.runtime.ranks import gather, max_over_job, on_every_rank
+from megalign.engines.saving import Saving, Written
+from megalign.files import writing
+from megalign.runtime.ranks import max_over_job
 from megalign.schema import UserError
 
 STATE = "optimizer.state."  # prefix of the optimizer's tensors
 
 
-def save(shard: Shard, optimizer: Any, folder: Path, extra: dict[str, Any]) -> None:
-    """Write weights, optimizer state and plain values as a `torch_dist` checkpoint, independent of the layout.
+def begin_save(shard: Shard, optimizer: Any, folder: Path, extra: dict[str, Any], *, copied: bool) -> Saving:
+    """Prepare to write weights, optimizer state and plain values into a folder, independent of the layout.
 
-    The Hugging Face checkpoint's other files are copied beside it, so that it can be exported again. SharedError on
-    all ranks if one cannot write.
+    The Hugging Face checkpoint's other files are copied beside them, so that it can be exported again.
     """
     tensors, objects = held_tensors(shard)
-    parts = [*weight_parts(tensors, shard.groups), *_state_parts(tensors, optimizer, saving=True)]
+    parts = saved_parts(tensors, shard, optimizer)
+    if copied:
+        parts = [replace(part, values=on_host(part.values)) for part in parts]
     small = {entry.unique_key: entry.data for entry in objects.values() if is_main_replica(entry.replica_id)}
     common = {"extra": extra, "about": about_shard(shard, optimizer=optimizer is not None)}
     if optimizer is not None:
         common["optimizer"] = settings(optimizer, num_updates(optimizer, most=_most(shard)))
-    file = f"__{dist.get_rank()}_0.distcp"
-    entries = on_every_rank(lambda: _write(folder / file, parts, small))
-    specs = {part.key: part.spec for part in parts}
-    written = gather((file, entries, specs))
+    size = sum(part.values.numel() * part.values.itemsize for part in parts)
+    size += HEADER_BYTES * (len(parts) + len(small))
+    file, specs = f"__{dist.get_rank()}_0.distcp", {part.key: part.spec for part in parts}
 
-    def finish() -> None:
-        merged = {key: spec for _, _, some in written for key, spec in some.items()}
-        listed = {name: entries for name, entries, _ in written}
+    def write() -> Written:
+        entries, listed = _write(folder / file, parts, small)
+        return Written({file: listed}, (file, entries, specs))
+
+    def finish(abouts: Sequence[Any]) -> None:
+        merged = {key: spec for _, _, some in abouts for key, spec in some.items()}
+        listed = {name: entries for name, entries, _ in abouts}
         _check_whole(merged, listed)
         write_index(folder, merged, listed, common)
-        if shard.source is not None:
-            copy_hf_files(shard.source, folder / HF_FILES)
+        with writing(folder / HF_FILES):
+            if shard.source is not None:
+                copy_hf_files(shard.source, folder / HF_FILES)
 
-    on_every_rank(finish if dist.get_rank() == 0 else lambda: None)
+    return Saving(size, write, finish)
+
+
+def saved_parts(tensors: dict[str, Held], shard: Shard, optimizer: Any) -> list[Part]:
+    """Return the values that this rank writes, without copying them; tensors: those of `held_tensors`."""
+    return [*weight_parts(tensors, shard.groups), *_state_parts(tensors, optimizer, saving=True)]
+
+
+def on_host(values: Tensor) -> Tensor:
+    """Copy values to host memory; those that are all one number take no memory there, as before."""
+    return values if values.stride() == (0,) else values.to("cpu", copy=True)
 
 
 def about_shard(shard: Shard, *, optimizer: bool) -> dict[str, Any]:
@@ -73,8 +91,11 @@ def _most(shard: Shard) -> Any:
     return partial(max_over_job, device=shard.options.device)
 
 
-def _write(path: Path, parts: Iterable[Part], objects: dict[str, Any]) -> list[list[Any]]:
-    """Write a rank's file, synced to disk, and return its entries; UserError where writing fails."""
+def _write(path: Path, parts: Iterable[Part], objects: dict[str, Any]) -> tuple[list[list[Any]], list[int]]:
+    """Write a rank's file, synced to disk; return its entries, and its size and checksum.
+
+    UserError where writing fails.
+    """
     out = TorchDistFile(path)
     try:
         for part in parts:
@@ -84,7 +105,7 @@ def _write(path: Path, parts: Iterable[Part], objects: dict[str, Any]) -> list[l
         out.close()
     finally:
         out.abandon()
-    return out.entries
+    return out.entries, [out.file.size, out.file.crc]
 
 
 def _check_whole(specs: dict[str, Any], listed: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from megalign.engines.megatron.replicas import replicas
 from megalign.engines.megatron.shard import DDP_FIELDS, EngineOptions, Shard
 from megalign.engines.protocol import LOGP_ONLY, Objective, Want
 from megalign.engines.replicas import Replica
+from megalign.engines.saving import Saving, complete
 from megalign.engines.scoring import BaseModel
 from megalign.model_config import ModelConfig
 from megalign.models.experts import balancing, counting
@@ -295,10 +296,14 @@ class MegatronEngine:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Write weights, optimizer and `extra` (plain values) as a `torch_dist` checkpoint into an empty folder."""
+    def begin_save(self, folder: Path, extra: dict[str, Any], *, copied: bool) -> Saving:
+        """Prepare to write weights, optimizer and `extra` (plain values) as a `torch_dist` checkpoint."""
         self._gather_updates()
-        checkpoint.save(self.shard, self.optimizer, folder, extra)
+        return checkpoint.begin_save(self.shard, self.optimizer, folder, extra, copied=copied)
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Write weights, optimizer and `extra` into an empty folder."""
+        complete(self.begin_save(folder, extra, copied=False))
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Load what `save` wrote under any layout; return its `extra`."""

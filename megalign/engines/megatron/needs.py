@@ -17,9 +17,7 @@ from megalign.runtime.cpu_shims import import_megatron
 
 MASTER = FP32  # the distributed optimizer's own copy of a weight in half precision
 SAVED = FP32 + MOMENTS  # of each trained weight, besides the weight itself; in fp32 too
-# While a checkpoint is written every data rank gathers the optimizer's state of its shard in CPU memory, and its parts
-# and one gathered kind are there at the same time.
-GATHERED = SAVED + 2 * FP32
+STAGED = {"cuda": 1 << 26, "cpu": 0}  # while a checkpoint is written at once, in CPU memory
 
 
 def checkpoint_bytes(cfg: JobConfig, model: HFModel) -> int:
@@ -82,6 +80,7 @@ def _stage_needs(
         gradients += trained
         optimizer += trained / (expert_copies if of_expert else copies)
     kept = MOMENTS + (MASTER if itemsize < FP32 else 0)
+    copied = int(optimizer * SAVED + weights * itemsize / copies)  # beside training, of what a rank owns
     return RankNeeds(
         f"pipeline stage {stage}" if layout.pipeline > 1 else "every rank",
         weights,
@@ -91,7 +90,7 @@ def _stage_needs(
         activations=int(_activations(cfg, model, layout, stage, chunks) * itemsize),
         head=2 * CHUNK_BYTES[device] if last else 0,
         beside=other_models(cfg, whole=lambda: _num_values(model) * itemsize, own=weights * itemsize),
-        saving=gradients * GATHERED,
+        saving=copied if cfg.checkpoint.async_save else STAGED[device],
     )
 
 
