@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -126,13 +127,21 @@ def test_bytes_and_processor_time_are_progress_only_where_a_phase_says_so(tmp_pa
                 file.write(bytes(2**20))
 
     def compute() -> None:
+        """Use a second and a half of the processor, in another thread than the one that looks."""
         until = time.process_time() + 1.5
-        while time.process_time() < until:
-            pass
+
+        def spin() -> None:
+            while time.process_time() < until:
+                pass
+
+        thread = threading.Thread(target=spin)
+        thread.start()
+        thread.join()
 
     def write_in_a_child() -> None:
         child = subprocess.Popen(
             [sys.executable, "-c", f"open({str(tmp_path / 'data')!r}, 'wb').write(bytes(4 * 2**20)); input()"],
+            stderr=subprocess.DEVNULL,
             stdin=subprocess.PIPE,
         )
         until = time.monotonic() + 20
@@ -150,6 +159,8 @@ def test_bytes_and_processor_time_are_progress_only_where_a_phase_says_so(tmp_pa
         held[0].communicate()
     with heart.during("reading", counts="work"):
         assert moves(compute)
+    with heart.during("saving", 3, counts="bytes"):
+        assert not moves(lambda: [heart.progress() for _ in range(1000)])  # which reads more than 1 MiB below /proc
     assert (heart.phase, heart.step) == ("starting", None)
 
 
