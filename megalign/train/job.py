@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megalign.engines.protocol import Engine
 from megalign.runtime.distributed import World
 from megalign.runtime.heart import Heart
 from megalign.runtime.stop import Stop
+from megalign.runtime.versions import versions
 from megalign.train.cannot_learn import Doubts
 from megalign.train.cut_back import keep_metrics_up_to, later_dumps
 from megalign.train.evaluation import Evaluation
@@ -61,6 +63,11 @@ class Job:
     def holds_step(self) -> bool:
         """Tell whether the newest checkpoint of this run holds the step that is done."""
         return self.saved is not None and self.saved.name.endswith(f"{self.step:08d}")
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Return the versions of what computes numbers in this process."""
+        return versions()
 
     @property
     def save_every(self) -> int:
