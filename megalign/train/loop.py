@@ -27,7 +27,7 @@ from megalign.train.check import check
 from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
 from megalign.train.inputs import Inputs
-from megalign.train.job import Job, export_model, resume
+from megalign.train.job import Job, export_model, phase, resume
 from megalign.train.outputs import Start, job_date, with_date
 from megalign.train.prepare import Engines, prepare
 from megalign.train.reporter import Reporter, start_log
@@ -173,7 +173,7 @@ def _export(job: Job, ending: Ending) -> str:
 
 def _stop(job: Job, reason: str) -> int:
     """Save before the run's end; return the exit code."""
-    with job.heart.during(f"saving step {job.step}", job.step, counts="bytes"):
+    with phase(job, f"saving step {job.step}", counts="bytes"):
         problem = save(job, last=True)
     return _finish(job, FAILED, f"{reason}, but {problem}") if problem else _finish(job, STOPPED, reason)
 
@@ -206,7 +206,7 @@ def _next_batch(job: Job) -> StepBatch:
     rollout = feed.rollout
     number = job.step // rollout.updates_per_round + 1
     job.report.doing(f"sampling round {number}")
-    with job.heart.during(f"sampling round {number}", job.step):
+    with phase(job, f"sampling round {number}"):
         batch = feed.batch(job.step)
     job.report.doing("training")
     report_round(job.report, number, rollout.rounds, feed.records, feed.stats(job.step), feed.tokenizer)
