@@ -29,7 +29,8 @@ class Saving:
 
     num_bytes: at most what this rank will write. write: writes this rank's files, synced to disk, and raises UserError
     where that fails; of a save whose values were copied it does not communicate, and may run in a thread. finish:
-    completes the folder on rank 0, from the `about` of what each rank wrote; UserError where that fails.
+    completes the folder on rank 0, from the `about` of what each rank wrote, with files that need not be synced;
+    UserError where that fails.
     """
 
     num_bytes: int

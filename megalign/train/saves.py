@@ -111,6 +111,7 @@ def _target(job: Job) -> Target:
         spare=start.started_from,
         feed=job.feed.state() if job.world.is_main else {},
         config=dump_config(job.cfg),
+        versions=job.versions if job.world.is_main else {},
     )
 
 
