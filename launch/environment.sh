@@ -17,12 +17,12 @@ default() { # NAME VALUE
 # Leave it empty on Blackwell, which keeps the order by itself, and for ZeRO or FSDP, whose gathers want more queues.
 default CUDA_DEVICE_MAX_CONNECTIONS 1
 
-# A rank whose collective failed or timed out (watchdog.timeout_s) ends, so that the launcher ends or restarts the job;
-# 3 ends it without ncclCommAbort, which can hang itself. It is torch's own default, but torchrun would set 1.
+# A rank whose collective failed ends, so that the launcher ends or restarts the job; 3 ends it without ncclCommAbort,
+# which can hang itself. It is torch's own default, but torchrun would set 1.
 default TORCH_NCCL_ASYNC_ERROR_HANDLING 3
 
-# Ends a rank whose NCCL watchdog thread is stuck in a CUDA call. More than watchdog.timeout_s (600 s), so that a
-# collective that hangs is reported by its name before.
+# Ends a rank whose NCCL watchdog thread is stuck in a CUDA call. More than watchdog.timeout_s (600 s), so that the
+# watchdog reports a job that hangs before.
 default TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC 900
 
 # The flight recorder keeps the last collectives of each rank, with sizes and states: it shows which rank a hanging job

@@ -56,7 +56,7 @@ SECTIONS = {
     "engine": "which engine trains, how it computes, and its own settings",
     "checkpoint": "when checkpoints are written, which are kept, and how a run goes on",
     "export": "the Hugging Face checkpoint that a run writes",
-    "watchdog": "how long ranks wait for each other",
+    "watchdog": "when a job that hangs is ended, and how often ranks compare their weights",
     "trackers": "where metrics go besides metrics.jsonl: tensorboard, wandb",
 }
 
@@ -285,8 +285,11 @@ class ExportConfig(Strict):
 
 
 class WatchdogConfig(Strict):
-    """Declares `watchdog`: how long ranks wait for each other."""
+    """Declares `watchdog`: when a job that hangs is ended, and how often ranks compare their weights."""
 
     timeout_s: PositiveFloat = 600.0
-    """Seconds before a collective without an answer fails; raise it where sampling or loading takes longer on one
-    rank."""
+    """Seconds after which a job is ended, with a report, because a rank gives no sign of life or none makes progress:
+    micro-batches, sampled tokens, rewards and bytes of a checkpoint count. Ranks also wait that long for each other to
+    come."""
+    check_every: NonNegativeInt = 100
+    """Steps between two comparisons, by a checksum, of the weights that several ranks hold alike; 0 is never."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from megalign.data.micro_batch import MicroBatch
 from megalign.data.packing import MicroBatchShape
 from megalign.engines.head import Head
+from megalign.engines.replicas import Replica
 from megalign.engines.saving import Saving
 from megalign.ops.linear_logp import TokenLogp
 
@@ -82,6 +83,9 @@ class Engine(Scorer, Protocol):
 
     def adapter_tensors(self, kind: str = "weight") -> Iterator[tuple[str, Tensor]]:
         """Yield (PEFT name, whole tensor) of each adapter, on every rank; nothing where all weights train."""
+
+    def replicas(self) -> Iterator[Replica]:
+        """Yield the parameters that several ranks hold alike, with their groups; empty on one rank."""
 
     def base(self) -> Scorer:
         """Return a scorer of the same weights without adapters."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megalign.files import checksum
-from megalign.runtime.ranks import gather, on_every_rank
+from megalign.runtime.ranks import gather_on_main, on_every_rank
 
 Listing = dict[str, list[int]]  # {path in the checkpoint: [bytes, CRC-32]}
 
@@ -39,7 +39,7 @@ class Saving:
 
 def complete(saving: Saving) -> None:
     """Write a prepared save on all ranks and finish it; SharedError on all of them where one cannot write."""
-    abouts = [written.about for written in gather(on_every_rank(saving.write))]
+    abouts = [written.about for written in gather_on_main(on_every_rank(saving.write))]
     on_every_rank((lambda: saving.finish(abouts)) if dist.get_rank() == 0 else lambda: None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
@@ -20,7 +21,8 @@ class Heart:
         self.step: int | None = None
         self.beats = 0
         self._counts: Counts = "beats"
-        self._activity = self._active = 0
+        self._activity = Activity()
+        self._done = self._active = 0
 
     def beat(self) -> None:
         """Count a piece of work, such as a micro-batch; cheap enough for every token."""
@@ -39,30 +41,48 @@ class Heart:
             self.phase, self.step, self._counts = before
 
     def progress(self) -> int:
-        """Return the count; called by one thread, again and again: activity counts where it differs from the last."""
+        """Return the count; called by one thread, again and again: activity counts where there was some since then."""
         counts = self._counts
-        if counts != "beats" and (activity := _activity(counts)) != self._activity:
-            self._activity = activity
-            self._active += 1
+        if counts != "beats":
+            self._activity.look()
+            done = int(self._activity.moved // MIB) + (int(self._activity.seconds) if counts == "work" else 0)
+            self._active += done != self._done
+            self._done = done
         return self.beats + self._active
 
 
-def _activity(counts: Counts) -> int:
-    """Return how much this process and its children have done: MiB read and written, with "work" seconds too."""
-    import psutil  # the launchers, which import this file, do not need it
+class Activity:
+    """Adds up what this process and its children do, without what looking at it takes.
 
-    this, total = psutil.Process(), 0.0
-    for process in (this, *this.children(recursive=True)):
-        with suppress(psutil.Error, OSError):  # it has ended, or its numbers are not for this user
-            total += _moved(process.pid) // MIB
-            if counts == "work":
-                times = process.cpu_times()
-                total += int(times.user + times.system)
-    return int(total)
+    moved: bytes read and written. seconds: processor time, of all threads but the one that looks.
+    """
+
+    def __init__(self) -> None:
+        self.moved, self.seconds = 0, 0.0
+        self._own = 0
+        self._children: dict[int, int] = {}
+
+    def look(self) -> None:
+        """Add what was done since the last look."""
+        import psutil  # the launchers, which import this file, do not need it
+
+        this, children = psutil.Process(), {}
+        self.moved += _moved(this.pid) - self._own
+        seconds = sum(this.cpu_times()[:2]) - time.thread_time()
+        for child in this.children(recursive=True):
+            with suppress(psutil.Error, OSError):  # it has ended, or its numbers are not for this user
+                children[child.pid] = _moved(child.pid)
+                self.moved += max(0, children[child.pid] - self._children.get(child.pid, 0))
+                seconds += sum(child.cpu_times()[:2])
+        self._children, self.seconds = children, seconds
+        self._own = _moved(this.pid)  # reading the numbers reads files, too
 
 
 def _moved(pid: int) -> int:
     """Return the bytes that a process has read and written, those of mapped files included."""
-    with open(f"/proc/{pid}/io", encoding="ascii") as file:
-        numbers = dict(line.split(": ") for line in file.read().splitlines())
+    try:
+        with open(f"/proc/{pid}/io", encoding="ascii") as file:
+            numbers = dict(line.split(": ") for line in file.read().splitlines())
+    except FileNotFoundError:  # another system than Linux
+        return 0
     return sum(int(numbers[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from megalign.convert.megatron.checkpoint_dir import FACTS, POINTER, replaced_pa
 from megalign.engines.protocol import Engine
 from megalign.engines.saving import Saving, Written, listing
 from megalign.files import move, sync, sync_tree, write_whole, writing
-from megalign.runtime.ranks import gather, on_every_rank
+from megalign.runtime.ranks import gather, gather_on_main, on_every_rank
 from megalign.runtime.versions import versions
 from megalign.schema import UserError
 from megalign.train.checkpoint_facts import FORMAT, Facts
@@ -132,7 +132,7 @@ def _check_room(target: Target, num_bytes: int) -> None:
 
 def finish(target: Target, saving: Saving, write: Callable[[], Written]) -> Path:
     """Write this rank's files with `write`, and complete the checkpoint; SharedError where that fails on any rank."""
-    written = gather(on_every_rank(write))
+    written = gather_on_main(on_every_rank(write))
     on_every_rank((lambda: _publish(target, saving, written)) if dist.get_rank() == 0 else lambda: None)
     return target.final
 
@@ -189,3 +189,17 @@ def _drop_old(target: Target) -> None:
         if target.spare is None or str(path.resolve()) != target.spare:
             # Renamed first, so that no checkpoint lacks files.
             shutil.rmtree(move(path, path.with_name(f".{path.name}.dropped")))
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, and the folder of all of them where it was the only one; OSError where that fails."""
+    folder = checkpoint.parent
+    others = sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name) and path != checkpoint)
+    if others:
+        write_latest(folder, others[-1])
+    else:
+        (folder / POINTER).unlink()
+    shutil.rmtree(move(checkpoint, checkpoint.with_name(f".{checkpoint.name}.dropped")))
+    if not others:
+        with suppress(OSError):  # somebody has put a file there
+            folder.rmdir()

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megalign.engines.replicas import first_difference
 from megalign.engines.step import StepBatch, StepResult
+from megalign.runtime.ranks import gather
 from megalign.train.evaluation import evaluation_due
-from megalign.train.job import Job, export_model
+from megalign.train.job import Job, export_model, phase
 from megalign.train.saves import save, settle
 from megalign.train.schedule import keeps_last
 from megalign.train.step_metrics import dump_step
@@ -69,12 +71,25 @@ def write_metrics(job: Job, done: StepDone) -> None:
     job.save_times = {}
 
 
+def compare_ranks(job: Job, done: StepDone) -> None:
+    """Raise RuntimeError where parameters differ that ranks hold alike, every `watchdog.check_every` steps.
+
+    Before a checkpoint is written, which would keep one rank's copy of them.
+    """
+    every = job.cfg.watchdog.check_every
+    if not every or job.step % every:
+        return
+    problem = first_difference(job.engine.replicas(), device=job.engine.device)
+    if job.engine.max_over_job(float(bool(problem))):
+        raise RuntimeError(next(filter(None, gather(problem))))
+
+
 def save_if_due(job: Job, done: StepDone) -> None:
     """Save a checkpoint every so many steps, and after the last where nothing else would keep the model."""
     settle(job, wait=False)
     every, is_last = job.save_every, job.step == job.num_steps
     if (every and job.step % every == 0) or (is_last and keeps_last(job.cfg, job.num_steps)):
-        with job.heart.during(f"saving step {job.step}", job.step, counts="bytes"):
+        with phase(job, f"saving step {job.step}", counts="bytes"):
             save(job, last=is_last)
 
 
@@ -83,7 +98,7 @@ def export_if_due(job: Job, done: StepDone) -> None:
     every = job.cfg.export.every
     if not every or job.step % every or job.step >= job.num_steps:
         return
-    with job.heart.during(f"exporting step {job.step}", job.step, counts="bytes"):
+    with phase(job, f"exporting step {job.step}", counts="bytes"):
         problem = export_model(job)
     if problem:
         job.report.say(f"{problem}; training goes on")
@@ -91,7 +106,7 @@ def export_if_due(job: Job, done: StepDone) -> None:
 
 # Errors in STEP_HOOKS are reported as the step's; SAVE_HOOKS run after the step, unless the run stops there.
 STEP_HOOKS: tuple[Hook, ...] = (name_pass_mode, dump, warn, evaluate, write_metrics)
-SAVE_HOOKS: tuple[Hook, ...] = (save_if_due, export_if_due)
+SAVE_HOOKS: tuple[Hook, ...] = (compare_ranks, save_if_due, export_if_due)
 
 
 def evaluation_metrics(job: Job) -> dict[str, float]:
@@ -99,5 +114,5 @@ def evaluation_metrics(job: Job) -> dict[str, float]:
     assert job.evaluation is not None
     job.report.doing("evaluating")
     began = time.perf_counter()
-    with job.heart.during(f"evaluating after step {job.step}", job.step):
+    with phase(job, f"evaluating after step {job.step}"):
         return {**job.evaluation(), "eval_seconds": time.perf_counter() - began}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from megalign.engines.build import lora_of
 from megalign.engines.export import ExportFailed, export
 from megalign.engines.protocol import Engine
 from megalign.runtime.distributed import World
-from megalign.runtime.heart import Heart
+from megalign.runtime.heart import Counts, Heart
+from megalign.runtime.status import during
 from megalign.runtime.stop import Stop
 from megalign.train.cannot_learn import Doubts
 from megalign.train.cut_back import keep_metrics_up_to, later_dumps
@@ -66,6 +69,13 @@ class Job:
     def save_every(self) -> int:
         """Return the number of steps between checkpoints; 0 for none."""
         return save_every(self.cfg, self.num_steps)
+
+
+@contextmanager
+def phase(job: Job, doing: str, *, counts: Counts = "beats") -> Iterator[None]:
+    """Name what the job does inside the block, to the watchdog and to who reads of an error in it."""
+    with job.heart.during(doing, job.step, counts=counts), during(doing, job.step):
+        yield
 
 
 def export_model(job: Job) -> str:

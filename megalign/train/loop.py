@@ -27,14 +27,14 @@ from megalign.train.check import check
 from megalign.train.evaluation import evaluation_due
 from megalign.train.hooks import SAVE_HOOKS, STEP_HOOKS, StepDone, evaluation_metrics
 from megalign.train.inputs import Inputs
-from megalign.train.job import Job, export_model, resume
+from megalign.train.job import Job, export_model, phase, resume
 from megalign.train.outputs import Start, job_date, with_date
 from megalign.train.prepare import Engines, prepare
 from megalign.train.reporter import Reporter, start_log
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed
 from megalign.train.run_dir import open_run_dir
-from megalign.train.saves import keep_instead, save, settle
+from megalign.train.saves import keep_instead, remove_exported, save, save_until_exported
 from megalign.train.schedule import learning_rate
 from megalign.train.starting import agree_on_start
 from megalign.train.step_metrics import step_metrics
@@ -149,14 +149,8 @@ def _run(job: Job, ending: Ending) -> int:
                 return _stop(job, stop)
             for hook in SAVE_HOOKS:
                 hook(job, done)
-    with ending.during(f"saving step {job.step}", job.step, counts="bytes"):
-        settle(job, wait=True)  # before an export that may fail
-    problem = ""
-    if cfg.export.hf_dir is not None:
-        with ending.during("exporting", job.step, counts="bytes"):
-            problem = export_model(job)
-    if problem:
-        return _finish(job, FAILED, keep_instead(job, problem))
+    if cfg.export.hf_dir is not None and (problem := _export(job, ending)):
+        return _finish(job, FAILED, problem)
     if job.unsaved:
         return _finish(job, FAILED, job.unsaved)
     seconds = time.perf_counter() - job.began
@@ -164,9 +158,22 @@ def _run(job: Job, ending: Ending) -> int:
     return _finish(job, DONE, "done")
 
 
+def _export(job: Job, ending: Ending) -> str:
+    """Export the model, with a checkpoint of it on the disk meanwhile; return one line if that failed, else ""."""
+    with ending.during(f"saving step {job.step}", job.step, counts="bytes"):
+        kept_so_far = save_until_exported(job)
+    with ending.during("exporting", job.step, counts="bytes"):
+        problem = export_model(job)
+    if problem:
+        return keep_instead(job, problem)
+    if kept_so_far:
+        remove_exported(job)
+    return ""
+
+
 def _stop(job: Job, reason: str) -> int:
     """Save before the run's end; return the exit code."""
-    with job.heart.during(f"saving step {job.step}", job.step, counts="bytes"):
+    with phase(job, f"saving step {job.step}", counts="bytes"):
         problem = save(job, last=True)
     return _finish(job, FAILED, f"{reason}, but {problem}") if problem else _finish(job, STOPPED, reason)
 
@@ -199,7 +206,7 @@ def _next_batch(job: Job) -> StepBatch:
     rollout = feed.rollout
     number = job.step // rollout.updates_per_round + 1
     job.report.doing(f"sampling round {number}")
-    with job.heart.during(f"sampling round {number}", job.step):
+    with phase(job, f"sampling round {number}"):
         batch = feed.batch(job.step)
     job.report.doing("training")
     report_round(job.report, number, rollout.rounds, feed.records, feed.stats(job.step), feed.tokenizer)

@@ -41,7 +41,8 @@ def rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
     from megalign.rollout.transformers_sampler import load_sampler  # transformers' models take seconds to import
 
     dtype, device, beat = dtype_of(cfg), world.device, world.beat
-    sampler = load_sampler(inputs.policy.folder, inputs.tokenizer, dtype=dtype, device=device, beat=beat)
+    with ending.heart.during("loading the model", counts="bytes"):
+        sampler = load_sampler(inputs.policy.folder, inputs.tokenizer, dtype=dtype, device=device, beat=beat)
     on_every_rank(
         lambda: write_rollouts(
             cfg,

@@ -114,7 +114,7 @@ def test_defaults(load):
         },
         "checkpoint": {"every": None, "keep": 2, "keep_every": 0, "async": False, "resume": "auto", "allow": []},
         "export": {"hf_dir": None, "every": 0},
-        "watchdog": {"timeout_s": 600},
+        "watchdog": {"timeout_s": 600, "check_every": 100},
         "trackers": [],
     }
 

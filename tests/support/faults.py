@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megalign.engines.megatron.engine import MegatronEngine
 from megalign.losses import LossConfig, LossOut, Pairing, Scores, Traits, loss
 from megalign.runtime.distributed import free_port
 from tests.support.processes import start_method
@@ -24,6 +28,7 @@ CALLS = itertools.count(1)  # of the loss in this process
 
 class FaultConfig(LossConfig):
     fault: str = "none"
+    folder: str = ""  # the run's, of the faults of saving
     rank: int = 1
     call: int = 3  # the call of the loss in which it happens
 
@@ -35,12 +40,12 @@ class FaultConfig(LossConfig):
 def faulty(scores: Scores, cfg: FaultConfig) -> LossOut:
     """Mean negative log-prob of the responses; on one rank, once, a fault."""
     if next(CALLS) == cfg.call and os.environ.get("RANK", "0") == str(cfg.rank):
-        go_wrong(cfg.fault)
+        go_wrong(cfg.fault, cfg.folder)
     return LossOut(-scores.policy_S.sum() / scores.num_groups)
 
 
-def go_wrong(fault: str) -> None:
-    """Do as the fault's name says; `gil` sleeps without letting another thread run."""
+def go_wrong(fault: str, folder: str = "") -> None:
+    """Do as the fault's name says; `gil` sleeps without letting another thread run, `ulp` changes a bit of a norm."""
     if fault == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "gil":
@@ -55,6 +60,29 @@ def go_wrong(fault: str) -> None:
         time.sleep(20)
     elif fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "fill":
+        fill(Path(folder))
+    elif fault == "die_while_saving":
+        threading.Thread(target=die_while_saving, args=(Path(folder),), daemon=True).start()
+    elif fault == "ulp":
+        engine = next(each for each in gc.get_objects() if isinstance(each, MegatronEngine) and each.optimizer)
+        norm = engine.shard.named_parameters()["decoder.layers.1.input_layernorm.weight"]
+        norm.data[:1].view(torch.int32).add_(1)
+
+
+def fill(folder: Path) -> None:
+    """Write zeros until the disk is full."""
+    with suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def die_while_saving(folder: Path) -> None:
+    """Kill this process as soon as a checkpoint is being written."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if any(folder.glob("checkpoints/.step_*")):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)

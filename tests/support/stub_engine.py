@@ -118,6 +118,7 @@ class StubEngine:
     sum_over_data: Callable[..., Tensor] = lambda self, value: value
     adapter_tensors: Callable[..., Iterator[tuple[str, Tensor]]] = lambda self, kind="weight": iter(())
     base: Callable[..., StubEngine] = lambda self: self
+    replicas: Callable[..., Iterator[Any]] = lambda self: iter(())
 
 
 def check_weights(model: HFModel) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.faults import Ended, run_job
-from tests.support.tiny_jobs import metrics, records, status, write_config, write_lines, write_model
+from tests.support.mounts import missing, mounted
+from tests.support.tiny_jobs import checkpoint_steps, metrics, records, status, write_config, write_lines, write_model
 
 TIMEOUT_S = 6
 ENDS_S = 45  # a start, the time-out, the report
@@ -79,7 +80,16 @@ def test_a_rank_that_raises_is_the_first_to_be_told(folder, tmp_path):
     ended = faulty(folder, tmp_path, "raise")
     assert set(ended.codes) <= {1, 2} and ended.seconds < ENDS_S, ended
     held = status(tmp_path / "run")
-    assert held["reason"].startswith("rank 1 of 2: ") and "the loss has had enough" in held["reason"]
+    assert "step 2: rank 1 of 2: " in held["reason"] and "the loss has had enough" in held["reason"]
+
+
+def test_a_bit_that_differs_between_tensor_ranks_ends_the_job(folder, tmp_path):
+    ended = faulty(folder, tmp_path, "ulp", "parallel.tensor=2", "watchdog.check_every=5", "run.steps=12")
+    assert ended.codes == [1, 1], ended
+    held = status(tmp_path / "run")
+    assert "after step 5: RuntimeError: parameter decoder.layers.1.input_layernorm.weight: " in held["reason"]
+    assert held["reason"].endswith(": tensor ranks must have the same bits, but rank 0 and rank 1 differ")
+    assert held["step"] == 5 and not (tmp_path / "run/checkpoints").exists()
 
 
 @pytest.mark.slow
@@ -88,3 +98,40 @@ def test_a_rank_that_is_slow_but_beats_is_waited_for(folder, tmp_path):
     ended = faulty(folder, tmp_path, "slow", "watchdog.timeout_s=40", "run.steps=4")
     assert ended.codes == [0, 0], ended
     assert len(metrics(tmp_path / "run")) == 4 and not (tmp_path / "run/watchdog").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_while_it_writes_a_checkpoint_costs_only_that_one(folder, tmp_path):
+    write = ["checkpoint.every=4", f"loss.folder={tmp_path}/run", "run.steps=12"]
+    ended = faulty(folder, tmp_path, "die_while_saving", *write, call=12)
+    assert ended.codes == [1, -9] and "saving step 8" in status(tmp_path / "run")["reason"], ended
+    assert checkpoint_steps(tmp_path / "run") == [4]
+    ended = faulty(folder, tmp_path, "none", *write, "checkpoint.allow=[loss.fault,loss.call]")
+    assert ended.codes == [0, 0] and "resumed from" in ended.told, ended
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 13))
+    assert not list((tmp_path / "run/checkpoints").glob(".step_*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_a_disk_that_is_full_costs_no_checkpoint_that_was_whole(folder, tmp_path):
+    run_dir = tmp_path / "run"
+    with mounted(run_dir, "size=4m"):
+        write = ["checkpoint.every=4", f"loss.folder={run_dir}", "run.steps=12"]
+        ended = faulty(folder, tmp_path, "fill", *write, call=12)
+        assert None not in ended.codes and len(set(ended.codes)) == 1, ended
+        assert "No space left" in ended.told or "are free" in ended.told
+        assert 4 in checkpoint_steps(run_dir) and (run_dir / "checkpoints" / "latest").exists()
+        (run_dir / "filler").unlink()
+        ended = faulty(folder, tmp_path, "none", *write, "checkpoint.allow=[loss.fault,loss.call]")
+        assert ended.codes == [0, 0], ended
+        assert [line["step"] for line in metrics(run_dir)] == list(range(1, 13))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_a_directory_that_cannot_be_written_is_refused(folder, tmp_path):
+    with mounted(tmp_path / "disk", "size=1m,ro") as disk:
+        ended = faulty(folder, tmp_path, "none", f"run.dir={disk}/run")
+    assert ended.codes == [2, 2], ended
+    assert f"run.dir is '{disk}/run': Read-only file system; must be a directory that can be written" in ended.told

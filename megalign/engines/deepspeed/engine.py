@@ -21,9 +21,11 @@ from megalign.engines.deepspeed import checkpoint, gradients
 from megalign.engines.deepspeed.fragments import weights_changed
 from megalign.engines.deepspeed.policy import LossOfHead, release
 from megalign.engines.deepspeed.ranks import Ranks
+from megalign.engines.deepspeed.replicas import replicas
 from megalign.engines.deepspeed.weights import Weights
 from megalign.engines.head import Head
 from megalign.engines.protocol import LOGP_ONLY, Objective, Want
+from megalign.engines.replicas import Replica
 from megalign.engines.saving import Saving, complete
 from megalign.engines.scoring import BaseModel
 from megalign.ops.linear_logp import TokenLogp
@@ -155,6 +157,10 @@ class DeepSpeedEngine:
     def max_over_job(self, value: float) -> float:
         """Return the maximum over all ranks."""
         return max_over_job(value, device=self.device)
+
+    def replicas(self) -> Iterator[Replica]:
+        """Yield the parameters that several ranks hold alike, with their groups."""
+        return replicas(self.policy, self.ranks)
 
     def hf_tensors(self, kind: str = "weight") -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, whole tensor) one at a time, on every rank; kind "grad" gives fp32 gradients."""

@@ -22,8 +22,10 @@ from megalign.engines.head import Head
 from megalign.engines.megatron import checkpoint, weights
 from megalign.engines.megatron.balance import Balance, balance
 from megalign.engines.megatron.groups import Groups
+from megalign.engines.megatron.replicas import replicas
 from megalign.engines.megatron.shard import DDP_FIELDS, EngineOptions, Shard
 from megalign.engines.protocol import LOGP_ONLY, Objective, Want
+from megalign.engines.replicas import Replica
 from megalign.engines.saving import Saving, complete
 from megalign.engines.scoring import BaseModel
 from megalign.model_config import ModelConfig
@@ -244,6 +246,11 @@ class MegatronEngine:
     def max_over_job(self, value: float) -> float:
         """Return the maximum over all ranks."""
         return max_over_job(value, device=self.device)
+
+    def replicas(self) -> Iterator[Replica]:
+        """Yield the parameters that several ranks hold alike, with their groups."""
+        self._gather_updates()
+        return replicas(self.shard)
 
     def full_tensors(self, kind: str = "weight") -> Iterator[tuple[str, Tensor]]:
         """Yield (Megatron name, whole tensor) in pipeline order, on every rank; kind "grad" gives fp32 gradients."""
