@@ -144,4 +144,4 @@ def test_a_reward_that_raises_in_a_later_round(folder, tmp_path):
     for run in ("one", "two"):
         found = status(tmp_path / run)
         assert (found["code"], found["step"]) == (1, 1)
-        assert found["reason"].startswith(f"step 2: {line}: no such answer"), found
+        assert found["reason"].startswith(f"sampling round 2: {line}: no such answer"), found
