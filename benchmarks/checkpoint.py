@@ -12,6 +12,7 @@ peak of RssAnon (without mapped files) of a rank during a turn, above its value 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import shutil
@@ -22,7 +23,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def save_beside(engine: MegatronEngine, folder: Path, waited: list[float]) -> No
 def watched() -> Iterator[Callable[[], int]]:
     """Sample this process's memory inside the block; the yielded function returns its peak growth in bytes."""
     gc.collect()
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that an earlier turn has freed would hide what this one takes
     before = peak = resident_bytes("RssAnon") or 0
     stop = threading.Event()
 

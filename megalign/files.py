@@ -13,8 +13,9 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import mkdtemp
 from types import TracebackType
@@ -24,6 +25,7 @@ from megalign.schema import UserError
 
 JOURNAL = ".progress.json"
 BLOCK_BYTES = 1 << 24  # read, checked or written at once
+UNCHECKED = 4  # blocks that may wait for their checksum, of memory that could be used again
 
 
 class PartialFolder:
@@ -207,6 +209,17 @@ def _write_synced(path: Path, content: bytes | str | Callable[[IO[bytes]], None]
         sync(file.fileno())
 
 
+def write_unsynced(path: Path, content: bytes | str) -> None:
+    """Write a file into a folder that has no name yet, and whose files are synced together before it gets one."""
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sync_all(paths: Iterable[Path]) -> None:
+    """Flush files and directories to disk at once, which costs little more than one of them."""
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(sync, paths))
+
+
 def _link(temporary: Path, path: Path) -> None:
     """Hard-link a file to `path` unless that exists."""
     try:
@@ -236,9 +249,9 @@ def write_at(handle: int, content: memoryview | bytes, offset: int) -> None:
 
 
 class CheckedFile:
-    """Writes a new file from beginning to end; `size` and `crc` are those of what is written so far.
+    """Writes a new file from beginning to end; `size` is that of what is written so far, `crc` known once it is closed.
 
-    The checksum (CRC-32) is computed in a thread beside the writing. Errors are UserErrors that name the file.
+    The checksum (CRC-32) is computed in a thread beside writing and syncing. Errors are UserErrors that name the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -246,17 +259,22 @@ class CheckedFile:
         with writing(path):
             self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self.beside = ThreadPoolExecutor(1)
+        self.behind: deque[Future[None]] = deque()  # blocks that are still to be checked
 
-    def write(self, content: memoryview | bytes) -> None:
-        """Append bytes."""
+    def write(self, content: memoryview | bytes, *, lasting: bool = False) -> None:
+        """Append bytes; lasting: they stay in memory anyway until the file is closed, so that many may be unchecked."""
         view = memoryview(content).cast("B")
         for first in range(0, len(view), BLOCK_BYTES):
             block = view[first : first + BLOCK_BYTES]
-            checked = self.beside.submit(zlib.crc32, block, self.crc) if len(block) > 4096 else None
             with writing(self.path):
                 write_at(self.handle, block, self.size)
             self.size += len(block)
-            self.crc = zlib.crc32(block, self.crc) if checked is None else checked.result()
+            self.behind.append(self.beside.submit(self._check, block))
+            while not (lasting or isinstance(content, bytes)) and len(self.behind) > UNCHECKED:
+                self.behind.popleft().result()
+
+    def _check(self, block: memoryview) -> None:
+        self.crc = zlib.crc32(block, self.crc)
 
     def close(self) -> None:
         """Sync the file to disk and close it."""
@@ -268,6 +286,7 @@ class CheckedFile:
 
     def abandon(self) -> None:
         """Close the file without syncing it; does nothing when called again."""
+        self.behind.clear()
         if self.handle >= 0:
             os.close(self.handle)
         self.handle = -1

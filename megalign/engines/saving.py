@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megalign.files import checksum
-from megalign.runtime.ranks import gather, on_every_rank
+from megalign.runtime.ranks import gather_on_main, on_every_rank
 
 Listing = dict[str, list[int]]  # {path in the checkpoint: [bytes, CRC-32]}
 
@@ -29,7 +29,8 @@ class Saving:
 
     num_bytes: at most what this rank will write. write: writes this rank's files, synced to disk, and raises UserError
     where that fails; of a save whose values were copied it does not communicate, and may run in a thread. finish:
-    completes the folder on rank 0, from the `about` of what each rank wrote; UserError where that fails.
+    completes the folder on rank 0, from the `about` of what each rank wrote, with files that need not be synced;
+    UserError where that fails.
     """
 
     num_bytes: int
@@ -39,7 +40,7 @@ class Saving:
 
 def complete(saving: Saving) -> None:
     """Write a prepared save on all ranks and finish it; SharedError on all of them where one cannot write."""
-    abouts = [written.about for written in gather(on_every_rank(saving.write))]
+    abouts = [written.about for written in gather_on_main(on_every_rank(saving.write))]
     on_every_rank((lambda: saving.finish(abouts)) if dist.get_rank() == 0 else lambda: None)
 
 

@@ -41,6 +41,7 @@ from megalign.losses.base import (
     LossOut,
     Scores,
     Traits,
+    gradient_of,
     loss_function,
     prepared,
     token_metrics_problem,
@@ -259,7 +260,7 @@ def _batch_coefficients(step: _Step, known: Sequence[TokenLogp]) -> Tensor:
     for micro, before in zip(step.micro.batches, known, strict=False):
         policy_S[list(micro.members)] = segment_sum(before.logp_N.cpu(), micro.seq_N, len(micro.members))
     policy_S = step.engine.sum_over_data(policy_S).requires_grad_()
-    return _gradient(step.loss(step.scores_at(policy_S)), policy_S)
+    return gradient_of(step.loss(step.scores_at(policy_S)), policy_S, step.cfg)
 
 
 def _local_coefficients(step: _Step, micro: MicroBatch, logp_N: Tensor) -> Coefficients:
@@ -268,7 +269,7 @@ def _local_coefficients(step: _Step, micro: MicroBatch, logp_N: Tensor) -> Coeff
         return _token_coefficients(step, micro, logp_N)
     policy_S = segment_sum(logp_N.cpu(), micro.seq_N, len(micro.members)).requires_grad_()
     out = step.loss(step.scores_at(policy_S, micro.members), micro.members)
-    return _spread(_gradient(out, policy_S), micro, logp_N)
+    return _spread(gradient_of(out, policy_S, step.cfg), micro, logp_N)
 
 
 def _spread(member_S: Tensor, micro: MicroBatch, logp_N: Tensor) -> Coefficients:
@@ -280,15 +281,10 @@ def _token_coefficients(step: _Step, micro: MicroBatch, logp_N: Tensor) -> Coeff
     policy_T = logp_N.detach().cpu().clone().requires_grad_()
     part = step_tokens(step.scores.part(micro.members), step.batch, micro.members, policy_T)
     out = step.loss(part, micro.members)
-    gradient_T = _gradient(out, policy_T)
+    gradient_T = gradient_of(out, policy_T, step.cfg)
     mean_S = segment_sum(gradient_T, micro.seq_N, len(micro.members)) / part.length_S
     sums = {"loss": float(out.loss.detach())} | {name: float(value) for name, value in out.metrics.items()}
     return Coefficients(gradient_T.to(logp_N.device, logp_N.dtype), mean_S, sums)
-
-
-def _gradient(out: LossOut, leaf: Tensor) -> Tensor:
-    """Return d loss / d leaf; zeros where the loss does not depend on it."""
-    return torch.autograd.grad(out.loss, leaf)[0] if out.loss.requires_grad else torch.zeros_like(leaf)
 
 
 def _auxiliary(engine: Engine) -> dict[str, float]:

@@ -252,6 +252,16 @@ def _call(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         raise LossError(f"loss {name!r} raised {describe(error)}") from error
 
 
+def gradient_of(out: LossOut, leaf: Tensor, cfg: LossConfig) -> Tensor:
+    """Return d loss / d leaf, zeros where the loss does not depend on it; LossError where it has no derivative."""
+    if not out.loss.requires_grad:
+        return torch.zeros_like(leaf)
+    try:
+        return torch.autograd.grad(out.loss, leaf)[0]
+    except (Exception, SystemExit) as error:  # a user's own autograd function, or values changed in place
+        raise LossError(f"loss {cfg.name!r}: its derivative raised {describe(error)}") from error
+
+
 def prepared(scores: Scores, cfg: LossConfig, *, with_advantages: bool = True) -> Scores:
     """Fill in group sizes and advantages of the whole global batch's scores; `policy_S` may hold anything.
 

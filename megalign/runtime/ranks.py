@@ -24,6 +24,13 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def gather_on_main(value: Any) -> list[Any]:
+    """Gather one object from each rank on rank 0, in rank order; return an empty list on the others."""
+    values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, values or None)
+    return values
+
+
 def on_every_rank(read: Callable[[], Result]) -> Result:
     """Return `read()`; if it raised UserError on any rank, raise the first rank's as SharedError on all of them."""
     result, problem = None, None

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ import torch.distributed as dist
 from megalign.convert.megatron.checkpoint_dir import FACTS, POINTER, replaced_path
 from megalign.engines.protocol import Engine
 from megalign.engines.saving import Saving, Written, listing
-from megalign.files import move, sync, sync_tree, write_whole, writing
-from megalign.runtime.ranks import gather, on_every_rank
-from megalign.runtime.versions import versions
+from megalign.files import move, sync_all, write_unsynced, write_whole, writing
+from megalign.runtime.ranks import gather, gather_on_main, on_every_rank
 from megalign.schema import UserError
 from megalign.train.checkpoint_facts import FORMAT, Facts
 from megalign.train.checkpoint_files import FILES, file_sizes
@@ -50,6 +49,7 @@ class Target:
     spare: str | None
     feed: dict[str, Any]
     config: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)  # of what computes numbers here
 
     @property
     def folder(self) -> Path:
@@ -116,7 +116,7 @@ def begin(engine: Engine, target: Target, extra: dict[str, Any], *, copied: bool
         _check_room(target, num_bytes + OWN_BYTES)
         if text:
             with writing(target.partial / ROUND):
-                write_whole(target.partial / ROUND, text)
+                write_unsynced(target.partial / ROUND, text)
 
     on_every_rank(write_round if main else lambda: None)
     return saving
@@ -132,7 +132,7 @@ def _check_room(target: Target, num_bytes: int) -> None:
 
 def finish(target: Target, saving: Saving, write: Callable[[], Written]) -> Path:
     """Write this rank's files with `write`, and complete the checkpoint; SharedError where that fails on any rank."""
-    written = gather(on_every_rank(write))
+    written = gather_on_main(on_every_rank(write))
     on_every_rank((lambda: _publish(target, saving, written)) if dist.get_rank() == 0 else lambda: None)
     return target.final
 
@@ -142,16 +142,16 @@ def _publish(target: Target, saving: Saving, written: Sequence[Written]) -> None
     folder, partial, final = target.folder, target.partial, target.final
     saving.finish([each.about for each in written])
     with writing(final):
-        facts = {"format": FORMAT, **asdict(target.facts), "versions": versions()}
-        write_whole(partial / FACTS, json.dumps(facts, indent=1))
+        facts = {"format": FORMAT, **asdict(target.facts), "versions": dict(target.versions)}
+        write_unsynced(partial / FACTS, json.dumps(facts, indent=1))
         if target.config:
-            write_whole(partial / CONFIG, target.config)
+            write_unsynced(partial / CONFIG, target.config)
         files = {name: found for each in written for name, found in each.files.items()}
         others = [name for name in file_sizes(partial) if name not in files]
-        for name in others:  # those of ranks are synced by them
-            sync(partial / name)
-        write_whole(partial / FILES, json.dumps({**files, **listing(partial, others)}))
-        sync_tree(partial, files=False)
+        write_unsynced(partial / FILES, json.dumps({**files, **listing(partial, others)}))
+        folders = [path for path in partial.rglob("*") if path.is_dir()]
+        # Those of the ranks are synced by them.
+        sync_all([*(partial / name for name in (*others, FILES)), *folders, partial])
         replaced = None
         if final.exists():  # of a run that took this step before; renamed, it still counts until the new one does
             replaced = move(final, replaced_path(final))
@@ -189,3 +189,17 @@ def _drop_old(target: Target) -> None:
         if target.spare is None or str(path.resolve()) != target.spare:
             # Renamed first, so that no checkpoint lacks files.
             shutil.rmtree(move(path, path.with_name(f".{path.name}.dropped")))
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, and the folder of all of them where it was the only one; OSError where that fails."""
+    folder = checkpoint.parent
+    others = sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name) and path != checkpoint)
+    if others:
+        write_latest(folder, others[-1])
+    else:
+        (folder / POINTER).unlink()
+    shutil.rmtree(move(checkpoint, checkpoint.with_name(f".{checkpoint.name}.dropped")))
+    if not others:
+        with suppress(OSError):  # somebody has put a file there
+            folder.rmdir()

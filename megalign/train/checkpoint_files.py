@@ -77,7 +77,11 @@ def check_undamaged(folder: Path) -> None:
         raise Damaged(f"{folder}: {FACTS} is missing; must be a checkpoint that megalign wrote")
     if not (folder / HF_FILES / "config.json").is_file():
         raise Damaged(f"{folder}: {HF_FILES}/config.json is missing; must be a checkpoint that megalign wrote")
-    listing, present = read_listing(folder), file_sizes(folder)
+    listing = read_listing(folder)
+    try:
+        present = file_sizes(folder)
+    except OSError as error:  # a file system that has lost part of it, for example
+        raise Damaged(f"{folder} cannot be read ({reason_of(error)})") from None
     for name in (INDEX, COMMON) if MARK in present and not listing else ():
         if name not in present:  # a converted one may be half a copy too
             raise Damaged(f"{folder}: {name} is missing; must be a checkpoint that megalign wrote")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megalign.runtime.distributed import World
 from megalign.runtime.heart import Counts, Heart
 from megalign.runtime.status import during
 from megalign.runtime.stop import Stop
+from megalign.runtime.versions import versions
 from megalign.train.cannot_learn import Doubts
 from megalign.train.cut_back import keep_metrics_up_to, later_dumps
 from megalign.train.evaluation import Evaluation
@@ -64,6 +66,11 @@ class Job:
     def holds_step(self) -> bool:
         """Tell whether the newest checkpoint of this run holds the step that is done."""
         return self.saved is not None and self.saved.name.endswith(f"{self.step:08d}")
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Return the versions of what computes numbers in this process."""
+        return versions()
 
     @property
     def save_every(self) -> int:

@@ -34,7 +34,7 @@ from megalign.train.reporter import Reporter, start_log
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed
 from megalign.train.run_dir import open_run_dir
-from megalign.train.saves import keep_instead, save, settle
+from megalign.train.saves import keep_instead, remove_exported, save, save_until_exported
 from megalign.train.schedule import learning_rate
 from megalign.train.starting import agree_on_start
 from megalign.train.step_metrics import step_metrics
@@ -149,19 +149,26 @@ def _run(job: Job, ending: Ending) -> int:
                 return _stop(job, stop)
             for hook in SAVE_HOOKS:
                 hook(job, done)
-    with ending.during(f"saving step {job.step}", job.step, counts="bytes"):
-        settle(job, wait=True)  # before an export that may fail
-    problem = ""
-    if cfg.export.hf_dir is not None:
-        with ending.during("exporting", job.step, counts="bytes"):
-            problem = export_model(job)
-    if problem:
-        return _finish(job, FAILED, keep_instead(job, problem))
+    if cfg.export.hf_dir is not None and (problem := _export(job, ending)):
+        return _finish(job, FAILED, problem)
     if job.unsaved:
         return _finish(job, FAILED, job.unsaved)
     seconds = time.perf_counter() - job.began
     report_summary(job.report, cfg, step=job.step, begun_at=job.begun_at, seconds=seconds)
     return _finish(job, DONE, "done")
+
+
+def _export(job: Job, ending: Ending) -> str:
+    """Export the model, with a checkpoint of it on the disk meanwhile; return one line if that failed, else ""."""
+    with ending.during(f"saving step {job.step}", job.step, counts="bytes"):
+        kept_so_far = save_until_exported(job)
+    with ending.during("exporting", job.step, counts="bytes"):
+        problem = export_model(job)
+    if problem:
+        return keep_instead(job, problem)
+    if kept_so_far:
+        remove_exported(job)
+    return ""
 
 
 def _stop(job: Job, reason: str) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +15,10 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from megalign.files import sync
 from megalign.runtime.status import explain
+from megalign.schema import UserError
 from megalign.train.console import ConsoleHandler, StepBar, clock, duration, evaluation_numbers, step_numbers
+from megalign.train.metrics_file import MetricsFile
 from megalign.train.trackers import open_tracker
 
 LOG = logging.getLogger("megalign")
@@ -42,6 +43,7 @@ class Reporter:
         self.between = between
         self.main, self.total, self.run_dir = main, total, run_dir
         self.rounds = 0  # number of rounds of the run, if it has any
+        self._metrics = MetricsFile(run_dir / "metrics.jsonl")
         self._console = Console(stderr=True)
         self._to_console = ConsoleHandler(self._console)
         # Both: a dumb terminal cannot redraw a bar, and variables such as FORCE_COLOR make a file look like a terminal.
@@ -64,6 +66,8 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
+        with suppress(UserError):  # said when the line was written
+            self.keep()
         if error is not None and self.main:
             how = "failed" if isinstance(error, Exception) else "ended"
             LOG.debug(f"{how}: {explain(error)[0]}")  # the console gets it from the code that ends the process
@@ -133,16 +137,20 @@ class Reporter:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         """Write a line of metrics with the time, and send its numbers to the trackers."""
-        with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({**_plain(record), "time": _utc_now()}) + "\n")
+        try:
+            self._metrics.add({**_plain(record), "time": _utc_now()})
+        except UserError as error:
+            self.warn(f"{error}; the line is kept and written with the next one")
         for tracker in self._trackers:
             tracker.add(record)
 
     def keep(self) -> None:
-        """Flush the metrics to disk: a checkpoint that stays must not outlive its steps' lines."""
-        path = self.run_dir / "metrics.jsonl"
-        if self.main and path.is_file():
-            sync(path)
+        """Flush the metrics to disk: a checkpoint that stays must not outlive its steps' lines.
+
+        UserError where that fails.
+        """
+        if self.main:
+            self._metrics.keep()
 
     def _say_evaluation(self, record: Mapping[str, Any]) -> None:
         when = f"after step {record['step']}" if record["step"] else "before the first step"

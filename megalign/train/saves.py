@@ -11,9 +11,10 @@ from megalign.config.job import dump_config
 from megalign.engines.build import lora_of
 from megalign.engines.saving import Saving, Written
 from megalign.runtime.command_line import program
+from megalign.runtime.ranks import on_every_rank
 from megalign.runtime.status import during
 from megalign.schema import UserError
-from megalign.train.checkpoint import Target, begin, finish, removed_on_failure
+from megalign.train.checkpoint import Target, begin, finish, remove, removed_on_failure
 from megalign.train.checkpoint_facts import Facts
 from megalign.train.job import Job
 
@@ -38,10 +39,10 @@ def save(job: Job, *, last: bool = False) -> str:
     settle(job, wait=True)
     if job.holds_step:
         return ""
-    job.report.keep()
     copied, began = job.cfg.checkpoint.async_save and not last, time.perf_counter()
     target = _target(job)
     try:
+        on_every_rank(job.report.keep)
         with removed_on_failure(target):
             saving = begin(job.engine, target, {"step": job.step, "bad_steps": job.bad_steps}, copied=copied)
             if not copied:
@@ -110,6 +111,7 @@ def _target(job: Job) -> Target:
         spare=start.started_from,
         feed=job.feed.state() if job.world.is_main else {},
         config=dump_config(job.cfg),
+        versions=job.versions if job.world.is_main else {},
     )
 
 
@@ -129,6 +131,33 @@ def _failed(job: Job, target: Target, error: UserError, *, last: bool) -> str:
     after = "" if last else "; training goes on, and the next save tries again"
     job.report.warn(f"{job.unsaved}; {kept}{after}")
     return job.unsaved
+
+
+def save_until_exported(job: Job) -> bool:
+    """Complete what is written, and where `checkpoint.every` is not given, save the last step before it is exported.
+
+    Return whether it is to be removed after the export. An export that fails or is killed then costs no training; where
+    there is no room for it, the log says so and the export goes ahead.
+    """
+    settle(job, wait=True)
+    if job.cfg.checkpoint.every is not None or job.save_every or job.holds_step:
+        return False
+    if save(job, last=True):
+        job.unsaved = ""
+        return False
+    return True
+
+
+def remove_exported(job: Job) -> None:
+    """Remove the checkpoint that was only kept until the export was complete."""
+    assert job.saved is not None
+    removed, job.saved = job.saved, None
+    if job.world.is_main:
+        try:
+            remove(removed)
+        except OSError as error:
+            job.report.warn(f"{removed} cannot be removed: {error.strerror}")
+    job.report.say(f"removed {removed}, since the model is exported")
 
 
 def keep_instead(job: Job, problem: str) -> str:

@@ -65,7 +65,10 @@ def test_there_and_back(written, name):
 @pytest.mark.parametrize("name", AUTO_CASES)
 def test_the_model_computes_what_transformers_does(written, name):
     ids = torch.tensor([[3, 130, 7, 7, 64, 12, 99, 5, 31, 8, 2]])
-    wanted = transformers.AutoModelForCausalLM.from_pretrained(written[name]).eval()(ids).logits
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(written[name]).eval()
+    for parameter in theirs.parameters():  # out of the mapped file: last bits of products depend on the alignment
+        parameter.data = parameter.data.clone()
+    wanted = theirs(ids).logits
     probs = wanted.softmax(-1)
     assert probs.max() > 4 / 131  # far from uniform
     assert torch.equal(loaded(written[name])(ids).logits, wanted)

@@ -21,6 +21,7 @@ from megalign.train.outputs import Start, job_date, with_date
 from megalign.train.resume_point import find_checkpoint, find_newest
 from megalign.train.starting import agree_on_start
 from tests.support.checkpoint_dirs import write_checkpoint
+from tests.support.processes import on_two_ranks
 from tests.support.tiny_jobs import metrics, numbers, records, train, write_config, write_lines, write_model
 
 ENGINES = {"megatron": [], "deepspeed": ["engine.name=deepspeed", "engine.zero.stage=2"]}
@@ -320,6 +321,30 @@ def test_a_run_goes_on_and_ends_as_if_nothing_had_happened(folder, tmp_path):
         assert find_newest(run / "checkpoints").notes() == []
         # What replaced the damaged one holds the very bytes that it held.
         assert largest.read_bytes() == (folder / largest.relative_to(tmp_path)).read_bytes()
+
+
+def test_two_ranks_pass_over_what_either_finds(folder, tmp_path):
+    """Files of more than 1 MiB, of which each rank reads its share, and a byte of each is wrong once."""
+    write_model(tmp_path / "model", vocab_size=1000, hidden_size=64)
+    config = write_config(
+        tmp_path,
+        run={"steps": 3},
+        data={"path": str(folder / "data.jsonl")},
+        checkpoint={"every": 1, "keep": 3},
+        parallel={"tensor": 2},
+    )
+    command = ["train", str(config), f"run.dir={tmp_path}/run"]
+    on_two_ranks(tmp_path, [(command, 0)])
+    holder = tmp_path / "run" / "checkpoints"
+    for step, number in ((3, 0), (2, 1)):
+        large = [path for path in sorted((holder / f"step_0000000{step}").iterdir()) if path.stat().st_size > 1 << 20]
+        assert len(large) == 2
+        flip(large[number], 1 << 20)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    on_two_ranks(tmp_path, [(command, 0)])
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("passed over: ") == 2 and f"resumed from {holder}/step_00000001 after step 1" in log
+    assert numbers(metrics(tmp_path / "run")) == numbers(metrics(tmp_path / "whole"))
 
 
 def test_no_checkpoints_are_a_fresh_start(tmp_path):

@@ -144,3 +144,16 @@ def test_fewer_and_more_steps(folder, tmp_path):
     assert (run / "metrics.jsonl").read_bytes() == before and checkpoint_steps(run) == [1, 2, 3]
     assert "no steps are left: the checkpoint is after step 3 and run.steps makes 2" in (run / "log.txt").read_text()
     assert train(config) == 0 and as_whole(run, folder)
+
+
+def test_the_runs_own_directory_whose_newest_checkpoint_is_damaged(folder, tmp_path):
+    """It is moved aside with what is newer than the whole one, and a requeue goes on from what came since."""
+    shutil.copytree(folder / "run", tmp_path / "run")
+    run, config = tmp_path / "run", job_in(tmp_path, folder, keep=9)
+    (run / "checkpoints" / "step_00000003" / "metadata.json").write_text("")
+    named = f"checkpoint.resume={run}"
+    assert train(config, named, NOW) == 75
+    assert checkpoint_steps(run) == [1, 2, 3] and checkpoint_steps(run / "earlier_1") == [3]
+    assert train(config, named, NOW) == 75 and checkpoint_steps(run) == [1, 2, 3, 4]
+    assert train(config, named) == 0 and as_whole(run, folder)
+    assert not (run / "earlier_2").exists()

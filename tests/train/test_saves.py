@@ -22,6 +22,8 @@ from megalign.engines.saving import Saving, Written
 from megalign.files import CheckedFile, checksum
 from megalign.runtime.distributed import process_group
 from megalign.schema import UserError
+from megalign.train.metrics_file import MetricsFile
+from megalign.train.resume_point import latest
 from megalign.train.saves import save, settle
 from tests.support.processes import on_two_ranks, run_ranks
 from tests.support.tiny_jobs import (
@@ -115,6 +117,27 @@ def test_one_rank_that_cannot_write_fails_the_save_on_all(folder, tmp_path):
     assert len(metrics(run)) == 3 and "step 3 is not saved" in status(run)["reason"]
 
 
+def test_metrics_that_a_full_disk_refuses_are_written_later(folder, tmp_path):
+    """With them no checkpoint, which would outlive its steps' lines."""
+    whole = MetricsFile(tmp_path / "whole.jsonl")
+    for step in range(3):
+        whole.add({"step": step, "text": "x" * 50})
+    waits = MetricsFile(tmp_path / "waits.jsonl")
+    try:
+        for step, room in enumerate((1000, 100, 1000)):  # a line has 72 bytes
+            files_may_have(room)
+            if room > 100:
+                waits.add({"step": step, "text": "x" * 50})
+                continue
+            for write in (lambda: waits.add({"step": 1, "text": "x" * 50}), waits.keep):
+                with pytest.raises(UserError, match=r"waits.jsonl cannot be written: File too large"):
+                    write()
+                assert len(read_lines(tmp_path / "waits.jsonl")) == 1
+    finally:
+        files_may_have(resource.RLIM_INFINITY)
+    assert (tmp_path / "waits.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_a_signal_or_time_limit_whose_save_fails_is_no_success(folder, tmp_path):
     files_may_have(TOO_SMALL)
     try:
@@ -201,6 +224,7 @@ def slow_job(run_dir: Path) -> SimpleNamespace:
         cfg=cfg, engine=Slow(), run_dir=run_dir, step=1, bad_steps=0, num_steps=9, pending=None, saved=None, unsaved="",
         start=SimpleNamespace(job={}, started_from=None), feed=SimpleNamespace(state=dict), holds_step=False,
         world=SimpleNamespace(is_main=True), limit=SimpleNamespace(saved=lambda seconds: None), save_times={},
+        versions={},
         report=SimpleNamespace(say=said.append, warn=said.append, keep=lambda: None), said=said,
     )  # fmt: skip
 
@@ -273,3 +297,23 @@ def test_long_runs_save_unasked(folder, tmp_path):
     assert checkpoint_steps(tmp_path / "run") == [200, 201]
     assert "checkpoint.every is not set: a checkpoint every 200 steps" in (tmp_path / "run/log.txt").read_text()
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 201
+
+
+def test_the_last_step_is_on_the_disk_while_it_is_exported(folder, tmp_path):
+    """And no longer: only what was there before stays, and `latest` names it."""
+    run = tmp_path / "run"
+    job = [folder / "job.yaml", f"run.dir={run}", f"export.hf_dir={tmp_path}/hf", "checkpoint.every=none"]
+    assert train(*job, NOW) == 75
+    assert train(*job) == 0
+    assert checkpoint_steps(run) == [1] and latest(run / "checkpoints") == run / "checkpoints" / "step_00000001"
+    log = (run / "log.txt").read_text()
+    last = f"{run}/checkpoints/step_00000003"
+    assert log.index(f"saved {last}") < log.index("exported ") < log.index(f"removed {last}, since")
+    # Where there is no room for it, the export goes ahead.
+    files_may_have(TOO_SMALL)
+    try:
+        assert train(*job, f"run.dir={tmp_path}/other", f"export.hf_dir={tmp_path}/other_hf") == 0
+    finally:
+        files_may_have(resource.RLIM_INFINITY)
+    assert checkpoint_steps(tmp_path / "other") == []
+    assert "step 3 is not saved" in (tmp_path / "other/log.txt").read_text()

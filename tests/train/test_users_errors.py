@@ -23,6 +23,7 @@ from tests.support.tiny_jobs import (
 )
 
 MODULE = """
+import torch
 from megalign.losses import LossConfig, LossOut, Pairing, Traits, loss
 
 class PickyConfig(LossConfig):
@@ -34,6 +35,19 @@ def picky(scores, cfg):
     if (scores.reward_S > 5).any():
         raise ValueError("too much of it")
     return LossOut((scores.reward_S * scores.policy_S).sum() / scores.num_sequences)
+
+class Backwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ArithmeticError("no way back")
+
+@loss(PickyConfig)
+def backwards(scores, cfg):
+    return LossOut(Backwards.apply(scores.policy_S.sum()))
 """
 
 
@@ -67,7 +81,7 @@ def config(folder, tmp_path, monkeypatch):
 
 
 def line_of(folder: Path) -> str:
-    return f"{folder}/data.jsonl:6: loss 'picky_loss:picky' raised ValueError: too much of it (picky_loss.py line 11)"
+    return f"{folder}/data.jsonl:6: loss 'picky_loss:picky' raised ValueError: too much of it (picky_loss.py line 12)"
 
 
 def test_a_loss_that_raises_in_a_later_step(config, folder, tmp_path, capfd):
@@ -79,6 +93,15 @@ def test_a_loss_that_raises_in_a_later_step(config, folder, tmp_path, capfd):
     told = capfd.readouterr().err
     assert told.splitlines()[-1] == f"megalign: failed: {found['reason']}" and "Traceback" not in told
     assert len(metrics(tmp_path / "run")) == 2 and checkpoint_steps(tmp_path / "run")[-1] == 2
+
+
+def test_a_loss_that_has_no_derivative(config, tmp_path):
+    assert train(config, "loss.name=picky_loss:backwards") == 2  # in the first step
+    reason = status(tmp_path / "run")["reason"]
+    assert reason.endswith(
+        ": loss 'picky_loss:backwards': its derivative raised ArithmeticError: no way back (picky_loss.py line 22)"
+    )
+    assert "/data.jsonl:1" in reason
 
 
 def _main(folder: str, arguments: list[str]) -> None:
@@ -121,4 +144,4 @@ def test_a_reward_that_raises_in_a_later_round(folder, tmp_path):
     for run in ("one", "two"):
         found = status(tmp_path / run)
         assert (found["code"], found["step"]) == (1, 1)
-        assert found["reason"].startswith(f"step 2: {line}: no such answer"), found
+        assert found["reason"].startswith(f"sampling round 2: {line}: no such answer"), found

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -82,8 +82,8 @@ class TorchDistFile:
         begin = self.file.size
         self.file.write(bytes(skeleton.before))
         for block in blocks:
-            for staged in _staged(block):
-                self.file.write(staged)
+            for staged, lasting in _staged(block):
+                self.file.write(staged, lasting=lasting)
         self.file.write(bytes(skeleton.after))
         self.entries.append([key, list(offset), list(sizes), begin, self.file.size - begin])
 
@@ -107,22 +107,31 @@ class TorchDistFile:
         self.file.abandon()
 
 
-def _staged(values: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in row-major order; through a copy of limited size where they are not at hand."""
+def _staged(values: Tensor) -> Iterator[tuple[memoryview, bool]]:
+    """Yield the bytes of a tensor in row-major order, and whether they are its own memory.
+
+    Where they are not at hand, they come through copies of limited size.
+    """
     if values.is_contiguous():
         values = values.detach().reshape(-1)
     count = max(1, STAGED_BYTES // values.itemsize // math.prod(values.shape[1:]))
     whole = values.device.type == "cpu" and values.is_contiguous()
     for block in (values,) if whole else values.split(count):
-        yield block.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        yield block.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, whole
 
 
 def write_index(
-    folder: Path, specs: Mapping[str, Spec], entries: Mapping[str, Sequence[Any]], common: Mapping[str, Any]
+    folder: Path,
+    specs: Mapping[str, Spec],
+    entries: Mapping[str, Sequence[Any]],
+    common: Mapping[str, Any],
+    *,
+    write: Callable[[Path, bytes | str], None] = write_whole,
 ) -> None:
     """Write index, common values and format file of a folder of `TorchDistFile`s.
 
-    specs: the tensors by key. entries: `TorchDistFile.entries` by file name. common: the plain values.
+    specs: the tensors by key. entries: `TorchDistFile.entries` by file name. common: the plain values. write: writes
+    one of the files.
     """
     tensors: dict[str, Any] = {
         key: TensorStorageMetadata(TensorProperties(dtype=spec.dtype), torch.Size(spec.shape), [])
@@ -149,4 +158,4 @@ def write_index(
     }
     for name, content in contents.items():
         with writing(folder / name):
-            write_whole(folder / name, content)
+            write(folder / name, content)

@@ -26,7 +26,7 @@ from megalign.engines.megatron.optimizer_state import begin_state, num_updates, 
 from megalign.engines.megatron.parts import Held, Part, held_tensors, parts_of, weight_parts
 from megalign.engines.megatron.shard import Shard
 from megalign.engines.saving import Saving, Written
-from megalign.files import writing
+from megalign.files import write_unsynced, writing
 from megalign.runtime.ranks import max_over_job
 from megalign.schema import UserError
 
@@ -58,7 +58,7 @@ def begin_save(shard: Shard, optimizer: Any, folder: Path, extra: dict[str, Any]
         merged = {key: spec for _, _, some in abouts for key, spec in some.items()}
         listed = {name: entries for name, entries, _ in abouts}
         _check_whole(merged, listed)
-        write_index(folder, merged, listed, common)
+        write_index(folder, merged, listed, common, write=write_unsynced)
         with writing(folder / HF_FILES):
             if shard.source is not None:
                 copy_hf_files(shard.source, folder / HF_FILES)

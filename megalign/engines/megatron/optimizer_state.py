@@ -76,8 +76,9 @@ def settings(optimizer: Any, count: float) -> dict[Any, Any]:
     """Return the optimizers' settings as Megatron's own loader expects them among a checkpoint's plain values."""
     saved = []
     for part in optimizer.chained_optimizers:
+        step = count if isinstance(part.optimizer, torch.optim.AdamW) else int(count)
         groups = [
-            {key: value for key, value in group.items() if key != "params"} | {"step": count}
+            {key: value for key, value in group.items() if key != "params"} | {"step": step}
             for group in part.optimizer.param_groups
         ]
         saved.append({"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"})
