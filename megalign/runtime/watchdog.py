@@ -28,6 +28,7 @@ from megalign.runtime.stop import end_now
 FAILED = 1
 LONGEST_INTERVAL_S = 2.0
 RANKS_A_SECOND = 500  # that publish their signs: more would keep the store busy
+FIRST_SIGN_S = 30.0  # to wait for rank 0's first sign: it has met the others just now
 REPORT_S = 6.0  # for ranks to write their files
 DUMP_S = 0.5  # for the stacks of ranks that only C code can write
 TIMER_S = 15.0  # added to the time-out where others can end a rank: they write their report first
@@ -77,6 +78,9 @@ class Watchdog:
         self._store.set_timeout(timedelta(seconds=max(self.timeout_s, 10.0)))
         self.file.dump_on_signal()
         self._publish()
+        with suppress(RuntimeError):  # to know rank 0's process: where it stops, the store may say nothing any more
+            self._store.wait(["rank 0"], timedelta(seconds=min(self.timeout_s, FIRST_SIGN_S)))
+            self._read()
         for function in (self._watch, self._guard):
             thread = threading.Thread(target=function, name="watchdog", daemon=True)
             thread.start()
@@ -228,6 +232,9 @@ class Watchdog:
         answered = {self.rank} if alone else self._await_files(verdict)
         if alone or self.rank == min(answered, default=self.rank):
             self._report(verdict, answered)
+            with suppress(RuntimeError):
+                if not alone:
+                    self._store.add("summed", 1)
         with suppress(RuntimeError):
             if not alone:
                 self._await_all("summed", 1)
@@ -244,8 +251,6 @@ class Watchdog:
         if self.folder is not None:
             write_summary(self.folder, verdict, self.seen, self.machine, answered)
         print(f"megalign: failed: {verdict.reason}{where}", file=sys.stderr, flush=True)
-        with suppress(RuntimeError):
-            self._store.add("summed", 1)
 
     def _await_files(self, verdict: Verdict) -> set[int]:
         """Wait until all ranks that can answer have written their files; return those that have."""

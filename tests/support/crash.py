@@ -23,7 +23,7 @@ RANKS = 4
 PHASES = ("loading", "scoring", "stepping", "saving", "exporting")  # in the order in which an attempt comes to them
 PAUSE_S = {"loading": 1.0, "scoring": 0.6, "stepping": 0.3, "saving": 0.0, "exporting": 0.0}  # at most, before a kill
 STEPS, EVERY = 24, 3
-LIMIT_S = 120.0  # of an attempt: more is a hang
+LIMIT_S = 400.0  # of an attempt: more is a hang
 
 
 @dataclass
@@ -118,8 +118,10 @@ def _reached(phase: str, run_dir: Path, began: int) -> bool:
     told = log.read_bytes()[began:].decode() if log.is_file() else ""
     if phase == "saving":
         return bool(list(run_dir.glob("checkpoints/.step_*.partial")))
-    if phase == "exporting":
-        return bool(list(run_dir.glob(".hf.partial*")))
+    if phase == "exporting":  # a job tries before its first step whether it could
+        lines = run_dir / "metrics.jsonl"
+        trained = lines.is_file() and lines.read_bytes().count(b"\n") == STEPS
+        return trained and bool(list(run_dir.glob(".hf.partial*")))
     return {"loading": "ranks 4: ", "scoring": "training data: ", "stepping": "step "}[phase] in told
 
 

@@ -94,7 +94,7 @@ class Ended:
     seconds: float
 
 
-def run_job(folder: Path, arguments: list[str], *, ranks: int = 2, within: float = 90.0, **environment: str) -> Ended:
+def run_job(folder: Path, arguments: list[str], *, ranks: int = 2, within: float = 200.0, **environment: str) -> Ended:
     """Run `megalign ARGUMENTS` on ranks without a launcher; a code is None where the rank did not end in time."""
     context: Any = multiprocessing.get_context(start_method())
     told, port, began = folder / "told.txt", str(free_port()), time.monotonic()
