@@ -12,7 +12,7 @@ from megalign.doctor.visit import Visit
 from megalign.runtime.ranks import by_value
 
 IN_MEMORY = ("tmpfs", "ramfs")
-SHARE_OF_TIMEOUT = 0.5  # of watchdog.timeout_s: a checkpoint that takes longer is a risk, because ranks wait for it
+LONG_SAVE_S = 300.0
 
 
 def judge_place(visit: Visit, cfg: JobConfig, seen: Sequence[dict[str, Any]]) -> list[Finding]:
@@ -100,9 +100,8 @@ def _speed(visit: Visit, cfg: JobConfig, field: str, seen: Sequence[dict[str, An
     seconds = size / main["alone"] / num_writers(cfg, visit.world.size)
     seconds = max(seconds, size / max([sum(at_once), main["alone"]]))
     found += f"; a checkpoint of {gigabytes(size)} takes about {seconds:.1f} s"
-    limit = cfg.watchdog.timeout_s
-    if seconds > SHARE_OF_TIMEOUT * limit:
-        advice = f"raise watchdog.timeout_s (now {limit:g}), for ranks wait for each other meanwhile; or a faster disk"
+    if seconds > LONG_SAVE_S and not cfg.checkpoint.async_save:
+        advice = "training waits so long for each: set checkpoint.async, save less often, or choose a faster disk"
         return [Finding(check, "warn", found, advice)]
     return [Finding(check, "ok", found)]
 
