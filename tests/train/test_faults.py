@@ -167,6 +167,23 @@ def test_a_disk_that_is_full_costs_no_checkpoint_that_was_whole(folder, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing()), reason=missing())
+def test_a_disk_that_is_full_at_the_export_keeps_the_model(folder, tmp_path):
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        write = [f"export.hf_dir={disk}/hf", f"loss.folder={disk}", "run.steps=6"]
+        ended = faulty(folder, tmp_path, "fill", *write)
+        assert ended.codes == [1, 1], ended
+        held, kept = status(tmp_path / "run"), tmp_path / "run/checkpoints/step_00000006"
+        assert held["step"] == 6 and f"the export to {disk}/hf failed" in held["reason"]
+        assert f"step 6 is kept in {kept}" in held["reason"] and kept.is_dir()
+        assert [path.name for path in disk.iterdir()] == ["filler"]
+        (disk / "filler").unlink()
+        ended = faulty(folder, tmp_path, "none", *write, "checkpoint.allow=[loss.fault]")
+        assert ended.codes == [0, 0] and (disk / "hf" / "model.safetensors").is_file(), ended
+        assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 7))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=missing())
 def test_a_directory_that_cannot_be_written_is_refused(folder, tmp_path):
     with mounted(tmp_path / "disk", "size=1m,ro") as disk:
         ended = faulty(folder, tmp_path, "none", f"run.dir={disk}/run")
