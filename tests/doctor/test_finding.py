@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 
 from megalign.doctor.finding import Finding, listed, where
 from megalign.doctor.report import lines, passed, show
@@ -40,6 +41,16 @@ def test_report(capsys):
     assert held["findings"][1] == {"check": "limits", "state": "fail", "found": "too low", "advice": "raise it"}
 
 
+def read_to_end(terminal: int) -> str:
+    """All that was written to a terminal whose other end is closed; one read may return a part of it."""
+    text = b""
+    with suppress(OSError):  # which is how a terminal ends
+        while part := os.read(terminal, 10000):
+            text += part
+    os.close(terminal)
+    return text.decode()
+
+
 def test_table_on_a_terminal(monkeypatch):
     terminal, end = os.openpty()
     monkeypatch.setenv("COLUMNS", "100")
@@ -48,7 +59,6 @@ def test_table_on_a_terminal(monkeypatch):
         show(
             [Finding("limits", "fail", "too [low]", "raise it")], {"ranks": 1, "hosts": 1, "seconds": 2}, as_json=False
         )
-    text = os.read(terminal, 10000).decode()
-    os.close(terminal)
+    text = read_to_end(terminal)
     assert all(word in text for word in ("what to do", "fail", "limits", "too [low]", "raise it"))
     assert "doctor: 0 ok, 0 warn, 1 fail (1 rank, 1 host, 2 s)" in text
