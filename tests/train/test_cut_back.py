@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,8 @@ def test_wandb_gets_each_step_once(folder, tmp_path, monkeypatch):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "wandb.py").write_text(FAKE_WANDB)
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    monkeypatch.delitem(__import__("sys").modules, "wandb", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # which has it removed, or as it was, after the test
+    del sys.modules["wandb"]
 
     def sent() -> list[list]:
         return [json.loads(path.read_text()) for path in sorted((tmp_path / "modules" / "runs").iterdir())]
@@ -113,7 +115,6 @@ def test_wandb_gets_each_step_once(folder, tmp_path, monkeypatch):
     assert len(sent()) == 2 and losses in sent()
     (other,) = [lines for lines in sent() if lines != losses]
     assert other == [[line["step"], line["loss"]] for line in metrics(run)] and other[:2] == losses[:2]
-    monkeypatch.delitem(__import__("sys").modules, "wandb")
 
 
 def test_lines_stand_once(tmp_path):
