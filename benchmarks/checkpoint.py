@@ -91,15 +91,20 @@ def write_plainly(engine: MegatronEngine, folder: Path) -> None:
     os.close(handle)
 
 
+def target_in(folder: Path) -> Target:
+    """Describe the only checkpoint of a run."""
+    return Target(folder, 1, FACTS, keep=1, keep_every=0, spare=None, feed={})
+
+
 def save_at_once(engine: MegatronEngine, folder: Path) -> None:
     """Save as a job does."""
-    save_checkpoint(engine, folder, 1, {"step": 1}, facts=FACTS, keep=1, keep_every=0)
+    save_checkpoint(engine, target_in(folder), {"step": 1})
 
 
 def save_beside(engine: MegatronEngine, folder: Path, waited: list[float]) -> None:
     """Save as a job with `checkpoint.async` does, with nothing to train meanwhile; notes what it would wait for."""
     began = time.perf_counter()
-    target = Target(folder, 1, FACTS, keep=1, keep_every=0, spare=None, feed={})
+    target = target_in(folder)
     saving = begin(engine, target, {"step": 1}, copied=True)
     waited.append(time.perf_counter() - began)
     written: list[Any] = []

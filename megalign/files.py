@@ -89,10 +89,7 @@ class PartialFolder:
 
     def need(self, num_bytes: int) -> None:
         """Raise UserError where the disk has less than `num_bytes` left."""
-        free = shutil.disk_usage(self.path).free
-        if num_bytes > free:
-            sizes = f"it takes {num_bytes / 1e6:,.2f} MB, {free / 1e6:,.2f} MB are free there"
-            raise UserError(f"{self.folder} cannot be written: {sizes}")
+        need_room(self.path, num_bytes, what=self.folder)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file, with the folders above it; UserError where that fails."""
@@ -116,7 +113,7 @@ class PartialFolder:
     def publish(self) -> None:
         """Rename the directory to `folder`; UserError where that is taken by now (finished files are then kept)."""
         (self.path / JOURNAL).unlink(missing_ok=True)
-        sync_tree(self.path, files=False)
+        sync_folders(self.path)
         before = None
         try:
             if self.replace and self.folder.exists():
@@ -240,6 +237,14 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
+def need_room(folder: Path, num_bytes: int, *, what: Path) -> None:
+    """Raise UserError where a folder's disk has less than `num_bytes` left, which `what` takes."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        sizes = f"it takes {num_bytes / 1e6:,.2f} MB, {free / 1e6:,.2f} MB are free there"
+        raise UserError(f"{what} cannot be written: {sizes}")
+
+
 def write_at(handle: int, content: memoryview | bytes, offset: int) -> None:
     """Write all of `content` into an open file, from byte `offset` on."""
     view = memoryview(content)
@@ -321,9 +326,9 @@ def sync(file: Path | int) -> None:
         os.close(handle)
 
 
-def sync_tree(folder: Path, *, files: bool = True) -> None:
-    """Flush a folder and all folders below it to disk, and with `files` their files too."""
+def sync_folders(folder: Path) -> None:
+    """Flush a folder and all folders below it (their lists of names) to disk."""
     for path in folder.rglob("*"):
-        if path.is_dir() or files:
+        if path.is_dir():
             sync(path)
     sync(folder)

@@ -12,9 +12,10 @@ from pathlib import Path
 from megalign.config.job import load_config
 from megalign.config.yaml_file import hinted_run_dir
 from megalign.runtime.command_line import Parser, program
+from megalign.runtime.exit_codes import DONE, FAILED
 from megalign.runtime.parent import end_with_parent
 from megalign.runtime.quiet import quiet_libraries
-from megalign.runtime.status import DONE, FAILED, guarded, leave, write_result
+from megalign.runtime.status import guarded, leave, write_result
 from megalign.schema import UserError
 
 

@@ -11,7 +11,8 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from megalign.runtime.command_line import Parser, program
-from megalign.runtime.status import BAD_INPUT, DONE, guarded
+from megalign.runtime.exit_codes import BAD_INPUT, DONE
+from megalign.runtime.status import guarded
 
 if TYPE_CHECKING:
     from megalign.losses import LossConfig

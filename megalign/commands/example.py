@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from megalign.runtime.command_line import Parser, program
-from megalign.runtime.status import DONE, guarded
+from megalign.runtime.exit_codes import DONE
+from megalign.runtime.status import guarded
 from megalign.schema import UserError, did_you_mean
 
 

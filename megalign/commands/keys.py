@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megalign.runtime.command_line import Parser, program
-from megalign.runtime.status import DONE, guarded
+from megalign.runtime.exit_codes import DONE
+from megalign.runtime.status import guarded
 
 if TYPE_CHECKING:
     from megalign.config.keys import Section

@@ -23,8 +23,9 @@ from megalign.doctor.visit import Check, NoAnswer, Visit, run_checks
 from megalign.runtime.command_line import Parser, program, whole_number
 from megalign.runtime.discovery import adopt_launcher
 from megalign.runtime.distributed import MeetingError, World, launched, process_group, raise_on_timeout
+from megalign.runtime.exit_codes import BAD_INPUT, DONE
 from megalign.runtime.parent import end_with_parent
-from megalign.runtime.status import BAD_INPUT, DONE, guarded, leave, write_result
+from megalign.runtime.status import guarded, leave, write_result
 from megalign.schema import UserError
 
 WAIT_S = 60  # for ranks that have not come; a job waits longer, because machines of a cluster may start slowly

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megalign.files import checksum
-from megalign.runtime.ranks import gather_on_main, on_every_rank
 
 Listing = dict[str, list[int]]  # {path in the checkpoint: [bytes, CRC-32]}
 
@@ -36,12 +33,6 @@ class Saving:
     num_bytes: int
     write: Callable[[], Written]
     finish: Callable[[Sequence[Any]], None]
-
-
-def complete(saving: Saving) -> None:
-    """Write a prepared save on all ranks and finish it; SharedError on all of them where one cannot write."""
-    abouts = [written.about for written in gather_on_main(on_every_rank(saving.write))]
-    on_every_rank((lambda: saving.finish(abouts)) if dist.get_rank() == 0 else lambda: None)
 
 
 def listing(folder: Path, names: Sequence[str]) -> Listing:

@@ -15,10 +15,10 @@ from torch.distributed.elastic.agent.server.api import RunResult, Worker, Worker
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
+from megalign.runtime.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from megalign.runtime.meeting import Meeting, Verdict
 from megalign.runtime.nodes import Nodes
 from megalign.runtime.parent import PARENT, STOP_SIGNALS, Asked, on_stop_signals
-from megalign.runtime.status import BAD_INPUT, DONE, FAILED, STOPPED
 from megalign.schema import UserError
 
 FINAL = (BAD_INPUT, STOPPED)  # codes after which another attempt would end in the same way

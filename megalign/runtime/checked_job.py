@@ -19,9 +19,10 @@ from pathlib import Path
 
 from megalign.config.yaml_file import hinted_run_dir
 from megalign.runtime.command_line import Parser, whole_number
+from megalign.runtime.exit_codes import DONE
 from megalign.runtime.launch import Status, check_job, job_code, run_process
 from megalign.runtime.parent import set_parent_death_signal
-from megalign.runtime.status import DONE, RESULT_FILE, guarded, write_result
+from megalign.runtime.status import RESULT_FILE, guarded, write_result
 
 KEEPER = ["-m", "megalign.runtime.rank_keeper"]
 

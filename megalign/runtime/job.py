@@ -19,18 +19,10 @@ from megalign.config.job import JobConfig, load_config
 from megalign.config.yaml_file import hinted_run_dir
 from megalign.runtime.discovery import adopt_launcher
 from megalign.runtime.distributed import COLLECTIVE_S, MeetingError, World, launched, process_group
+from megalign.runtime.exit_codes import FAILED
 from megalign.runtime.ft_launcher import launcher_heartbeat
 from megalign.runtime.ranks import SharedError, on_every_rank
-from megalign.runtime.status import (
-    FAILED,
-    Ending,
-    code_of,
-    explain,
-    is_consequence,
-    leave,
-    refuse,
-    write_result,
-)
+from megalign.runtime.status import Ending, code_of, explain, is_consequence, leave, refuse, write_result
 from megalign.runtime.stop import Stop
 from megalign.runtime.watchdog import Watchdog
 from megalign.schema import UserError

@@ -19,9 +19,10 @@ from typing import Any, TypeAlias
 
 from megalign.config.yaml_file import hinted_run_dir
 from megalign.runtime.command_line import Parser, program, whole_number
+from megalign.runtime.exit_codes import DONE, FAILED, STOPPED
 from megalign.runtime.nodes import nodes_of
 from megalign.runtime.parent import PARENT, adopt_orphans, await_orphans, on_stop_signals
-from megalign.runtime.status import DONE, FAILED, RESULT_FILE, STOPPED, guarded, write_result
+from megalign.runtime.status import RESULT_FILE, guarded, write_result
 
 ORPHANS_S = 600.0  # for ranks whose agent was killed to finish their step and save
 Stop: TypeAlias = Callable[["subprocess.Popen[bytes]"], None]

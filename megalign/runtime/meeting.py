@@ -24,8 +24,8 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from megalign.runtime.distributed import MeetingError, await_server, check_address, check_port, tcp_store
+from megalign.runtime.exit_codes import BAD_INPUT
 from megalign.runtime.nodes import Nodes, address_towards
-from megalign.runtime.status import BAD_INPUT
 from megalign.schema import UserError, reason_of
 
 STORE_S = 60  # for one question to the store; the answer is there, or another node is about to give it

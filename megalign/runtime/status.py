@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from megalign.files import write_whole
+from megalign.runtime.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from megalign.runtime.heart import Counts, Heart
 from megalign.runtime.stop import Stop
 from megalign.schema import UserError
 
-DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 RESULT_FILE = "MEGALIGN_RESULT_FILE"  # set by the command launch: a new file from which it reads the job's code
 # Any of them shows that a run has used the directory.
 RUN_FILES = ("log.txt", "metrics.jsonl", "checkpoints", "rollout.jsonl")

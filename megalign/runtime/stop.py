@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-FAILED, STOPPED = 1, 75  # of megalign.runtime.status, which uses this module
+from megalign.runtime.exit_codes import FAILED, STOPPED
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Signals this close together are one request: Ctrl-C reaches a rank from the terminal and again from its launcher.
 SAME_REQUEST_S = 5.0

@@ -18,9 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megalign.runtime.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from megalign.runtime.nodes import Nodes, nodes_of
 from megalign.runtime.parent import Asked, end_with_parent, on_stop_signals
-from megalign.runtime.status import BAD_INPUT, DONE, FAILED, RESULT_FILE, STOPPED, guarded, leave, write_result
+from megalign.runtime.status import RESULT_FILE, guarded, leave, write_result
 from megalign.schema import UserError
 
 REFUSAL_S = 10  # for the other nodes to come, of which all are started at about the same time

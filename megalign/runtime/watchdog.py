@@ -20,12 +20,12 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from megalign.runtime.exit_codes import FAILED
 from megalign.runtime.hang_report import FOLDER, RankFile, dump_others, end_others, write_summary
 from megalign.runtime.heart import Heart
 from megalign.runtime.signs import Seen, Sign, Verdict, has_ended, judge, place_of, state_of, waiting_in
 from megalign.runtime.stop import end_now
 
-FAILED = 1
 LONGEST_INTERVAL_S = 2.0
 RANKS_A_SECOND = 500  # that publish their signs: more would keep the store busy
 FIRST_SIGN_S = 30.0  # to wait for rank 0's first sign: it has met the others just now

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from megalign.convert.megatron.checkpoint_dir import FACTS, POINTER, replaced_path
 from megalign.engines.protocol import Engine
 from megalign.engines.saving import Saving, Written, listing
-from megalign.files import move, sync_all, write_unsynced, write_whole, writing
+from megalign.files import move, need_room, sync_all, write_unsynced, write_whole, writing
 from megalign.runtime.ranks import gather, gather_on_main, on_every_rank
 from megalign.schema import UserError
 from megalign.train.checkpoint_facts import FORMAT, Facts
 from megalign.train.checkpoint_files import FILES, file_sizes
-from megalign.train.resume_point import NAME
+from megalign.train.resume_point import NAME, shown_name
 from megalign.train.round_file import ROUND, round_text
 
 CONFIG = "config.yaml"
@@ -67,20 +67,8 @@ class Target:
         return self.folder / f".step_{self.step:08d}.partial"
 
 
-def save_checkpoint(
-    engine: Engine,
-    run_dir: Path,
-    step: int,
-    extra: dict[str, Any],
-    *,
-    facts: Facts,
-    keep: int,
-    keep_every: int,
-    spare: str | None = None,
-    feed: dict[str, Any] | None = None,
-) -> Path:
+def save_checkpoint(engine: Engine, target: Target, extra: dict[str, Any]) -> Path:
     """Write a checkpoint and drop older ones, as `Target` says; where that fails, remove it and raise SharedError."""
-    target = Target(run_dir, step, facts, keep, keep_every, spare, feed or {})
     with removed_on_failure(target):
         saving = begin(engine, target, extra, copied=False)
         return finish(target, saving, saving.write)
@@ -113,21 +101,14 @@ def begin(engine: Engine, target: Target, extra: dict[str, Any], *, copied: bool
 
     def write_round() -> None:
         # Older checkpoints are dropped only when this one is complete, so that their room is not to be had yet.
-        _check_room(target, num_bytes + OWN_BYTES)
+        with writing(target.partial):
+            need_room(target.partial, num_bytes + OWN_BYTES, what=target.final)
         if text:
             with writing(target.partial / ROUND):
                 write_unsynced(target.partial / ROUND, text)
 
     on_every_rank(write_round if main else lambda: None)
     return saving
-
-
-def _check_room(target: Target, num_bytes: int) -> None:
-    with writing(target.partial):
-        free = shutil.disk_usage(target.partial).free
-    if num_bytes > free:
-        sizes = f"it takes {num_bytes / 1e6:,.2f} MB, {free / 1e6:,.2f} MB are free there"
-        raise UserError(f"{target.final} cannot be written: {sizes}")
 
 
 def finish(target: Target, saving: Saving, write: Callable[[], Written]) -> Path:
@@ -165,7 +146,7 @@ def _publish(target: Target, saving: Saving, written: Sequence[Written]) -> None
 def _clear_leftovers(folder: Path) -> None:
     """Remove what killed saves left; a checkpoint that was renamed to be replaced gets its name back."""
     for replaced in folder.glob(".step_*.replaced"):
-        final = folder / replaced.name.removeprefix(".").removesuffix(".replaced")
+        final = folder / shown_name(replaced)
         if final.exists():
             shutil.rmtree(replaced)
         else:
@@ -187,8 +168,12 @@ def _drop_old(target: Target) -> None:
         if target.keep_every and old % target.keep_every == 0:
             continue
         if target.spare is None or str(path.resolve()) != target.spare:
-            # Renamed first, so that no checkpoint lacks files.
-            shutil.rmtree(move(path, path.with_name(f".{path.name}.dropped")))
+            _drop(path)
+
+
+def _drop(checkpoint: Path) -> None:
+    """Remove a checkpoint: renamed first, so that none that counts lacks files."""
+    shutil.rmtree(move(checkpoint, checkpoint.with_name(f".{checkpoint.name}.dropped")))
 
 
 def remove(checkpoint: Path) -> None:
@@ -199,7 +184,7 @@ def remove(checkpoint: Path) -> None:
         write_latest(folder, others[-1])
     else:
         (folder / POINTER).unlink()
-    shutil.rmtree(move(checkpoint, checkpoint.with_name(f".{checkpoint.name}.dropped")))
+    _drop(checkpoint)
     if not others:
         with suppress(OSError):  # somebody has put a file there
             folder.rmdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any, NamedTuple
 from megalign.convert.hf.model import HFModel, read_model
 from megalign.convert.megatron.checkpoint_dir import FACTS, HF_FILES, MARK, is_checkpoint
 from megalign.convert.megatron.torch_dist import COMMON, INDEX
+from megalign.files import checksum
 from megalign.schema import UserError, reason_of
 from megalign.train.checkpoint_facts import Damaged, read_plain
 
 FILES = "files.json"  # every other file's size and CRC-32, so that an incomplete or spoiled copy is noticed
 SMALL = 1 << 20  # bytes; files up to this size are checked as soon as a checkpoint is looked at
-CHUNK = 1 << 22  # bytes read at once
 
 
 class Recorded(NamedTuple):
@@ -25,20 +24,6 @@ class Recorded(NamedTuple):
 
     size: int
     crc: int | None = None
-
-
-def crc_of(path: Path) -> int:
-    """Compute the CRC-32 of a file's content."""
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc
-
-
-def describe_files(folder: Path) -> dict[str, list[int]]:
-    """Return [size in bytes, CRC-32] of every file below `folder`, FILES excepted, as FILES holds them."""
-    return {name: [size, crc_of(folder / name)] for name, size in file_sizes(folder).items()}
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -102,7 +87,7 @@ def check_contents(folder: Path, listing: Mapping[str, Recorded], names: Iterabl
         if crc is None:
             continue
         try:
-            found = crc_of(folder / name)
+            found = checksum(folder / name)
         except OSError as error:
             raise Damaged(f"{folder}: {name} cannot be read ({error.strerror})") from None
         if found != crc:

@@ -18,8 +18,9 @@ from megalign.engines.build import engine_package, packing_of
 from megalign.engines.step import StepBatch, StepResult, accumulate
 from megalign.runtime.discovery import allocation_end
 from megalign.runtime.distributed import World, make_deterministic
+from megalign.runtime.exit_codes import DONE, FAILED, STOPPED
 from megalign.runtime.ranks import gather, max_over_job, on_every_rank
-from megalign.runtime.status import DONE, FAILED, STOPPED, Ending, write_status
+from megalign.runtime.status import Ending, write_status
 from megalign.runtime.stop import Stop
 from megalign.train.alike import check_alike, rank_items
 from megalign.train.bad_steps import naming_records, skip

@@ -12,8 +12,9 @@ from megalign.config.job import JobConfig
 from megalign.engines.build import dtype_of
 from megalign.rollout.command import write_rollouts
 from megalign.runtime.distributed import World
+from megalign.runtime.exit_codes import DONE
 from megalign.runtime.ranks import gather, on_every_rank
-from megalign.runtime.status import DONE, Ending, write_status
+from megalign.runtime.status import Ending, write_status
 from megalign.schema import UserError
 from megalign.train.check import check
 from megalign.train.inputs import Inputs

@@ -8,8 +8,8 @@ import torch
 from tests.support.compare import distances, relative
 from tests.support.deepspeed_cases import DEFAULT, MODES, SETUPS, WIDE
 from tests.support.lora_answers import LORA_A, LORA_B, lora_answer
-from tests.support.loss_cases import COUPLED, LOSSES, OLD
-from tests.support.parity_cases import ADAPTER_LR, ADAPTERS, EXTREMES, LARGE, Case
+from tests.support.loss_cases import LOSSES, OLD
+from tests.support.parity_cases import ADAPTER_LR, ADAPTERS, EXTREMES, Case, by_mode
 
 SETUP = pytest.mark.parametrize("setup", WIDE)
 # bf16 keeps 8 bits: each rounding is off by up to 2**-9 of a value, and a token's log-prob meets some hundred of them
@@ -24,14 +24,7 @@ def test_modes_give_the_same_gradient(zero_results, setup, loss):
     modes = zero_results(setup)["modes"]
     for cutting in EXTREMES:
         key = Case("llama", loss, *cutting).key
-        two_pass, known = modes[f"{key} two_pass"], modes[f"{key} known_scores"]
-        assert (two_pass["pass_mode"], known["pass_mode"]) == ("two_pass", "known_scores")
-        # On a CPU in fp32 scoring, and both passes, are the same arithmetic.
-        assert two_pass["pass_gap"] == known["pass_gap"] == 0.0
-        others = [known]
-        if loss not in COUPLED or cutting[0] == LARGE:
-            others.append(modes[f"{key} single_pass"])
-            assert others[-1]["pass_mode"] == "single_pass" and others[-1]["pass_gap"] is None
+        two_pass, others = by_mode(modes, loss, cutting)
         if loss in OLD:
             others += [modes[f"{key} on_policy {name}"] for name in ("known_scores", "cheapest")]
             two_pass_of = {id(one): modes[f"{key} on_policy two_pass"] for one in others[-2:]}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.compare import relative
-from tests.support.loss_cases import COUPLED, LOSSES, OLD
+from tests.support.loss_cases import LOSSES, OLD
 from tests.support.parity_cases import (
     CAPPED,
     EXTREMES,
@@ -18,6 +18,7 @@ from tests.support.parity_cases import (
     RECOMPUTED,
     REPEATED,
     Case,
+    by_mode,
 )
 
 
@@ -26,14 +27,7 @@ def test_modes_give_the_same_gradient(results, layout, loss):
     modes = results(layout)["modes"]
     for cutting in EXTREMES:
         key = Case("llama", loss, *cutting).key
-        two_pass, known = modes[f"{key} two_pass"], modes[f"{key} known_scores"]
-        assert (two_pass["pass_mode"], known["pass_mode"]) == ("two_pass", "known_scores")
-        # On a CPU in fp32 scoring, and both passes, are the same arithmetic.
-        assert two_pass["pass_gap"] == known["pass_gap"] == 0.0
-        others = [known]
-        if loss not in COUPLED or cutting[0] == LARGE:
-            others.append(modes[f"{key} single_pass"])
-            assert others[-1]["pass_mode"] == "single_pass" and others[-1]["pass_gap"] is None
+        two_pass, others = by_mode(modes, loss, cutting)
         for other in others:
             assert relative(other["loss"], two_pass["loss"]) < 1e-6
             assert relative(other["coefficient_S"], two_pass["coefficient_S"]) < 1e-6

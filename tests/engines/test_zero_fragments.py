@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from megalign.convert.zero.source import ZeroSource
 from megalign.engines.deepspeed.hf_weights import HFWeights
-from megalign.engines.saving import complete
 from megalign.runtime.ranks import SharedError
+from tests.support.engine_saves import complete
 from tests.support.processes import run_ranks
 
 pytest.importorskip("deepspeed")

@@ -13,17 +13,9 @@ import torch
 import torch.distributed as dist
 
 from megalign.runtime.distributed import free_port, process_group
+from megalign.runtime.exit_codes import BAD_INPUT, STOPPED
 from megalign.runtime.job import work_on_rank
-from megalign.runtime.status import (
-    BAD_INPUT,
-    RESULT_FILE,
-    STOPPED,
-    Ending,
-    during,
-    guarded,
-    is_consequence,
-    write_status,
-)
+from megalign.runtime.status import RESULT_FILE, Ending, during, guarded, is_consequence, write_status
 from megalign.schema import UserError
 
 

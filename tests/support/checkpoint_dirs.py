@@ -7,11 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from megalign.engines.saving import listing
 from megalign.train.checkpoint import write_latest
 from megalign.train.checkpoint_facts import FORMAT, Facts
-from megalign.train.checkpoint_files import FILES, describe_files
+from megalign.train.checkpoint_files import FILES, file_sizes
 
 FACTS_OF_RUN = Facts("megatron", "torch.float32", optimizer=True, job={"data": {}})
+
+
+def describe_files(folder: Path) -> dict[str, list[int]]:
+    """Sizes and checksums of every other file in a folder, as FILES lists them."""
+    return listing(folder, list(file_sizes(folder)))
 
 
 def write_checkpoint(run_dir: Path, step: int, *, point: bool = True, **facts: Any) -> Path:

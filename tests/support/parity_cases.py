@@ -15,7 +15,7 @@ import torch
 
 from megalign.data.group import Response, TokenSequence
 from megalign.model_config import Lora
-from tests.support.loss_cases import KINDS, LOSSES
+from tests.support.loss_cases import COUPLED, KINDS, LOSSES
 from tests.support.parity_layouts import DEFAULT, EXPERTS, LAYOUTS, OLDER, QUICK
 
 LLAMA3_ROPE = {
@@ -247,6 +247,22 @@ def trajectories(layout: str) -> list[tuple[str, str]]:
         found = [("llama", "epa"), ("llama-tied", "gvpo")]
         return [*found, ("qwen2_moe", "gvpo")] if layout == "one" else found
     return [(model, "gvpo") for model in ("deep", "qwen2_moe") if LAYOUTS[layout].takes(model)]
+
+
+def by_mode(
+    modes: dict[str, dict[str, Any]], loss: str, cutting: tuple[int, bool]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A step's result in two passes, and those in the other modes that it can be taken in; each went as was asked."""
+    key = Case("llama", loss, *cutting).key
+    two_pass, known = modes[f"{key} two_pass"], modes[f"{key} known_scores"]
+    assert (two_pass["pass_mode"], known["pass_mode"]) == ("two_pass", "known_scores")
+    # On a CPU in fp32 scoring, and both passes, are the same arithmetic.
+    assert two_pass["pass_gap"] == known["pass_gap"] == 0.0
+    others = [known]
+    if loss not in COUPLED or cutting[0] == LARGE:
+        others.append(modes[f"{key} single_pass"])
+        assert others[-1]["pass_mode"] == "single_pass" and others[-1]["pass_gap"] is None
+    return two_pass, others
 
 
 def run_world(folder: Path, names: Sequence[str]) -> None:

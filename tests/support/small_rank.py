@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megalign.runtime.distributed import process_group
+from megalign.runtime.exit_codes import FAILED
 from megalign.runtime.parent import end_with_parent
-from megalign.runtime.status import FAILED, write_result
+from megalign.runtime.status import write_result
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from tests.support.engine_saves import complete
 from tests.support.parity_cases import ADAM_STEPS, CLIP, CUTTINGS, DECAY, EPS, LR, SMALL, step_sequences
 
 STAGES = (1, 2, 3)
@@ -158,7 +159,7 @@ def run_resumed(folder: Path, setup: TensorSetup, models: Sequence[tuple[str, st
             if world.is_main:
                 (saved / f"{number}").mkdir(parents=True)
             torch.distributed.barrier()
-            engine.save(saved / f"{number}", {"steps": steps})
+            complete(engine.begin_save(saved / f"{number}", {"steps": steps}, copied=False))
             tensors = {**job.whole(engine, "weight"), **{name: one.clone() for name, one in engine.adapter_tensors()}}
             if world.is_main:
                 torch.save({"steps": steps, "tensors": tensors}, saved / f"{number}.pt")

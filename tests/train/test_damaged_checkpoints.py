@@ -16,11 +16,11 @@ from megalign.schema import UserError
 from megalign.train import checkpoint_files
 from megalign.train.check import check
 from megalign.train.checkpoint_facts import Damaged
-from megalign.train.checkpoint_files import check_share, describe_files
+from megalign.train.checkpoint_files import check_share
 from megalign.train.outputs import Start, job_date, with_date
 from megalign.train.resume_point import find_checkpoint, find_newest
 from megalign.train.starting import agree_on_start
-from tests.support.checkpoint_dirs import write_checkpoint
+from tests.support.checkpoint_dirs import describe_files, write_checkpoint
 from tests.support.processes import on_two_ranks
 from tests.support.tiny_jobs import metrics, numbers, records, train, write_config, write_lines, write_model
 

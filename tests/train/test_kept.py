@@ -17,10 +17,9 @@ from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
 from megalign.engines.saving import Saving, Written
 from megalign.files import PartialFolder
 from megalign.runtime.distributed import process_group
-from megalign.train.checkpoint import save_checkpoint
-from megalign.train.checkpoint_files import describe_files
+from megalign.train.checkpoint import Target, save_checkpoint
 from megalign.train.resume_point import find_checkpoint, latest
-from tests.support.checkpoint_dirs import FACTS_OF_RUN
+from tests.support.checkpoint_dirs import FACTS_OF_RUN, describe_files
 from tests.support.processes import on_two_ranks
 from tests.support.tiny_jobs import (
     NOW,
@@ -147,15 +146,8 @@ def die_at(monkeypatch, number: int, die=raise_killed) -> list[str]:
 @pytest.mark.parametrize("again", ["the newest step", "an older step"])
 def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(again, tmp_path):
     def save(run_dir: Path, step: int, text: str) -> None:
-        save_checkpoint(
-            Writer(text),
-            run_dir,
-            step,
-            {},
-            facts=FACTS_OF_RUN,
-            keep=2,
-            keep_every=0,
-        )
+        target = Target(run_dir, step, FACTS_OF_RUN, keep=2, keep_every=0, spare=None, feed={})
+        save_checkpoint(Writer(text), target, {})
 
     def whole(run_dir: Path) -> Path:
         found = find_checkpoint(run_dir, "auto")

@@ -13,8 +13,8 @@ from megalign.config.job import load_config
 from megalign.preflight import main as preflight
 from megalign.train.check import check
 from megalign.train.checkpoint_facts import Facts, read_facts
-from megalign.train.checkpoint_files import describe_files
 from megalign.train.fingerprint import describe, differences, settings
+from tests.support.checkpoint_dirs import describe_files
 from tests.support.tiny_jobs import (
     CHARACTERS,
     NOW,

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from megalign import preflight
-from megalign.runtime.status import DONE, FAILED
+from megalign.runtime.exit_codes import DONE, FAILED
 from megalign.schema import UserError
 from megalign.train.attempts import why_give_up
 from megalign.train.time_limit import TimeLimit

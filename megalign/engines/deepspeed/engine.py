@@ -26,7 +26,7 @@ from megalign.engines.deepspeed.weights import Weights
 from megalign.engines.head import Head
 from megalign.engines.protocol import LOGP_ONLY, Objective, Want
 from megalign.engines.replicas import Replica
-from megalign.engines.saving import Saving, complete
+from megalign.engines.saving import Saving
 from megalign.engines.scoring import BaseModel
 from megalign.ops.linear_logp import TokenLogp
 from megalign.runtime.ranks import max_over_job
@@ -181,10 +181,6 @@ class DeepSpeedEngine:
         """
         return checkpoint.begin_save(self.ds, self.weights, folder, extra, source=self.source, copied=copied)
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Write weights, optimizer and `extra` into an empty folder."""
-        complete(self.begin_save(folder, extra, copied=False))
-
     def load(self, folder: Path) -> dict[str, Any]:
-        """Load what `save` wrote at any number of ranks and any ZeRO stage; return its `extra`."""
+        """Load what a save wrote at any number of ranks and any ZeRO stage; return its `extra`."""
         return checkpoint.load(self.ds, self.weights, folder)

@@ -26,7 +26,7 @@ from megalign.engines.megatron.replicas import replicas
 from megalign.engines.megatron.shard import DDP_FIELDS, EngineOptions, Shard
 from megalign.engines.protocol import LOGP_ONLY, Objective, Want
 from megalign.engines.replicas import Replica
-from megalign.engines.saving import Saving, complete
+from megalign.engines.saving import Saving
 from megalign.engines.scoring import BaseModel
 from megalign.model_config import ModelConfig
 from megalign.models.experts import balancing, counting
@@ -301,12 +301,8 @@ class MegatronEngine:
         self._gather_updates()
         return checkpoint.begin_save(self.shard, self.optimizer, folder, extra, copied=copied)
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Write weights, optimizer and `extra` into an empty folder."""
-        complete(self.begin_save(folder, extra, copied=False))
-
     def load(self, folder: Path) -> dict[str, Any]:
-        """Load what `save` wrote under any layout; return its `extra`."""
+        """Load what a save wrote under any layout; return its `extra`."""
         return checkpoint.load(self.shard, self.optimizer, folder)
 
 
