@@ -12,7 +12,7 @@ from megalign.doctor.visit import Visit
 from megalign.runtime.ranks import by_value
 
 IN_MEMORY = ("tmpfs", "ramfs")
-LONG_SAVE_S = 300.0
+LONG_SAVE_S = 300.0  # a judgement, not a limit of anything: half the default time-out of a hang
 
 
 def judge_place(visit: Visit, cfg: JobConfig, seen: Sequence[dict[str, Any]]) -> list[Finding]:
