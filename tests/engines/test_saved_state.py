@@ -82,6 +82,7 @@ def go_round(folder: Path, name: str, world: World) -> None:
     from megalign.engines.megatron.engine import AdamW, MegatronEngine
     from megalign.engines.megatron.groups import Groups, make_groups
     from megalign.engines.megatron.shard import EngineOptions
+    from tests.support.engine_saves import complete
     from tests.support.megatron_saves import megatron_load, megatron_save
 
     case, dtype, _, lora = MODELS[name]
@@ -102,7 +103,10 @@ def go_round(folder: Path, name: str, world: World) -> None:
         engine.load_weights(source)
         return engine
 
-    def saved(engine: MegatronEngine, target: str, save=MegatronEngine.save) -> Path:
+    def itself(engine: MegatronEngine, target: Path, extra: dict[str, str]) -> None:
+        complete(engine.begin_save(target, extra, copied=False))
+
+    def saved(engine: MegatronEngine, target: str, save=itself) -> Path:
         if world.is_main:
             (folder / target).mkdir()
         dist.barrier()
