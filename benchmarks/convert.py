@@ -60,7 +60,7 @@ MODEL = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
-QUICK = {"vocab_size": 32037, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+QUICK: dict[str, object] = {"vocab_size": 32037, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
 SHARD_BYTES = 1_000_000_000
 MOST_TIME, MOST_TENSORS, MOST_MORE = 1.3, 2, 500_000_000  # x the copy's time; x the largest tensor, plus bytes
 SAMPLE_S = 0.002

@@ -87,7 +87,7 @@ def _differencing(items: list[int], sizes: list[int], count: int) -> list[list[i
     """Split items into `count` parts of nearly equal sums (Karmarkar and Karp 1982)."""
     heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []
     for number, item in enumerate(items):
-        parts = [(0, [])] * (count - 1) + [(sizes[item], [item])]
+        parts: list[tuple[int, list[int]]] = [(0, [])] * (count - 1) + [(sizes[item], [item])]
         heapq.heappush(heap, (-sizes[item], number, parts))
     number = len(items)
     while len(heap) > 1:
@@ -99,7 +99,9 @@ def _differencing(items: list[int], sizes: list[int], count: int) -> list[list[i
     return [members for _, members in heap[0][2]] if heap else [[] for _ in range(count)]
 
 
-def measure(planner: Planner, groups: list[list[int]], *, whole: bool, num_ranks: int, context: int, pad_rows: bool):
+def measure(
+    planner: Planner, groups: list[list[int]], *, whole: bool, num_ranks: int, context: int, pad_rows: bool
+) -> tuple[int, float, float, float]:
     """Return (micro-batches per rank, padding fraction, work imbalance of ranks, of simultaneous micro-batches)."""
     lengths = [length for group in groups for length in group]
     units, first = [], 0
@@ -117,7 +119,8 @@ def measure(planner: Planner, groups: list[list[int]], *, whole: bool, num_ranks
         attention_cost=COST,
         slot_multiple_of=slot,
     )
-    positions, work = 0, []
+    positions = 0
+    work: list[list[float]] = []
     for mine in ranks:
         work.append([])
         for batch in mine:
@@ -126,9 +129,9 @@ def measure(planner: Planner, groups: list[list[int]], *, whole: bool, num_ranks
             )
             positions += sum(slots)
             work[-1].append(sum(size + COST * size * size for size in slots))
-    mean = fmean(map(sum, work))
+    sums = [sum(mine) for mine in work]
     together = sum(max(column) for column in zip(*work, strict=True))
-    return len(ranks[0]), 1 - sum(lengths) / positions, max(map(sum, work)) / mean - 1, together / mean - 1
+    return len(ranks[0]), 1 - sum(lengths) / positions, max(sums) / fmean(sums) - 1, together / fmean(sums) - 1
 
 
 def main() -> int:

@@ -59,7 +59,7 @@ def plain_objective(index: int, head: Head) -> tuple[Tensor, Any]:
     """Compute the summed cross-entropy of the head's tokens from all their logits at once."""
     real = head.shard.vocab_size
     logits_NV = (head.hidden_LH @ head.weight_VH[:real].t()).float()
-    logp_N = logits_NV.log_softmax(dim=1).gather(1, head.target_N[:, None]).squeeze(1)
+    logp_N = logits_NV.log_softmax(dim=1).gather(1, head.target_M[:, None]).squeeze(1)
     return -logp_N.sum(), float(logp_N.detach().sum())
 
 
