@@ -1,9 +1,10 @@
-"""Implements the router of a mixture of experts, with an auxiliary loss that is the same for every layout and packing.
+"""Implements what Megatron's mixture of experts lacks: a router with an exact auxiliary loss, and sums in fixed order.
 
-The loss is coefficient x sum over layers of E x sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, equation 4): f_e
-the fraction of (token, choice) pairs of the global batch that are routed to expert e, P_e the mean softmax probability
-of e, both over real tokens. A forward pass without gradient counts both; the f_e of the whole job then enter the next
-backward pass as constants, so that the loss is a sum over tokens. Axes: T token positions on this rank, E experts.
+The loss, which is the same for every layout and packing, is coefficient x sum over layers of E x sum_e f_e P_e (Switch
+Transformer, arXiv 2101.03961, equation 4): f_e the fraction of (token, choice) pairs of the global batch that are
+routed to expert e, P_e the mean softmax probability of e, both over real tokens. A forward pass without gradient counts
+both; the f_e of the whole job then enter the next backward pass as constants, so that the loss is a sum over tokens.
+Axes: T token positions on this rank, E experts, R rows of experts, one for each token and expert that it chose.
 """
 
 from __future__ import annotations
@@ -14,11 +15,91 @@ from typing import Any, Self
 
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from megalign.model_config import MoeConfig
+
+
+def complete_megatron() -> None:
+    """Give Megatron's experts sums in a fixed order, and the router torch's product.
+
+    Where TransformerEngine is, Megatron's router would use its product, which computes fp32 in TF32; where it is not,
+    the name that Megatron reads to see this is not defined.
+    """
+    moe_utils.te_general_gemm = None
+    token_dispatcher.permute, token_dispatcher.unpermute = permute, unpermute
+
+
+def permute(
+    tokens: Tensor,
+    routing_map: Tensor,
+    probs: Tensor | None = None,
+    num_out_tokens: int | None = None,
+    fused: bool = False,
+    drop_and_pad: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Copy each token to its experts' rows as Megatron's `permute` does; the gradient is summed in the experts' order.
+
+    Megatron adds with atomics on CUDA: in the tokens' dtype, and in an order that differs from call to call. On a CPU
+    its sums have these bits, and take less time.
+    """
+    options: dict[str, Any] = {"num_out_tokens": num_out_tokens, "fused": fused, "drop_and_pad": drop_and_pad}
+    if fused or drop_and_pad or not tokens.is_cuda:
+        return moe_utils.permute(tokens, routing_map, probs, **options)  # type: ignore[no-any-return]
+    # The chosen (expert, token) pairs in order, by a sort: to select them by a mask, the host waits for their number.
+    assert num_out_tokens is not None
+    chosen = routing_map.t().reshape(-1).to(torch.uint8)
+    pair_R = chosen.argsort(descending=True, stable=True)[:num_out_tokens]
+    token_R = pair_R % len(tokens) if len(tokens) else pair_R
+    permuted_probs = None if probs is None else probs.t().reshape(-1).index_select(0, pair_R)
+    return _Spread.apply(tokens, token_R), permuted_probs, token_R  # type: ignore[no-untyped-call]
+
+
+def unpermute(permuted_tokens: Tensor, sorted_indices: Tensor, restore_shape: torch.Size, **options: Any) -> Tensor:
+    """Sum the rows of each token's experts as Megatron's `unpermute` does, but always in the experts' order."""
+    fused = options.get("fused") or options.get("drop_and_pad")
+    if fused or options.get("probs") is not None or not permuted_tokens.is_cuda:
+        return moe_utils.unpermute(permuted_tokens, sorted_indices, restore_shape, **options)  # type: ignore[no-any-return]
+    return _Collect.apply(permuted_tokens, sorted_indices, restore_shape[0])  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _sum_by_token(rows_RH: Tensor, token_R: Tensor, tokens: int) -> Tensor:
+    """Sum the rows of each token, of which all have equally many, in their order; half precision in fp32."""
+    if not len(rows_RH):
+        return rows_RH.new_zeros(tokens, rows_RH.shape[1])
+    order_R = token_R.argsort(stable=True)
+    return rows_RH.index_select(0, order_R).view(tokens, -1, rows_RH.shape[1]).sum(dim=1)
+
+
+class _Spread(torch.autograd.Function):
+    """Copies tokens to rows; backward sums the rows of each token."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TH: Tensor, token_R: Tensor) -> Tensor:
+        ctx.save_for_backward(token_R)
+        ctx.tokens = len(tokens_TH)
+        return tokens_TH.index_select(0, token_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (token_R,) = ctx.saved_tensors
+        return _sum_by_token(grads[0], token_R, ctx.tokens), None
+
+
+class _Collect(torch.autograd.Function):
+    """Sums the rows of each token; backward copies a token's gradient to its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RH: Tensor, token_R: Tensor, tokens: int) -> Tensor:
+        ctx.save_for_backward(token_R)
+        return _sum_by_token(rows_RH, token_R, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, *ctx.saved_tensors), None, None
 
 
 class OwnOutputLinear(RowParallelLinear):

@@ -150,16 +150,12 @@ def _patch_rng_tracker() -> None:
 
 
 def _patch_experts() -> None:
-    """Keep the all-to-all's split sizes on the CPU, and declare TransformerEngine's matrix product absent."""
-    utils, dispatcher = (
-        sys.modules.get(f"megatron.core.transformer.moe.{name}") for name in ("moe_utils", "token_dispatcher")
-    )
-    if utils is None or dispatcher is None:
+    """Keep the all-to-all's split sizes on the CPU."""
+    dispatcher = sys.modules.get("megatron.core.transformer.moe.token_dispatcher")
+    if dispatcher is None:
         return
 
     def as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     dispatcher.maybe_move_tensor_to_cpu = as_numbers  # type: ignore[attr-defined]
-    if not hasattr(utils, "te_general_gemm"):
-        utils.te_general_gemm = None  # type: ignore[attr-defined]
