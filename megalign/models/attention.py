@@ -25,6 +25,7 @@ from megalign.model_config import ModelConfig
 from megalign.models.layers import RMSNorm, SplitRMSNorm, split_over_tensor_ranks
 from megalign.models.packed_attention import PackedAttention, Scores
 from megalign.models.rope import rotate
+from megalign.models.slots import Slots
 
 LATENT_NORM_EPS = 1e-6  # fixed in DeepSeek's code, whatever rms_norm_eps says
 
@@ -74,7 +75,7 @@ class Attention(Residual):
         self.rope_kind = model.rope_of(layer)
         self.interleaved = model.rope.interleaved
         scores = Scores(model.window(layer), model.attention_scale, model.attention_softcap)
-        self.core_attention = PackedAttention(scores, pg_collection.cp)
+        self.core_attention = PackedAttention(scores)
         recomputed = config.recompute_granularity == "selective" and "core_attn" in (config.recompute_modules or ())
         self.recomputes = bool(recomputed)
         self.linear_proj = RowParallelLinear(
@@ -108,21 +109,23 @@ class Attention(Residual):
         )
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor, *, rotary_pos_emb: Tensor, **_: Any
+        self, hidden_states: Tensor, *_: Any, rotary_pos_emb: Tensor, packed_seq_params: Slots, **__: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attention output [L or L/tp, 1, H] (residual not added) and the bias Megatron adds later.
 
-        attention_mask: the slots' borders (cu_seqlens), because it is the one tensor that Megatron passes unchanged
-        through blocks, layers and recomputation. rotary_pos_emb: the tables of `models.rope.Rotary`.
+        packed_seq_params: Megatron passes it unchanged through blocks, layers and recomputation, whatever it is.
+        rotary_pos_emb: the tables of `models.rope.Rotary`.
         """
         cos_sin = None if self.rope_kind is None else rotary_pos_emb[self.rope_kind]
-        inputs = [*self.heads(hidden_states, cos_sin), attention_mask]
-        if self.model.sinks:
-            inputs.append(self.sinks)
+        inputs = [*self.heads(hidden_states, cos_sin), *([self.sinks] if self.model.sinks else [])]
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *sinks: Tensor) -> Tensor:
+            return self.core_attention(query, key, value, packed_seq_params, *sinks)
+
         if self.recomputes and self.training:
-            context = tensor_parallel.checkpoint(self.core_attention, False, *inputs)
+            context = tensor_parallel.checkpoint(attend, False, *inputs)
         else:
-            context = self.core_attention(*inputs)
+            context = attend(*inputs)
         return self.last_step(*self.linear_proj(context.reshape(context.shape[0], 1, -1)))
 
     def heads(self, hidden_states: Tensor, cos_sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

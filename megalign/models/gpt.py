@@ -33,11 +33,12 @@ from torch import Tensor
 
 from megalign.model_config import ModelConfig
 from megalign.models.attention import GroupedAttention, LatentAttention, ResidualMLP
-from megalign.models.experts import BalancedRouter, OwnOutputLinear
+from megalign.models.experts import BalancedRouter, OwnOutputLinear, complete_megatron
 from megalign.models.layers import RMSNorm
 from megalign.models.lora import Adapters
 from megalign.models.rope import Rotary
-from megalign.schema import UserError
+from megalign.models.slots import Slots
+from megalign.schema import UserError, reason_of
 
 
 class PolicyModel(GPTModel):
@@ -58,15 +59,14 @@ class PolicyModel(GPTModel):
         token_L: Tensor,
         position: Tensor,
         length: Tensor,
-        cu_seqlens: Tensor,
-        longest: int,
+        slots: Slots,
         padding_L: Tensor | None = None,
     ) -> Tensor:
         """Return a packed row's hidden states [L (L/tp under sequence parallelism), 1, H]; slots are independent.
 
         position, length (of each position's sequence): [L], or [T] for TransformerEngine's layers, which select this
-        context rank's part themselves. cu_seqlens and longest describe the whole row. padding_L: positions that routers
-        leave out of their statistics; as long as this rank's hidden states.
+        context rank's part themselves. padding_L: positions that routers leave out of their statistics; as long as this
+        rank's hidden states.
         """
         embedded = None
         if self.pre_process:
@@ -75,21 +75,21 @@ class PolicyModel(GPTModel):
                 embedded = embedded * torch.tensor(self.embedding_scale, dtype=embedded.dtype)
             if self.adapters is not None and torch.is_grad_enabled():
                 embedded.requires_grad_()  # recomputed layers get gradients only if their input requires one
-        packed = None
+        packed: Any = slots
         if self.uses_te:
             packed = PackedSeqParams(
                 qkv_format="thd",
-                cu_seqlens_q=cu_seqlens,
-                cu_seqlens_kv=cu_seqlens,
-                max_seqlen_q=longest,
-                max_seqlen_kv=longest,
+                cu_seqlens_q=slots.borders,
+                cu_seqlens_kv=slots.borders,
+                max_seqlen_q=slots.longest,
+                max_seqlen_kv=slots.longest,
             )
             rotary = self.rotary.angles(position)
         else:
             rotary = self.rotary(position, length, self.rope_dtype)
         return self.decoder(  # type: ignore[no-any-return]
             hidden_states=embedded,
-            attention_mask=None if self.uses_te else cu_seqlens,
+            attention_mask=None,
             rotary_pos_emb=rotary,
             packed_seq_params=packed,
             padding_mask=None if padding_L is None else padding_L[None],
@@ -113,24 +113,32 @@ class PolicyModel(GPTModel):
         return self.output_layer.weight
 
 
-def choose_layers(wanted: str, model: ModelConfig, *, on_cuda: bool) -> str:
+def choose_layers(wanted: str, model: ModelConfig, *, on_cuda: bool, dtype: torch.dtype, context_size: int) -> str:
     """Resolve `engine.layers`: auto means TransformerEngine on CUDA where it imports and can compute the model.
 
     Otherwise auto means torch.
     """
     if wanted != "auto":
         return wanted
-    if not on_cuda or _te_problem(model) is not None:
-        return "torch"
+    fits = on_cuda and _te_problem(model, dtype, context_size) is None
+    return "transformer_engine" if fits and te_import_problem() is None else "torch"
+
+
+def te_import_problem() -> str | None:
+    """Return why TransformerEngine cannot be imported; None if it can."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return "torch"
-    return "transformer_engine"
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # built for another torch or CUDA
+        return reason_of(error)
+    return None
 
 
-def _te_problem(model: ModelConfig) -> str | None:
+def _te_problem(model: ModelConfig, dtype: torch.dtype, context_size: int) -> str | None:
     """Return why TransformerEngine's layers cannot compute a model and what engine.layers must be; None if they can."""
+    if dtype != torch.bfloat16:
+        return "it has no packed attention for fp32, whose products it computes in TF32; must be auto or torch"
+    if context_size > 1 and model.sliding_window:
+        return "it has no sliding window under this context parallelism; must be auto or torch"
     if model.mlp_bias != model.out_bias:
         return "a model with a bias in only one of attention output and MLP must have engine.layers torch"
     if not model.is_plain:
@@ -145,9 +153,12 @@ def build_chunks(
 
     first, last: whether the rank is the pipeline's first, which has the embedding, or its last, which has the head.
     """
-    problem = _te_problem(model) if layers == "transformer_engine" else None
+    problem = None
+    if layers == "transformer_engine":
+        problem = _te_problem(model, config.params_dtype, config.context_parallel_size)
     if problem is not None:
         raise UserError(f"engine.layers is transformer_engine: {problem}")
+    complete_megatron()
     count = config.virtual_pipeline_model_parallel_size or 1
     chunks = []
     for stage in range(count):

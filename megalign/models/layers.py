@@ -39,6 +39,10 @@ class RMSNorm(MegatronModule):
 
     def forward(self, x: Tensor) -> Tensor:
         full = x.dtype in (torch.float32, torch.float64)
+        if x.is_cuda and not full:
+            if self.in_fp32:
+                return _NormInFp32.apply(x, self.weight, self.offset, self.eps)  # type: ignore[no-any-return,no-untyped-call]
+            return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)  # whose kernel computes in fp32
         weight = self.weight if full or not self.in_fp32 else self.weight.float()
         if self.offset:
             weight = self.offset + weight
@@ -47,6 +51,26 @@ class RMSNorm(MegatronModule):
         if self.in_fp32:
             return F.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
         return weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+
+
+class _NormInFp32(torch.autograd.Function):
+    """Computes RMSNorm in fp32 of half-precision inputs and keeps only those; a copy in fp32 is twice their size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.offset = offset
+        return (x.float() * scale * (offset + weight.float())).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        grad, plain = grads[0].float(), x.float() * scale
+        inner = grad * (ctx.offset + weight.float())
+        into_x = (inner - plain * (inner * plain).mean(dim=-1, keepdim=True)) * scale
+        into_weight = (grad * plain).flatten(0, -2).sum(dim=0)
+        return into_x.to(x.dtype), into_weight.to(weight.dtype), None, None
 
 
 class SplitRMSNorm(MegatronModule):

@@ -68,15 +68,20 @@ class Rotary:
         self.short = [frequencies(rope) for rope in ropes]
         self.long = [frequencies(rope, long=True) for rope in ropes]
 
+    def _move(self, device: torch.device) -> None:
+        """Have the frequencies on a device from now on."""
+        if self.short[0].device != device:
+            self.short, self.long = ([each.to(device) for each in table] for table in (self.short, self.long))
+
     def __call__(self, position_L: Tensor, length_L: Tensor, dtype: torch.dtype) -> Tensor:
         """Return [kinds, 2 (cosine, sine), L, dim / 2] in `dtype`; length_L: each position's sequence length."""
         tables = []
-        for rope, short, long in zip(self.ropes, self.short, self.long, strict=True):
-            frequency = short.to(position_L.device)
+        self._move(position_L.device)
+        for rope, frequency, long in zip(self.ropes, self.short, self.long, strict=True):
             factor = 1.0
             if isinstance(rope.scaling, LongScaling):
                 outgrown_L1 = (length_L > rope.scaling.original_max_positions)[:, None]
-                frequency = torch.where(outgrown_L1, long.to(position_L.device), frequency)
+                frequency = torch.where(outgrown_L1, long, frequency)
             if isinstance(rope.scaling, YarnScaling | LongScaling):
                 factor = rope.scaling.attention_factor
             angle = position_L.float()[:, None] * frequency
@@ -85,7 +90,8 @@ class Rotary:
 
     def angles(self, position_T: Tensor) -> Tensor:
         """Return angles [T, 1, 1, dim] of the first kind, the form that TransformerEngine's layers take."""
-        angle = position_T.float()[:, None] * self.short[0].to(position_T.device)
+        self._move(position_T.device)
+        angle = position_T.float()[:, None] * self.short[0]
         return torch.cat((angle, angle), dim=-1)[:, None, None, :]
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megalign.data.group import Response, TokenSequence
 from megalign.data.micro_batch import context_part, pack
 from megalign.models.packed_attention import PackedAttention, Scores
+from megalign.models.slots import Slots
 from megalign.runtime.distributed import process_group
 from tests.support.processes import run_ranks
 from tests.support.slow_attention import slow_attention
@@ -50,7 +51,8 @@ def check_ranks(size):
             )
             held = context_part(numbered, world.rank, size).token_L
             mine = [one.detach()[held].requires_grad_() for one in whole]
-            out = PackedAttention(Scores(window), dist.group.WORLD)(*mine, batch.cu_seqlens).flatten(1)
+            parts = Slots(batch.cu_seqlens, world.device, dist.group.WORLD)
+            out = PackedAttention(Scores(window))(*mine, parts).flatten(1)
             torch.testing.assert_close(out, answer[held], rtol=1e-12, atol=1e-12)
             for gradient, right in zip(torch.autograd.grad(out, mine, upstream[held]), answers, strict=True):
                 torch.testing.assert_close(gradient, right[held], rtol=1e-11, atol=1e-11)

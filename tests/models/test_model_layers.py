@@ -12,6 +12,7 @@ from megalign.model_config import Rope
 from megalign.models.layers import RMSNorm
 from megalign.models.packed_attention import PackedAttention, Scores
 from megalign.models.rope import Rotary, rotate
+from megalign.models.slots import Slots
 from tests.support.slow_attention import slow_attention
 
 
@@ -33,7 +34,7 @@ def test_attention_stays_inside_each_slot(lengths, kv_heads, window):
         for heads in (4, kv_heads, kv_heads)
     )
     borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    mine = PackedAttention(Scores(window), None)(query, key, value, borders).flatten(1)
+    mine = PackedAttention(Scores(window))(query, key, value, Slots(borders, query.device)).flatten(1)
     slow = slow_attention(query, key, value, lengths, window)
     assert mine.shape == (tokens, 24)
     torch.testing.assert_close(mine, slow, rtol=1e-12, atol=1e-12)

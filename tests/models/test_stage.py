@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from megalign.data.micro_batch import pack
 from megalign.engines.megatron.engine import MegatronEngine
 from megalign.engines.megatron.groups import make_groups
 from megalign.engines.megatron.shard import EngineOptions
-from megalign.models.gpt import choose_layers
+from megalign.models.gpt import choose_layers, te_import_problem
 from megalign.models.rope import frequencies
+from megalign.models.slots import Slots
 from megalign.runtime.distributed import process_group
 
 LLAMA3_ROPE = {
@@ -80,7 +83,8 @@ def test_packed_hidden_states_equal_those_of_transformers_one_by_one(model_type,
         engine.load_weights(tmp_path)
         for members, pad_rows in (((0, 1, 2, 3), False), ((1, 0), True), ((3,), False)):
             batch = pack(sequences, members, pad_rows=pad_rows)
-            hidden_T1H = engine.shard.chunks[0](batch.token_T, batch.position_T, batch.length_T, batch.cu_seqlens, 200)
+            slots = Slots(batch.cu_seqlens, batch.token_T.device)
+            hidden_T1H = engine.shard.chunks[0](batch.token_T, batch.position_T, batch.length_T, slots)
             for slot, member in enumerate(members):
                 first = int(batch.cu_seqlens[slot])
                 mine = hidden_T1H[first : first + len(ids[member]), 0]
@@ -99,9 +103,41 @@ def test_frequencies_equal_those_of_transformers(tmp_path):
 def test_layers_are_torch_where_there_is_no_cuda(tmp_path):
     save_random("llama", tmp_path)
     model = read_model_config(tmp_path)
-    assert choose_layers("auto", model, on_cuda=False) == "torch"
-    assert choose_layers("transformer_engine", model, on_cuda=False) == "transformer_engine"
-    assert choose_layers("auto", replace(model, sinks=True), on_cuda=True) == "torch"
+    job = {"dtype": torch.bfloat16, "context_size": 1}
+    assert choose_layers("auto", model, on_cuda=False, **job) == "torch"
+    assert choose_layers("transformer_engine", model, on_cuda=False, **job) == "transformer_engine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "job", "wanted"),
+    [
+        ({}, {}, "transformer_engine"),
+        ({"sinks": True}, {}, "torch"),
+        ({}, {"dtype": torch.float32}, "torch"),  # it would multiply in TF32
+        ({"sliding_window": 8}, {"context_size": 2}, "torch"),
+        ({"sliding_window": 8}, {}, "transformer_engine"),
+    ],
+)
+def test_transformer_engine_is_chosen_for_what_it_computes(tmp_path, monkeypatch, changes, job, wanted):
+    save_random("qwen3", tmp_path)
+    model = replace(read_model_config(tmp_path), **changes)
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", ModuleType("transformer_engine.pytorch"))
+    assert choose_layers("auto", model, on_cuda=True, **{"dtype": torch.bfloat16, "context_size": 1, **job}) == wanted
+
+
+def test_a_transformer_engine_that_does_not_import_counts_as_absent(tmp_path, monkeypatch):
+    save_random("qwen3", tmp_path)
+    model = read_model_config(tmp_path)
+    broken = tmp_path / "broken" / "transformer_engine"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("")
+    (broken / "pytorch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(broken.parent))
+    assert choose_layers("auto", model, on_cuda=True, dtype=torch.bfloat16, context_size=1) == "torch"
+    assert te_import_problem() == "libcudart.so.13: cannot open shared object file"
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize(

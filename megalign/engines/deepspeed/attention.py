@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalign.engines.deepspeed.ulysses import context_problem, heads_of_rank, positions_of_rank
 from megalign.models.packed_attention import PackedAttention, Scores
+from megalign.models.slots import Slots
 
 
 class NotPackable(ValueError):
@@ -44,6 +45,9 @@ class PackedRows:
 
         self.context = context if context is not None and context.size() > 1 else None
         self.recompute = recompute
+        self._slots: tuple[Tensor, Slots] | None = (
+            None  # those of the last borders, which all layers of a row are given
+        )
         taken = [name for name in AttentionInterface() if name.startswith("megalign_packed_")]
         self.name = f"megalign_packed_{len(taken)}"
         AttentionInterface.register(self.name, self)
@@ -76,15 +80,17 @@ class PackedRows:
             cu_seq_lens_q = torch.arange(rows + 1, dtype=torch.int32) * length
         elif rows != 1:
             raise NotPackable(f"attention has {rows} rows with cu_seq_lens_q: must be one")
+        if self._slots is None or self._slots[0] is not cu_seq_lens_q:
+            self._slots = cu_seq_lens_q, Slots(cu_seq_lens_q, query_BNLD.device)
         query, key, value = (one.transpose(1, 2).flatten(0, 1) for one in (query_BNLD, key_BKLD, value_BKLV))
-        return self._attend(query, key, value, cu_seq_lens_q, scores, s_aux).unflatten(0, (rows, length)), None
+        return self._attend(query, key, value, self._slots[1], scores, s_aux).unflatten(0, (rows, length)), None
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scores: Scores, sinks_N: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scores: Scores, sinks_N: Tensor | None
     ) -> Tensor:
         """Return [L, N, V] of query [L, N, D], key [L, K, D] and value [L, K, V]."""
         if self.context is None:
-            return self._inside_slots(query, key, value, cu_seqlens, scores, sinks_N)
+            return self._inside_slots(query, key, value, slots, scores, sinks_N)
         ranks, rank, heads = self.context.size(), self.context.rank(), query.shape[1]
         problem = context_problem(heads, key.shape[1], ranks)
         if problem is not None:
@@ -92,18 +98,16 @@ class PackedRows:
         mine = heads // ranks
         if sinks_N is not None:
             sinks_N = sinks_N[rank * mine : (rank + 1) * mine]
-        out = self._inside_slots(*heads_of_rank(query, key, value, self.context), cu_seqlens, scores, sinks_N)
+        out = self._inside_slots(*heads_of_rank(query, key, value, self.context), slots, scores, sinks_N)
         return positions_of_rank(out, self.context)
 
     def _inside_slots(
-        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scores: Scores, sinks_N: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scores: Scores, sinks_N: Tensor | None
     ) -> Tensor:
-        attention = PackedAttention(scores, None)
+        attention = PackedAttention(scores)
         if not (self.recompute and torch.is_grad_enabled()):
-            return attention(query, key, value, cu_seqlens, sinks_N)
-        again = checkpoint(
-            attention, query, key, value, cu_seqlens, sinks_N, use_reentrant=False, preserve_rng_state=False
-        )
+            return attention(query, key, value, slots, sinks_N)
+        again = checkpoint(attention, query, key, value, slots, sinks_N, use_reentrant=False, preserve_rng_state=False)
         return again  # type: ignore[no-any-return]
 
 

@@ -20,6 +20,7 @@ from megalign.data.micro_batch import ContextPart, MicroBatch, contiguous_part
 from megalign.engines.deepspeed.attention import PackedRows
 from megalign.engines.head import ContextTokens, Head
 from megalign.ops.head_blocks import HeadConfig
+from megalign.ops.transfer import to_device
 from megalign.ops.vocab import VocabShard
 
 LossOfHead = Callable[[Head], Tensor]
@@ -81,7 +82,7 @@ class HFPolicy(nn.Module):
         """Return the decoder's last hidden states [L, H] of this rank's positions."""
         # An attribute access to the head's weight here would make ZeRO-3 gather it for the whole pass, twice.
         device = self.head_parameters[0].device
-        tokens, positions = part.token_L.to(device), part.position_L.to(device)
+        tokens, positions = to_device(part.token_L, device), to_device(part.position_L, device)
         rows = 1 if self.packs else len(batch.cu_seqlens) - 1
         inputs = {"input_ids": tokens.view(rows, -1)}
         if self.takes_positions:
@@ -94,11 +95,11 @@ class HFPolicy(nn.Module):
     def _head(self, batch: MicroBatch, part: ContextPart, hidden_LH: Tensor, head: Any) -> Head:
         device, rows, context = hidden_LH.device, len(head.weight), None
         if self.context is not None:
-            context = ContextTokens(part.index_M.to(device), len(batch.scored_N), self.context)
+            context = ContextTokens(to_device(part.index_M, device), len(batch.scored_N), self.context)
         return Head(
-            hidden_LH=hidden_LH.index_select(0, part.scored_M.to(device)),
+            hidden_LH=hidden_LH.index_select(0, to_device(part.scored_M, device)),
             weight_VH=head.weight,
-            target_M=part.target_M.to(device),
+            target_M=to_device(part.target_M, device),
             shard=VocabShard(0, rows, rows),
             tokens=None,
             context=context,

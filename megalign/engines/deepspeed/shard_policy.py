@@ -23,6 +23,8 @@ from megalign.engines.megatron.groups import Groups, make_groups
 from megalign.engines.megatron.names import linear_layers
 from megalign.engines.megatron.shard import EngineOptions, Shard
 from megalign.models.lora import plain_strides
+from megalign.models.slots import Slots
+from megalign.ops.transfer import to_device
 from megalign.runtime import cpu_shims
 
 HEAD_NORMS = (".q_layernorm.weight", ".k_layernorm.weight")
@@ -49,11 +51,10 @@ class ShardPolicy(nn.Module):
         """Return the loss that `loss_of_head` computes from the head's inputs; called inside `forward`."""
         part, device = contiguous_part(batch, 0, 1), self.shard.options.device
         hidden_L1H = self.chunk(
-            part.token_L.to(device),
-            part.position_L.to(device),
-            part.length_L.to(device),
-            batch.cu_seqlens.to(device),
-            int(batch.cu_seqlens.diff().max()),
+            to_device(part.token_L, device),
+            to_device(part.position_L, device),
+            to_device(part.length_L, device),
+            Slots(batch.cu_seqlens, device),
         )
         with gathered(self.head_parameters, keep=torch.is_grad_enabled()):
             return loss_of_head(self.shard.head(batch, part, hidden_L1H))

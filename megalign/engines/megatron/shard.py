@@ -28,6 +28,7 @@ from megalign.models.lora import Ranks, add_adapters
 from megalign.models.transformer_config import ComputeOptions, transformer_config
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.hidden_rows import TokenShard
+from megalign.ops.transfer import to_device
 from megalign.ops.vocab import VocabShard, tile_rows
 from megalign.ops.weight_grad import main_grad_sink
 from megalign.schema import UserError
@@ -138,7 +139,7 @@ class Shard:
         padding_L = ~part.real_L
         if self.groups.layout.sequence:
             padding_L = padding_L.chunk(self.groups.tensor_size)[self.groups.tensor_rank]
-        return padding_L.to(self.options.device)
+        return to_device(padding_L, self.options.device)
 
     def head(self, batch: MicroBatch, part: ContextPart, hidden_L1H: Tensor) -> Head:
         """Return the scored hidden states of a micro-batch with this rank's rows of the vocabulary; last stage only."""
@@ -153,11 +154,11 @@ class Shard:
         rows = weight.shape[0]
         context = None
         if groups.context_size > 1:
-            context = ContextTokens(part.index_M.to(device), len(batch.scored_N), groups.context)
+            context = ContextTokens(to_device(part.index_M, device), len(batch.scored_N), groups.context)
         return Head(
-            hidden_LH=hidden_L1H.squeeze(1).index_select(0, scored_L.to(device)),
+            hidden_LH=hidden_L1H.squeeze(1).index_select(0, to_device(scored_L, device)),
             weight_VH=weight,
-            target_M=part.target_M.to(device),
+            target_M=to_device(part.target_M, device),
             shard=VocabShard(
                 groups.tensor_rank * rows,
                 rows,
