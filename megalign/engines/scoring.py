@@ -19,6 +19,7 @@ from megalign.data.packing import Packing, micro_batches
 from megalign.engines.protocol import LOGP_ONLY, Scorer, Want
 from megalign.ops.linear_logp import TokenLogp
 from megalign.ops.segments import segment_sum
+from megalign.ops.transfer import to_host
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -80,9 +81,7 @@ def score_batches(
     wanted = ["logp", *["entropy"] * want.entropy, *["correct"] * want.accuracy]
     sums = {name: torch.zeros(len(sequences), dtype=torch.float64) for name in wanted}
     tokens = {name: torch.zeros(starts[-1]) for name in ("logp", "lse")} if want.by_token else {}
-    for batch, output in zip(batches, outputs, strict=False):
-        values = {"logp": output.logp_N, "lse": output.lse_N, "entropy": output.entropy_N, "correct": output.correct_N}
-        on_cpu = {name: value_N.cpu() for name, value_N in values.items() if value_N is not None}
+    for batch, on_cpu in zip(batches, _read(outputs), strict=False):
         members = list(batch.members)
         for name, sum_S in sums.items():
             sum_S[members] = segment_sum(on_cpu[name], batch.seq_N, len(members))
@@ -103,3 +102,14 @@ def score_batches(
         )
         for index, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True))
     ]
+
+
+def _read(outputs: Sequence[TokenLogp]) -> list[dict[str, Tensor]]:
+    """Return the values of each micro-batch by name on the CPU; one wait of the host for each name."""
+    found: list[dict[str, Tensor]] = [{} for _ in outputs]
+    for name, field in {"logp": "logp_N", "lse": "lse_N", "entropy": "entropy_N", "correct": "correct_N"}.items():
+        values = [getattr(output, field) for output in outputs]
+        if values and values[0] is not None:
+            for each, value_N in zip(found, to_host(values), strict=True):
+                each[name] = value_N
+    return found

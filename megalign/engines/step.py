@@ -25,11 +25,10 @@ from megalign.data.micro_batch import MicroBatch
 from megalign.data.packing import MicroBatches, Packing, micro_batches
 from megalign.engines.head import Head
 from megalign.engines.loss_inputs import StepBatch, batch_scores, cat_tokens, step_tokens
+from megalign.engines.payload import Coefficients, Payload, Read, payload, read
 from megalign.engines.protocol import Engine, Objective, Want
 from megalign.engines.scoring import score_batches, sum_by_name
 from megalign.engines.token_metrics import (
-    measured_sums,
-    mismatch,
     mismatch_metrics,
     scored_sums,
     token_means,
@@ -48,6 +47,7 @@ from megalign.losses.base import (
 )
 from megalign.ops.linear_logp import TokenLogp
 from megalign.ops.segments import segment_sum
+from megalign.ops.transfer import to_device, to_host
 
 PassMode = Literal["two_pass", "single_pass", "known_scores"]
 
@@ -63,27 +63,6 @@ class StepResult:
     pass_mode: PassMode
     pass_gap: float | None
     padding_fraction: float
-
-
-@dataclass(frozen=True, slots=True)
-class Coefficients:
-    """Holds the loss's gradient with respect to a micro-batch's log-probs."""
-
-    token_N: Tensor  # dL / d log-prob of each scored token, in the log-probs' dtype and on their device
-    member_S: Tensor  # dL/ds of each member, as StepResult.coefficient_S has it
-    sums: Mapping[str, float]  # token-level losses: this micro-batch's share of the loss and of each metric, by name
-
-
-@dataclass(frozen=True, slots=True)
-class _Payload:
-    """Holds a micro-batch's numbers after its backward; only ranks with a head have them."""
-
-    policy_S: Tensor  # sums of its members
-    coefficients: Coefficients
-    measured: Mapping[str, float]  # sums over its tokens of entropy and accuracy, as far as they were computed
-    gap: float  # largest difference between the passes in a token's log-prob
-    mismatch_sum: float  # over tokens of |log-prob - behaviour log-prob|, on policy
-    mismatch_max: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,17 +162,17 @@ def _with_known_scores(step: _Step, known: Sequence[TokenLogp]) -> Objective:
     """Back-propagate with coefficients computed from log-probs [N] that are known before backward."""
     batch_S = None if step.traits.level == "token" else _batch_coefficients(step, known)
 
-    def objective(index: int, head: Head) -> tuple[Tensor, _Payload]:
+    def objective(index: int, head: Head) -> tuple[Tensor, Payload]:
         micro, before = step.micro.batches[index], known[index]
         if batch_S is None:
             coefficients = _token_coefficients(step, micro, before.logp_N)
         else:
             coefficients = _spread(batch_S[list(micro.members)], micro, before.logp_N)
         value, again = head.weighted(coefficients.token_N, before.lse_N)
-        gap = 0.0
+        gap = None
         if len(before.logp_N):
-            gap = float((again.logp_N - before.logp_N).abs().where(head.formed_N(), 0.0).max())
-        return value, _payload(step, micro, before, coefficients, gap)
+            gap = (again.logp_N.detach() - before.logp_N).abs().where(head.formed_N(), 0.0).max()
+        return value, payload(before, coefficients, gap)
 
     return objective
 
@@ -201,12 +180,12 @@ def _with_known_scores(step: _Step, known: Sequence[TokenLogp]) -> Objective:
 def _in_one_pass(step: _Step) -> Objective:
     """Compute each micro-batch's log-probs and back-propagate at once."""
 
-    def objective(index: int, head: Head) -> tuple[Tensor, _Payload]:
+    def objective(index: int, head: Head) -> tuple[Tensor, Payload]:
         micro = step.micro.batches[index]
         output = head.logp(entropy=step.traits.entropy, accuracy=step.traits.accuracy)
         coefficients = _local_coefficients(step, micro, output.logp_N.detach())
         value = (coefficients.token_N * output.logp_N).sum()
-        return value, _payload(step, micro, output, coefficients)
+        return value, payload(output, coefficients)
 
     return objective
 
@@ -214,29 +193,16 @@ def _in_one_pass(step: _Step) -> Objective:
 def _in_one_pass_linear(step: _Step) -> Objective:
     """Back-propagate a linear loss at once: its coefficients are constants, so zeros serve as log-probs."""
 
-    def objective(index: int, head: Head) -> tuple[Tensor, _Payload]:
+    def objective(index: int, head: Head) -> tuple[Tensor, Payload]:
         micro = step.micro.batches[index]
         coefficients = _local_coefficients(step, micro, torch.zeros(len(micro.target_N), device=step.engine.device))
         value, output = head.weighted(coefficients.token_N, accuracy=step.traits.accuracy)
+        share = None
         if "loss" in coefficients.sums:  # of a token-level loss: computed at zero log-probs, so replaced
-            share = float((coefficients.token_N.to(output.logp_N.dtype) * output.logp_N).sum())
-            sums = {**coefficients.sums, "loss": share}
-            coefficients = Coefficients(coefficients.token_N, coefficients.member_S, sums)
-        return value, _payload(step, micro, output, coefficients)
+            share = (coefficients.token_N.to(output.logp_N.dtype) * output.logp_N.detach()).sum()
+        return value, payload(output, coefficients, share=share)
 
     return objective
-
-
-def _payload(
-    step: _Step, micro: MicroBatch, output: TokenLogp, coefficients: Coefficients, gap: float = 0.0
-) -> _Payload:
-    logp_N = output.logp_N.detach()
-    policy_S = segment_sum(logp_N, micro.seq_N.to(logp_N.device), len(micro.members)).cpu()
-    gap_sum = gap_max = 0.0
-    if step.batch.on_policy:
-        members = [step.batch.sequences[member] for member in micro.members]
-        gap_sum, gap_max = mismatch(members, logp_N.cpu())
-    return _Payload(policy_S, coefficients, measured_sums(output), gap, gap_sum, gap_max)
 
 
 def _current_scores(step: _Step) -> list[TokenLogp]:
@@ -247,8 +213,8 @@ def _current_scores(step: _Step) -> list[TokenLogp]:
     device = step.engine.device
     return [
         TokenLogp(
-            cat_tokens(current[member].logp_N for member in micro.members).to(device),
-            cat_tokens(current[member].lse_N for member in micro.members).to(device),
+            to_device(cat_tokens(current[member].logp_N for member in micro.members), device),
+            to_device(cat_tokens(current[member].lse_N for member in micro.members), device),
         )
         for micro in step.micro.batches
     ]
@@ -257,8 +223,8 @@ def _current_scores(step: _Step) -> list[TokenLogp]:
 def _batch_coefficients(step: _Step, known: Sequence[TokenLogp]) -> Tensor:
     """Return dL/ds [S] of the global batch from the log-probs of every rank's micro-batches."""
     policy_S = torch.zeros(len(step.batch.sequences), dtype=torch.float64)
-    for micro, before in zip(step.micro.batches, known, strict=False):
-        policy_S[list(micro.members)] = segment_sum(before.logp_N.cpu(), micro.seq_N, len(micro.members))
+    for micro, logp_N in zip(step.micro.batches, to_host([before.logp_N for before in known]), strict=False):
+        policy_S[list(micro.members)] = segment_sum(logp_N, micro.seq_N, len(micro.members))
     policy_S = step.engine.sum_over_data(policy_S).requires_grad_()
     return gradient_of(step.loss(step.scores_at(policy_S)), policy_S, step.cfg)
 
@@ -274,7 +240,7 @@ def _local_coefficients(step: _Step, micro: MicroBatch, logp_N: Tensor) -> Coeff
 
 def _spread(member_S: Tensor, micro: MicroBatch, logp_N: Tensor) -> Coefficients:
     """Give each token the dL/ds of its sequence."""
-    return Coefficients(member_S[micro.seq_N].to(logp_N.device, logp_N.dtype), member_S, {})
+    return Coefficients(to_device(member_S[micro.seq_N].to(logp_N.dtype), logp_N.device), member_S, {})
 
 
 def _token_coefficients(step: _Step, micro: MicroBatch, logp_N: Tensor) -> Coefficients:
@@ -284,7 +250,7 @@ def _token_coefficients(step: _Step, micro: MicroBatch, logp_N: Tensor) -> Coeff
     gradient_T = gradient_of(out, policy_T, step.cfg)
     mean_S = segment_sum(gradient_T, micro.seq_N, len(micro.members)) / part.length_S
     sums = {"loss": float(out.loss.detach())} | {name: float(value) for name, value in out.metrics.items()}
-    return Coefficients(gradient_T.to(logp_N.device, logp_N.dtype), mean_S, sums)
+    return Coefficients(to_device(gradient_T.to(logp_N.dtype), logp_N.device), mean_S, sums)
 
 
 def _auxiliary(engine: Engine) -> dict[str, float]:
@@ -301,26 +267,25 @@ def _reduced_names(step: _Step, mode: PassMode) -> dict[str, list[str]]:
     return {"shares": shares, "measured": measured, "mismatch": ["mismatch"]}
 
 
-def _reduce(step: _Step, payloads: Sequence[_Payload], names: Mapping[str, list[str]]) -> dict[tuple[str, str], Tensor]:
+def _reduce(step: _Step, found: Sequence[Read], names: Mapping[str, list[str]]) -> dict[tuple[str, str], Tensor]:
     """Sum the numbers of all data ranks' micro-batches by (kind, name), and those by sequence; one collective."""
     sums = {(kind, name): torch.zeros((), dtype=torch.float64) for kind in names for name in names[kind]}
     policy_S, coefficient_S = (torch.zeros(len(step.batch.sequences), dtype=torch.float64) for _ in range(2))
-    for micro, payload in zip(step.micro.batches, payloads, strict=False):
-        policy_S[list(micro.members)] = payload.policy_S
-        coefficient_S[list(micro.members)] = payload.coefficients.member_S.double()
-        mismatch_sum = {"mismatch": payload.mismatch_sum}
-        values = {"shares": payload.coefficients.sums, "measured": payload.measured, "mismatch": mismatch_sum}
+    for micro, each in zip(step.micro.batches, found, strict=False):
+        policy_S[list(micro.members)] = each.policy_S
+        coefficient_S[list(micro.members)] = each.coefficient_S
         for kind, name in sums:
-            sums[kind, name] += values[kind][name]
+            sums[kind, name] += each.sums[kind][name]
     return sum_by_name(
         step.engine, {("sequences", "policy"): policy_S, ("sequences", "coefficient"): coefficient_S} | sums
     )
 
 
-def _result(step: _Step, payloads: Sequence[_Payload], mode: PassMode) -> StepResult:
+def _result(step: _Step, payloads: Sequence[Payload], mode: PassMode) -> StepResult:
     """Combine the micro-batches' payloads into the step's result, the same on every rank."""
     engine, batch, names = step.engine, step.batch, _reduced_names(step, mode)
-    sums = _reduce(step, payloads, names)
+    found = read(batch, step.micro.batches, payloads)
+    sums = _reduce(step, found, names)
     policy_S, coefficient_S = sums["sequences", "policy"], sums["sequences", "coefficient"]
     shares, measured = ({name: float(sums[kind, name]) for name in names[kind]} for kind in ("shares", "measured"))
     if step.traits.level == "token":
@@ -332,11 +297,11 @@ def _result(step: _Step, payloads: Sequence[_Payload], mode: PassMode) -> StepRe
         measured = scored_sums(batch.current, step.traits)
     metrics |= token_means(measured, step.scores.num_tokens) | _auxiliary(engine)
     if batch.on_policy:
-        largest = engine.max_over_job(max((payload.mismatch_max for payload in payloads), default=0.0))
+        largest = engine.max_over_job(max((each.mismatch_max for each in found), default=0.0))
         metrics |= mismatch_metrics(batch.sequences, float(sums["mismatch", "mismatch"]), largest)
     value += metrics.get("aux_loss", 0.0)
     gap = None
     if mode != "single_pass":
         # torch's maximum keeps a NaN, Python's may drop it.
-        gap = engine.max_over_job(float(torch.tensor([0.0, *(payload.gap for payload in payloads)]).max()))
+        gap = engine.max_over_job(float(torch.tensor([0.0, *(each.gap for each in found)]).max()))
     return StepResult(value, metrics, policy_S, coefficient_S, mode, gap, step.micro.padding_fraction)

@@ -16,10 +16,13 @@ from megalign.losses.base import Traits
 from megalign.ops.linear_logp import TokenLogp
 
 
-def measured_sums(output: TokenLogp) -> dict[str, float]:
-    """Sum entropy and accuracy over a micro-batch's tokens, by the metric's name, as far as they were computed."""
+def measured_sums(output: TokenLogp) -> dict[str, Tensor]:
+    """Sum entropy and accuracy over a micro-batch's tokens, by the metric's name, as far as they were computed.
+
+    The sums, float64 [], stay on the tokens' device.
+    """
     measured = {"entropy": output.entropy_N, "token_accuracy": output.correct_N}
-    return {name: float(value_N.detach().double().sum()) for name, value_N in measured.items() if value_N is not None}
+    return {name: value_N.detach().double().sum() for name, value_N in measured.items() if value_N is not None}
 
 
 def scored_sums(scored: Sequence[Scored], traits: Traits) -> dict[str, float]:
