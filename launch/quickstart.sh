@@ -10,6 +10,8 @@ bash launch/setup.sh
 python=.venv/bin/python
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# On the CPU wherever it runs: its two processes need no GPU, and could not share one.
+export CUDA_VISIBLE_DEVICES=
 
 out=runs/quickstart overrides=("$@")
 started=$(date +%s)

@@ -6,5 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 # Tests that share an expensive fixture go to one worker.
 [[ " $*" != *" -n"* ]] || set -- --dist loadgroup "$@"
+# Only tests that ask for a GPU see one (-m gpu): the others start more ranks than a machine may have GPUs.
+[[ " $* " == *" gpu "* || " $* " == *"tests/gpu"* ]] || export CUDA_VISIBLE_DEVICES=
 # One thread a process: the distributed tests start several.
 OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "$@"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
@@ -23,6 +24,7 @@ from megalign.rollout.sampler import Sampled, SamplingPlan
 from megalign.schema import UserError
 
 Beat = Callable[[], None]  # tells a watchdog of progress
+SUM_COLUMNS = 512  # of a block whose sums one matrix product gives
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
@@ -144,13 +146,26 @@ def pick(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
     if temperature == 0:
         token_B = logp_BV.argmax(dim=-1)
     else:
-        cumulative_BV = logp_BV.exp().cumsum(dim=-1)
+        cumulative_BV = _cumulative(logp_BV.exp())
         # Scaled by the last entry, which rounding may keep from being 1: the search never runs past the end, and
         # with `right` never picks a token of probability zero.
         point_B = uniform_B * cumulative_BV[:, -1]
         token_B = torch.searchsorted(cumulative_BV, point_B[:, None], right=True).squeeze(1)
         token_B = token_B.clamp(max=logits_BV.shape[1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1)
+
+
+def _cumulative(share_BV: Tensor) -> Tensor:
+    """Return the sums up to each column, which CUDA refuses to compute by its own kernel in deterministic mode."""
+    if not (share_BV.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return share_BV.cumsum(dim=-1)
+    rows, columns = share_BV.shape
+    blocks = F.pad(share_BV, (0, -columns % SUM_COLUMNS)).view(rows, -1, SUM_COLUMNS)
+    upper = torch.ones(SUM_COLUMNS, SUM_COLUMNS, dtype=share_BV.dtype, device=share_BV.device).triu()
+    inside = blocks @ upper
+    count = blocks.shape[1]
+    before = inside[..., -1] @ torch.ones(count, count, dtype=share_BV.dtype, device=share_BV.device).triu(1)
+    return (inside + before[..., None]).flatten(1)[:, :columns]
 
 
 class _Picker(LogitsProcessor):

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalign.runtime.cuda_device import cuda_device, refuse_shared_device
+from megalign.runtime.ranks import host_group
 from megalign.schema import UserError, reason_of
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -84,27 +86,36 @@ def process_group(
     every collective of the default group fails with the operation's name, `timeout_s` if None. before: called when all
     ranks have met in the store, before they connect to each other.
     """
-    rank, size, local_rank = launched()
+    rank, size, _ = launched()
     on_cuda = torch.cuda.is_available()
-    if on_cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"LOCAL_RANK is {local_rank}: must be below the {torch.cuda.device_count()} CUDA devices here")
-    if on_cuda and size > 1 and torch.cuda.device_count() > 1 and _number("LOCAL_RANK") is None:
-        raise UserError(f"LOCAL_RANK is missing: WORLD_SIZE is {size}; must be the CUDA device of this process")
-    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    device = cuda_device(_number("LOCAL_RANK"), size, _number("LOCAL_WORLD_SIZE")) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     store = _store(rank, size, timeout, limit)
+    if on_cuda and size > 1:
+        refuse_shared_device(store, rank, device)
     before(World(rank, size, device), store)
     timeout = timedelta(seconds=timeout_s if collective_s is None else collective_s)
     try:
-        dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+        # Told the device, NCCL connects at once, and a barrier does not guess it.
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=device if on_cuda else None,
+        )
+        host = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else None
     except RuntimeError as error:
         raise MeetingError(f"rank {rank} of {size}: the ranks could not connect: {reason_of(error)}") from error
     given = {name for name in LAUNCHER_VARIABLES if name in os.environ}
+    token = host_group.set(host)
     try:
         yield World(rank, size, device)
     finally:
+        host_group.reset(token)
         for name in set(LAUNCHER_VARIABLES) - given:  # that `set_launcher_variables` added
             os.environ.pop(name, None)
         megatron_groups = sys.modules.get("megatron.core.parallel_state")
@@ -136,6 +147,7 @@ def raise_on_timeout() -> None:
 def make_deterministic() -> None:
     """Have torch choose deterministic kernels for the rest of the process, and raise where it has none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # likewise TransformerEngine's attention
     torch.use_deterministic_algorithms(True)
 
 

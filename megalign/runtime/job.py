@@ -21,7 +21,7 @@ from megalign.runtime.discovery import adopt_launcher
 from megalign.runtime.distributed import COLLECTIVE_S, MeetingError, World, launched, process_group
 from megalign.runtime.exit_codes import FAILED
 from megalign.runtime.ft_launcher import launcher_heartbeat
-from megalign.runtime.ranks import SharedError, on_every_rank
+from megalign.runtime.ranks import SharedError, barrier, on_every_rank
 from megalign.runtime.status import Ending, code_of, explain, is_consequence, leave, refuse, write_result
 from megalign.runtime.stop import Stop
 from megalign.runtime.watchdog import Watchdog
@@ -110,7 +110,7 @@ def work_on_rank(work: Callable[[World], int], world: World, ending: Ending) -> 
     except SharedError as error:
         if world.is_main:
             refuse(error, ending.run_dir, taken=ending.taken)
-        dist.barrier()  # a launcher ends all ranks once one has ended; rank 0 has reported by then
+        barrier()  # a launcher ends all ranks once one has ended; rank 0 has reported by then
         return code_of(error)
     except UserError as error:
         if world.size == 1:

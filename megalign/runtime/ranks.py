@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,10 @@ from megalign.schema import UserError
 
 Result = TypeVar("Result")
 
+# gloo's group of all ranks where the default one is NCCL's, of the job that is joined: ranks wait for rank 0's files
+# there, because NCCL ends a process whose collective takes too long, without an exception.
+host_group: ContextVar[dist.ProcessGroup | None] = ContextVar("host_group", default=None)
+
 
 class SharedError(UserError):
     """Reports bad input on every rank; only rank 0 prints it."""
@@ -20,14 +25,14 @@ class SharedError(UserError):
 def gather(value: Any) -> list[Any]:
     """All-gather one object from each rank; return them in rank order."""
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=host_group.get())
     return values
 
 
 def gather_on_main(value: Any) -> list[Any]:
     """Gather one object from each rank on rank 0, in rank order; return an empty list on the others."""
     values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
-    dist.gather_object(value, values or None)
+    dist.gather_object(value, values or None, group=host_group.get())
     return values
 
 
@@ -42,6 +47,11 @@ def on_every_rank(read: Callable[[], Result]) -> Result:
         if reason is not None:
             raise SharedError(reason)
     return result  # type: ignore[return-value]
+
+
+def barrier() -> None:
+    """Wait for all ranks, on the CPU."""
+    dist.barrier(group=host_group.get())
 
 
 def max_over_job(value: float, *, device: torch.device) -> float:

@@ -11,15 +11,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megalign.config.job import JobConfig
 from megalign.engines.build import engine_package, packing_of
 from megalign.engines.step import StepBatch, StepResult, accumulate
 from megalign.runtime.discovery import allocation_end
 from megalign.runtime.distributed import World, make_deterministic
 from megalign.runtime.exit_codes import DONE, FAILED, STOPPED
-from megalign.runtime.ranks import gather, max_over_job, on_every_rank
+from megalign.runtime.ranks import barrier, gather, max_over_job, on_every_rank
 from megalign.runtime.status import Ending, write_status
 from megalign.runtime.stop import Stop
 from megalign.train.alike import check_alike, rank_items
@@ -61,7 +59,7 @@ def train(cfg: JobConfig, world: World, ending: Ending) -> int:
         if world.is_main:
             print(f"megalign: {stopped}; the same command begins anew", file=sys.stderr, flush=True)
             ending.write(STOPPED, str(stopped), None)
-        dist.barrier()  # a launcher ends all ranks once one has ended
+        barrier()  # a launcher ends all ranks once one has ended
         return STOPPED
 
 
@@ -253,5 +251,5 @@ def _finish(job: Job, code: int, reason: str) -> int:
         write_status(job.run_dir, code, reason, job.step)
     more = f" of {job.num_steps}; the same command goes on from there" if code == STOPPED else ""
     job.report.say(f"{reason} after step {job.step}{more}")
-    dist.barrier()  # a launcher ends all ranks once one has ended; rank 0 must have written its status by then
+    barrier()  # a launcher ends all ranks once one has ended; rank 0 must have written its status by then
     return code

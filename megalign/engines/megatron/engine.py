@@ -21,6 +21,7 @@ from megalign.data.micro_batch import ContextPart, MicroBatch, context_part
 from megalign.engines.head import Head
 from megalign.engines.megatron import checkpoint, weights
 from megalign.engines.megatron.balance import Balance, balance
+from megalign.engines.megatron.grad_norm import use_device_norm
 from megalign.engines.megatron.groups import Groups
 from megalign.engines.megatron.replicas import replicas
 from megalign.engines.megatron.shard import DDP_FIELDS, EngineOptions, Shard
@@ -31,7 +32,9 @@ from megalign.engines.scoring import BaseModel
 from megalign.model_config import ModelConfig
 from megalign.models.experts import balancing, counting
 from megalign.models.gpt import PolicyModel
+from megalign.models.slots import Slots
 from megalign.ops.linear_logp import TokenLogp
+from megalign.ops.transfer import to_device
 from megalign.runtime import cpu_shims
 from megalign.runtime.ranks import max_over_job
 
@@ -86,6 +89,8 @@ class MegatronEngine:
         config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(
             model, None, **kwargs
         )
+        if self.device.type == "cuda":
+            use_device_norm()
         several = len(self._wrapped) > 1
         no_sync = [chunk.no_sync for chunk in self._wrapped]
         config.no_sync_func = no_sync if several else no_sync[0]
@@ -167,11 +172,10 @@ class MegatronEngine:
             shard.options.beat()
             chunk: PolicyModel = getattr(model, "module", model)
             hidden = model(
-                part.token_L.to(device),
-                (batch.position_T if chunk.uses_te else part.position_L).to(device),
-                part.length_L.to(device),
-                batch.cu_seqlens.to(device),
-                int(batch.cu_seqlens.diff().max()),
+                to_device(part.token_L, device),
+                to_device(batch.position_T if chunk.uses_te else part.position_L, device),
+                to_device(part.length_L, device),
+                Slots(batch.cu_seqlens, device, groups.context),
                 shard.padding(part) if self.balances_experts else None,
             )
             if not chunk.post_process:

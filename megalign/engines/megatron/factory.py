@@ -9,7 +9,7 @@ from megalign.engines.megatron.engine import AdamW, MegatronEngine
 from megalign.engines.megatron.groups import Groups, make_groups
 from megalign.engines.megatron.shard import EngineOptions
 from megalign.model_config import ModelConfig
-from megalign.models.gpt import choose_layers
+from megalign.models.gpt import choose_layers, te_import_problem
 from megalign.runtime.distributed import COLLECTIVE_S, World
 from megalign.runtime.quiet import missing_packages
 
@@ -28,13 +28,22 @@ def describe(cfg: JobConfig, model: HFModel, groups: Groups, world: World) -> st
     text += f" x data {groups.data_size}"
     text += f", experts over {groups.expert_size}" if groups.expert_size > 1 else ""
     text += f"; {_layers(cfg, model.known(), world)} layers on {world.device.type}"
-    absent = " and ".join(missing_packages())
+    missing = missing_packages()
+    if world.device.type == "cuda" and "TransformerEngine" not in missing and (broken := te_import_problem()):
+        text += f" (TransformerEngine does not import: {broken})"
+    absent = " and ".join(missing)
     return f"{text} ({absent} not installed)" if absent else text
 
 
 def _layers(cfg: JobConfig, model: ModelConfig, world: World) -> str:
     """Return the kind of layers that the job runs with."""
-    return choose_layers(cfg.engine.layers, model, on_cuda=world.device.type == "cuda")
+    return choose_layers(
+        cfg.engine.layers,
+        model,
+        on_cuda=world.device.type == "cuda",
+        dtype=dtype_of(cfg),
+        context_size=cfg.parallel.context,
+    )
 
 
 def build(cfg: JobConfig, model: HFModel, groups: Groups, world: World, *, trainable: bool) -> MegatronEngine:
