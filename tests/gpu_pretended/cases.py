@@ -1,0 +1,44 @@
+"""Data and right answers of the tests on the pretended device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalign.data.group import Response, TokenSequence
+
+LENGTHS = (37, 7, 16, 23, 2)
+
+
+def sequences() -> list[TokenSequence]:
+    """Return ragged sequences of random tokens, all but the first of each scored."""
+    random = torch.Generator().manual_seed(5)
+    tokens = [torch.randint(131, (length,), generator=random).tolist() for length in LENGTHS]
+    return [TokenSequence(0, 0, "response", tuple(ids[:1]), Response(tuple(ids[1:]))) for ids in tokens]
+
+
+def answer(folder: Path, dtype: torch.dtype, *, gradients: bool) -> dict[str, Any]:
+    """Return transformers' log-probs of a stored model computed in `dtype` and, if asked for, its gradients by name."""
+    import transformers
+
+    from tests.support.oracle import as_stored
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    logp, total = [], torch.zeros(())
+    with torch.set_grad_enabled(gradients):
+        for sequence in sequences():
+            ids = torch.tensor([[*sequence.prompt_ids, *sequence.response.ids]])
+            logits = model(ids, use_cache=False).logits[0, :-1].float()
+            logp.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1))
+            total = total + logp[-1].sum()
+    found: dict[str, Any] = {"logp": torch.cat(logp).detach()}
+    if gradients:
+        total.backward()
+        by_name = {name: parameter.grad for name, parameter in model.named_parameters()}
+        stacked = {} if model.config.model_type == "gpt_oss" else as_stored(model, by_name)
+        found["gradients"] = stacked or by_name
+    return found
