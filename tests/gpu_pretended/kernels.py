@@ -13,6 +13,7 @@ from torch import Tensor
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
 SDPA: collections.Counter[str] = collections.Counter()  # calls by the back end that CUDA would choose
+REPEATED: collections.Counter[str] = collections.Counter()  # calls of flash attention with repeated keys
 FLASH_SIZES = collections.Counter[int]()  # heads' sizes that flash attention was called with
 
 
@@ -89,6 +90,8 @@ def _check_flash(
 ) -> None:
     size = query.shape[-1]
     FLASH_SIZES[size] += 1
+    heads = key.transpose(0, 1)
+    REPEATED["keys"] += len(heads) > 1 and bool((heads[0] == heads[1]).all())
     _require(query.dtype in HALF, "FlashAttention only supports fp16 and bf16 data type")
     _require(key.shape[-1] == value.shape[-1] == size, "flash attention: query, key and value must have one head size")
     _require(size <= 256, "FlashAttention forward only supports head dimension at most 256")
@@ -189,6 +192,12 @@ def _in_random_order(add: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def scatter(self: Tensor, dim: int, index: Tensor, source: Tensor, **options: Any) -> Tensor:
         where = dim if index.dim() == source.dim() else 0  # index_add_ has a plain list of rows
         order = torch.randperm(index.shape[where])
+        if self.dtype in HALF and dim == 0 and not options:  # a CPU would add in fp32 and round once
+            into = self if add._schema.name.endswith("_") else self.clone()  # type: ignore[attr-defined]
+            for row in order.tolist():
+                at = index[row].flatten()[0] if index.dim() > 1 else index[row]
+                into[at] += source[row]
+            return into
         return add(self, dim, index.index_select(where, order), source.index_select(dim, order), **options)
 
     return scatter
