@@ -47,7 +47,9 @@ def run_job(args: argparse.Namespace, problem: UserError | None, load: Callable[
 
     def work(world: World) -> int:
         cfg = on_every_rank(valid)  # raised on all ranks together; another machine may hold another file
-        return load()(cfg, world, ending)
+        with ending.heart.during("importing the program", counts="work"):  # minutes on a slow file system
+            run = load()
+        return run(cfg, world, ending)
 
     run_dir: str | None
     if isinstance(read, JobConfig):
@@ -120,7 +122,7 @@ def work_on_rank(work: Callable[[World], int], world: World, ending: Ending) -> 
         shown = UserError(f"rank {world.rank} of {world.size}: {error}")
         shown.doing, shown.step = error.doing, error.step
         _end(refuse(shown, ending.run_dir, taken=ending.taken), ending)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # signals raise nothing here: who reads `KeyboardInterrupt` has code that raised it
         ending.stop.ignore()
         if ending.watchdog is not None:
             ending.watchdog.await_end()

@@ -19,7 +19,7 @@ from typing import NoReturn, Protocol
 from megalign.files import write_whole
 from megalign.runtime.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from megalign.runtime.heart import Counts, Heart
-from megalign.runtime.stop import Stop
+from megalign.runtime.stop import Stop, StoppedEarly
 from megalign.schema import UserError
 
 RESULT_FILE = "MEGALIGN_RESULT_FILE"  # set by the command launch: a new file from which it reads the job's code
@@ -49,13 +49,13 @@ def during(doing: str, step: int | None) -> Iterator[None]:
     """Raise PhaseError from any exception inside; UserError, which explains itself, gets the phase after a step."""
     try:
         yield
-    except PhaseError:
+    except (PhaseError, StoppedEarly):
         raise
     except UserError as error:
         if step and error.step is None:
             error.doing, error.step = doing, step
         raise
-    except Exception as error:
+    except BaseException as error:  # code of the user's may exit, or raise KeyboardInterrupt
         raise PhaseError(doing, step) from error
 
 

@@ -23,6 +23,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_S = 5.0
 
 
+class StoppedEarly(BaseException):
+    """Says that a signal stops the job before its first step; raised on every rank, and no failure."""
+
+
 class Stop:
     """Knows whether a signal has asked this process to stop, and which.
 

@@ -21,7 +21,7 @@ from megalign.runtime.distributed import World, make_deterministic
 from megalign.runtime.exit_codes import DONE, FAILED, STOPPED
 from megalign.runtime.ranks import gather, max_over_job, on_every_rank
 from megalign.runtime.status import Ending, write_status
-from megalign.runtime.stop import Stop
+from megalign.runtime.stop import Stop, StoppedEarly
 from megalign.train.alike import check_alike, rank_items
 from megalign.train.bad_steps import naming_records, skip
 from megalign.train.check import check
@@ -44,10 +44,6 @@ from megalign.train.time_limit import TimeLimit
 
 # Largest difference of a step's two passes in a token's log-prob: rounding of non-deterministic kernels.
 AUTO_PASS_GAP = {"fp32": 1e-3, "bf16": 0.1}
-
-
-class StoppedEarly(BaseException):
-    """Says that a signal stops the job before its first step; raised on every rank."""
 
 
 def train(cfg: JobConfig, world: World, ending: Ending) -> int:
@@ -81,7 +77,9 @@ def _train(cfg: JobConfig, world: World, ending: Ending) -> int:
     kept = on_every_rank(lambda: _open_run_dir(cfg, start) if world.is_main else [])
     ending.take_over()
     start_log(run_dir, main=world.is_main)
-    engines = Engines(cfg, inputs, start, engine_package(cfg).connect(cfg, world), world)
+    with ending.heart.during("connecting the ranks", counts="bytes"):  # and importing the engine
+        connection = engine_package(cfg).connect(cfg, world)
+    engines = Engines(cfg, inputs, start, connection, world)
     # `prepare` sets the total when the data are known, after the teachers have scored.
     leave = partial(_leave_if_asked, ending.stop, world)
     with Reporter(run_dir, 0, main=world.is_main, trackers=cfg.trackers, between=leave) as report:
