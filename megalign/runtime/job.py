@@ -76,8 +76,8 @@ def run_job(args: argparse.Namespace, problem: UserError | None, load: Callable[
 
 
 def _report_signal(ending: Ending, code: int, reason: str) -> None:
-    """Report a signal that ends this process at once; before the ranks began there is no run of this job."""
-    if code == FAILED:
+    """Report a signal that ends this process at once; before it takes the directory over there is no run there."""
+    if code == FAILED or ending.taken:
         ending.write(code, reason, ending.heart.step)
     else:
         write_result(code, replace=False)
@@ -85,6 +85,8 @@ def _report_signal(ending: Ending, code: int, reason: str) -> None:
 
 def _watch(ending: Ending, timeout_s: float, world: World, store: dist.Store) -> None:
     """Start the watchdog once the ranks have met: to connect to each other they wait, too."""
+    if world.size > 1:
+        ending.stop.wait_for_step()  # a rank that ended by itself would look like one that died
     watchdog = Watchdog(
         ending.heart,
         rank=world.rank,

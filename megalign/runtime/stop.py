@@ -99,7 +99,7 @@ class Stop:
 
     def _hear(self, name: str) -> None:
         if self._alone:
-            self._end(f"stopped by {name} before the ranks began", STOPPED)
+            self._end(f"stopped by {name} before there was anything to save", STOPPED)
         self.asked = self.asked or name
         now = time.monotonic()
         if self._since is None:
