@@ -14,6 +14,7 @@ from megalign.runtime.parent import end_with_parent
 from megalign.runtime.quiet import quiet_libraries
 from megalign.runtime.status import guarded, leave
 from megalign.runtime.stop import Stop
+from megalign.runtime.streams import lasting
 
 
 class Command(NamedTuple):
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_job(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Run a command on this rank of a job."""
-    with Stop().listening() as stop:
+    with lasting("stdout", "stderr"), Stop().listening() as stop:
         end_with_parent()
         args, problem = parse_job(name, command.about, arguments)  # --help ends here
 

@@ -238,6 +238,8 @@ def _result_problem(out: object) -> str | None:
         return f"{shorten(out)}; must be LossOut of tensors without dimensions, its metrics a dict"
     if not all(isinstance(value, Tensor) and value.ndim == 0 for value in (out.loss, *out.metrics.values())):
         return f"{shorten(out)}; must be LossOut of tensors without dimensions"
+    if any(value.is_complex() for value in (out.loss, *out.metrics.values())):
+        return f"{shorten(out)}; must be LossOut of real numbers"
     for name in out.metrics:
         if not isinstance(name, str) or name in RESERVED or name.startswith("eval_"):
             return f"the metric {shorten(name)}; must be a word that no step reports of its own"

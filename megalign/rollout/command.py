@@ -27,12 +27,13 @@ def write_rollouts(
     num_ranks: int = 1,
     gather: Gather | None = None,
     beat: Callable[[], None] = lambda: None,
+    between: Callable[[], None] = lambda: None,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Sample all rounds with the same weights and write `RUN_DIR/rollout.jsonl`, which `data.path` accepts.
 
     The same seed draws the same samples as in the first round of `train`. Rank 0 writes, after the last round; an
-    earlier file of that name is kept as `rollout.<n>.jsonl`.
+    earlier file of that name is kept as `rollout.<n>.jsonl`. between: called on every rank before each round.
     """
     rollout = cfg.rollout
     assert rollout is not None  # the command has refused a configuration without the section
@@ -40,6 +41,7 @@ def write_rollouts(
     plan = SamplingPlan(rollout.k, rollout.temperature, rollout.max_new_tokens)
     records: list[dict[str, Any]] = []
     for round_number in range(rollout.rounds):
+        between()
         result = rollout_round(
             sampler,
             tokenizer,

@@ -23,6 +23,7 @@ from megalign.runtime.exit_codes import DONE
 from megalign.runtime.launch import Status, check_job, job_code, run_process
 from megalign.runtime.parent import set_parent_death_signal
 from megalign.runtime.status import RESULT_FILE, guarded, write_result
+from megalign.runtime.streams import lasting
 
 KEEPER = ["-m", "megalign.runtime.rank_keeper"]
 
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         args, job = parser.parse_known_args(arguments[:end])
         return _run(args, job, list(arguments[end + 1 :]))
 
-    return guarded(run)
+    with lasting("stdout", "stderr"):
+        return guarded(run)
 
 
 def _run(args: argparse.Namespace, job: list[str], launcher: list[str]) -> int:

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -110,18 +110,18 @@ def _has_stacks(folder: Path, rank: int) -> bool:
     return False
 
 
-def dump_others(verdict: Verdict, seen: Mapping[int, Seen], here: str) -> None:
-    """Have silent ranks on this machine write their stacks; one that is stopped cannot."""
-    _signal(verdict, seen, here, DUMP_SIGNAL)
+def dump_others(ranks: Iterable[int], seen: Mapping[int, Seen], here: str) -> None:
+    """Have those of these ranks that are on this machine write their stacks; one that is stopped cannot."""
+    _signal(ranks, seen, here, DUMP_SIGNAL)
 
 
-def end_others(verdict: Verdict, seen: Mapping[int, Seen], here: str) -> None:
-    """End silent ranks on this machine, which cannot end themselves."""
-    _signal(verdict, seen, here, signal.SIGKILL)
+def end_others(ranks: Iterable[int], seen: Mapping[int, Seen], here: str) -> None:
+    """End those of these ranks that are on this machine, where they cannot end themselves."""
+    _signal(ranks, seen, here, signal.SIGKILL)
 
 
-def _signal(verdict: Verdict, seen: Mapping[int, Seen], here: str, number: int) -> None:
-    for rank in verdict.ranks if verdict.silent and here else ():
+def _signal(ranks: Iterable[int], seen: Mapping[int, Seen], here: str, number: int) -> None:
+    for rank in ranks if here else ():
         sign = seen[rank].sign if rank in seen else None
         process = process_of(sign) if sign is not None and sign.machine == here and sign.pid != os.getpid() else None
         with suppress(psutil.Error, OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -66,8 +67,8 @@ class Activity:
         """Add what was done since the last look."""
         import psutil  # the launchers, which import this file, do not need it
 
-        this, children = psutil.Process(), {}
-        self.moved += _moved(this.pid) - self._own
+        self.moved += _moved(os.getpid()) - self._own
+        this, children = psutil.Process(), {}  # which reads a file, too
         seconds = sum(this.cpu_times()[:2]) - time.thread_time()
         for child in this.children(recursive=True):
             with suppress(psutil.Error, OSError):  # it has ended, or its numbers are not for this user

@@ -47,7 +47,9 @@ def run_job(args: argparse.Namespace, problem: UserError | None, load: Callable[
 
     def work(world: World) -> int:
         cfg = on_every_rank(valid)  # raised on all ranks together; another machine may hold another file
-        return load()(cfg, world, ending)
+        with ending.heart.during("importing the program", counts="work"):  # minutes on a slow file system
+            run = load()
+        return run(cfg, world, ending)
 
     run_dir: str | None
     if isinstance(read, JobConfig):
@@ -74,8 +76,8 @@ def run_job(args: argparse.Namespace, problem: UserError | None, load: Callable[
 
 
 def _report_signal(ending: Ending, code: int, reason: str) -> None:
-    """Report a signal that ends this process at once; before the ranks began there is no run of this job."""
-    if code == FAILED:
+    """Report a signal that ends this process at once; before it takes the directory over there is no run there."""
+    if code == FAILED or ending.taken:
         ending.write(code, reason, ending.heart.step)
     else:
         write_result(code, replace=False)
@@ -83,6 +85,8 @@ def _report_signal(ending: Ending, code: int, reason: str) -> None:
 
 def _watch(ending: Ending, timeout_s: float, world: World, store: dist.Store) -> None:
     """Start the watchdog once the ranks have met: to connect to each other they wait, too."""
+    if world.size > 1:
+        ending.stop.wait_for_step()  # a rank that ended by itself would look like one that died
     watchdog = Watchdog(
         ending.heart,
         rank=world.rank,
@@ -120,7 +124,7 @@ def work_on_rank(work: Callable[[World], int], world: World, ending: Ending) -> 
         shown = UserError(f"rank {world.rank} of {world.size}: {error}")
         shown.doing, shown.step = error.doing, error.step
         _end(refuse(shown, ending.run_dir, taken=ending.taken), ending)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # signals raise nothing here: who reads `KeyboardInterrupt` has code that raised it
         ending.stop.ignore()
         if ending.watchdog is not None:
             ending.watchdog.await_end()

@@ -23,6 +23,7 @@ from megalign.runtime.exit_codes import DONE, FAILED, STOPPED
 from megalign.runtime.nodes import nodes_of
 from megalign.runtime.parent import PARENT, adopt_orphans, await_orphans, on_stop_signals
 from megalign.runtime.status import RESULT_FILE, guarded, write_result
+from megalign.runtime.streams import lasting
 
 ORPHANS_S = 600.0  # for ranks whose agent was killed to finish their step and save
 Stop: TypeAlias = Callable[["subprocess.Popen[bytes]"], None]
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
         args = parser.parse_args(arguments[:2])  # the checks parse the rest
         return launch(args.ranks, arguments[1:])
 
-    return guarded(run)
+    with lasting("stdout", "stderr"):
+        return guarded(run)
 
 
 def launch(ranks: int, arguments: Sequence[str]) -> int:

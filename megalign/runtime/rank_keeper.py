@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from megalign.runtime.parent import on_stop_signals, set_parent_death_signal
+from megalign.runtime.streams import lasting
 
 DONE, STOPPED = 0, 75  # of megalign.runtime.status, which would import what this small process does not need
 LAST_WORD_S = 3.0  # for other ranks to say what they saw, before they are ended
@@ -63,4 +64,5 @@ def _ended(code: int, *, asked: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with lasting("stderr"):
+        sys.exit(main(sys.argv[1:]))

@@ -97,6 +97,8 @@ def judge(
         return Verdict(tuple(silent), reason, step, silent=True)
     if not stalls or not present or any(now - each.moved <= timeout_s for each in seen.values()):
         return None
+    if any(now - each.heard > timeout_s / 2 for each in present.values()):
+        return None  # one that was stopped a little after the last progress: soon it is silent, which says more
     stuck = [rank for rank, each in present.items() if not each.sign.waits] or _fewest(present)
     reason = f"{_named(stuck, size)} made no progress for {timeout_s:g} s (watchdog.timeout_s) in "
     reason += f"{_doing(seen[stuck[0]].sign)}{_rest(present, stuck, size)}"
@@ -180,7 +182,13 @@ def waiting_in() -> str:
         ]
         calls = [name for path, name, _ in stack if path.name == "distributed_c10d.py"]
         path, name, line = stack[0]
-        if not calls and ".wait(" in linecache.getline(str(path), line) and set(WAITING_CODE) & set(path.parts):
+        # The line is None where the frame's thread is between two of them.
+        if (
+            not calls
+            and line
+            and ".wait(" in linecache.getline(str(path), line)
+            and set(WAITING_CODE) & set(path.parts)
+        ):
             calls = [name]
         if calls:
             call = next((name for name in calls if not name.startswith("_")), calls[0])

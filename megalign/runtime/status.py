@@ -19,7 +19,8 @@ from typing import NoReturn, Protocol
 from megalign.files import write_whole
 from megalign.runtime.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from megalign.runtime.heart import Counts, Heart
-from megalign.runtime.stop import Stop
+from megalign.runtime.stop import Stop, StoppedEarly
+from megalign.runtime.streams import LastingStream, lasting
 from megalign.schema import UserError
 
 RESULT_FILE = "MEGALIGN_RESULT_FILE"  # set by the command launch: a new file from which it reads the job's code
@@ -49,13 +50,13 @@ def during(doing: str, step: int | None) -> Iterator[None]:
     """Raise PhaseError from any exception inside; UserError, which explains itself, gets the phase after a step."""
     try:
         yield
-    except PhaseError:
+    except (PhaseError, StoppedEarly):
         raise
     except UserError as error:
         if step and error.step is None:
             error.doing, error.step = doing, step
         raise
-    except Exception as error:
+    except BaseException as error:  # code of the user's may exit, or raise KeyboardInterrupt
         raise PhaseError(doing, step) from error
 
 
@@ -217,14 +218,17 @@ def write_result(code: int, *, replace: bool) -> None:
 def guarded(main: Callable[[], int], run_dir_hint: Callable[[], str | None] = lambda: None) -> int:
     """Return `main()`; on UserError print one line, write a status in the hinted directory and return 2.
 
-    A reader of the output that has seen enough, such as `head`, ends it without a word.
+    A reader of the output that has seen enough, such as `head`, ends a tool without a word; a job outlives it.
     """
-    try:
-        return main()
-    except BrokenPipeError:
-        return DONE
-    except UserError as error:
-        return refuse(error, run_dir_hint())
+    with lasting("stderr"):
+        try:
+            return main()
+        except BrokenPipeError:
+            if isinstance(sys.stdout, LastingStream):  # a job's, so that another pipe broke
+                raise
+            return DONE
+        except UserError as error:
+            return refuse(error, run_dir_hint())
 
 
 def stoppable(main: Callable[[], int], *, afterwards: str = "") -> int:

@@ -23,6 +23,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_S = 5.0
 
 
+class StoppedEarly(BaseException):
+    """Says that a signal stops the job before its first step; raised on every rank, and no failure."""
+
+
 class Stop:
     """Knows whether a signal has asked this process to stop, and which.
 
@@ -95,7 +99,7 @@ class Stop:
 
     def _hear(self, name: str) -> None:
         if self._alone:
-            self._end(f"stopped by {name} before the ranks began", STOPPED)
+            self._end(f"stopped by {name} before there was anything to save", STOPPED)
         self.asked = self.asked or name
         now = time.monotonic()
         if self._since is None:

@@ -22,6 +22,7 @@ from megalign.runtime.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from megalign.runtime.nodes import Nodes, nodes_of
 from megalign.runtime.parent import Asked, end_with_parent, on_stop_signals
 from megalign.runtime.status import RESULT_FILE, guarded, leave, write_result
+from megalign.runtime.streams import lasting
 from megalign.schema import UserError
 
 REFUSAL_S = 10  # for the other nodes to come, of which all are started at about the same time
@@ -142,4 +143,5 @@ def _told(agent: Agent, verdict: Verdict | None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    with lasting("stdout", "stderr"):
+        leave(main(sys.argv[1:]))

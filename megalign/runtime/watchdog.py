@@ -66,7 +66,7 @@ class Watchdog:
         now = time.monotonic()
         self.seen = {other: Seen(Sign.none(), now, now) for other in (range(size) if rank == 0 else (0,))}
         self._store: Any = None
-        self._tick = 0
+        self._tick = self._progress = 0
         self._answered = time.monotonic()
         self._closed, self._ending = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
@@ -151,11 +151,11 @@ class Watchdog:
                 told = self._store.get("verdict") if self._store.check(["verdict"]) else b""
                 self._read()
                 self._answered = time.monotonic()
-            except (
-                RuntimeError
-            ):  # whoever serves the store has gone; the ranks end by themselves, or the guard ends them
+                verdict = _unpack(told) if told else self._judge()
+            except Exception:
+                # Mostly whoever serves the store has gone: the ranks end by themselves, or the guard ends them. Without
+                # this thread a rank that is well would be ended as a silent one.
                 continue
-            verdict = _unpack(told) if told else self._judge()
             if verdict is not None and not self._closed.is_set():
                 self._end(verdict)
 
@@ -173,12 +173,14 @@ class Watchdog:
     def _publish(self, *, left: bool = False) -> None:
         self._tick += 1
         heart = self.heart
+        with suppress(Exception):  # a sign with the count before says more than none
+            self._progress = heart.progress()
         sign = Sign(
             self._tick,
-            heart.progress(),
+            self._progress,
             heart.phase,
             heart.step,
-            waiting_in(),
+            _waits(),
             left,
             socket.gethostname(),
             self.machine,
@@ -221,13 +223,13 @@ class Watchdog:
         if not first:  # the other thread ends the process
             time.sleep(4 * REPORT_S)
         self.file.exit_later(3 * REPORT_S)  # a disk may be what hangs
-        self.file.write(f"{verdict.reason}. This rank: {self.heart.phase}, {waiting_in() or 'in no collective'}")
+        self.file.write(f"{verdict.reason}. This rank: {self.heart.phase}, {_waits() or 'in no collective'}")
         with suppress(RuntimeError):
             if not alone:
                 self._store.add(f"reported {self.rank}", 1)
                 self._read_all()
         if self._speaks_for_machine(verdict):
-            dump_others(verdict, self.seen, self.machine)
+            dump_others(verdict.ranks if verdict.silent else (), self.seen, self.machine)
         time.sleep(DUMP_S)
         answered = {self.rank} if alone else self._await_files(verdict)
         if alone or self.rank == min(answered, default=self.rank):
@@ -239,7 +241,10 @@ class Watchdog:
             if not alone:
                 self._await_all("summed", 1)
         print(f"megalign: rank {self.rank} of {self.size} ends: {verdict.reason}", file=sys.stderr, flush=True)
-        end_others(verdict, self.seen, self.machine)
+        mute = set(verdict.ranks) if verdict.silent else set()
+        if not alone:  # others may have stopped since
+            mute |= {rank for rank, each in self.seen.items() if not each.sign.left} - answered
+        end_others(mute, self.seen, self.machine)
         if self.rank == 0:
             time.sleep(1.0)  # it may serve the store, in which the others read that all is written
         end_now(FAILED)
@@ -266,6 +271,13 @@ class Watchdog:
         until = time.monotonic() + REPORT_S
         while time.monotonic() < until and self._store.add(key, 0) < count:
             time.sleep(0.05)
+
+
+def _waits() -> str:
+    """Return the collective that this process waits in; "" where that cannot be told."""
+    with suppress(Exception):  # it looks into frames of threads that run meanwhile
+        return waiting_in()
+    return ""
 
 
 def _unpack(text: bytes) -> Verdict:

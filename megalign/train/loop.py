@@ -6,7 +6,6 @@ Run: python -m megalign train CONFIG.yaml [key.sub=value ...]
 from __future__ import annotations
 
 import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,8 @@ from megalign.engines.step import StepBatch, StepResult, accumulate
 from megalign.runtime.discovery import allocation_end
 from megalign.runtime.distributed import World, make_deterministic
 from megalign.runtime.exit_codes import DONE, FAILED, STOPPED
-from megalign.runtime.ranks import barrier, gather, max_over_job, on_every_rank
+from megalign.runtime.ranks import barrier, gather, on_every_rank
 from megalign.runtime.status import Ending, write_status
-from megalign.runtime.stop import Stop
 from megalign.train.alike import check_alike, rank_items
 from megalign.train.bad_steps import naming_records, skip
 from megalign.train.check import check
@@ -37,6 +35,7 @@ from megalign.train.saves import keep_instead, remove_exported, save, save_until
 from megalign.train.schedule import learning_rate
 from megalign.train.starting import agree_on_start
 from megalign.train.step_metrics import step_metrics
+from megalign.train.stopping import leave_if_asked, signalled, unless_stopped_early
 from megalign.train.summary import report_summary
 from megalign.train.time_limit import TimeLimit
 
@@ -44,23 +43,12 @@ from megalign.train.time_limit import TimeLimit
 AUTO_PASS_GAP = {"fp32": 1e-3, "bf16": 0.1}
 
 
-class StoppedEarly(BaseException):
-    """Says that a signal stops the job before its first step; raised on every rank."""
-
-
 def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     """Run the job to its end; exit code 0, or 75 when it stopped early after saving. Called on every rank."""
     ending.stop.wait_for_step()
     if cfg.run.deterministic:
         make_deterministic()
-    try:
-        return _train(cfg, world, ending)
-    except StoppedEarly as stopped:
-        if world.is_main:
-            print(f"megalign: {stopped}; the same command begins anew", file=sys.stderr, flush=True)
-            ending.write(STOPPED, str(stopped), None)
-        barrier()  # a launcher ends all ranks once one has ended
-        return STOPPED
+    return unless_stopped_early(lambda: _train(cfg, world, ending), world, ending)
 
 
 def _train(cfg: JobConfig, world: World, ending: Ending) -> int:
@@ -75,13 +63,15 @@ def _train(cfg: JobConfig, world: World, ending: Ending) -> int:
         check_alike(cfg, items)
     with ending.heart.during("looking for what to start from", counts="bytes"):
         start = agree_on_start(cfg, inputs, world)
-    _leave_if_asked(ending.stop, world)
+    leave_if_asked(ending.stop, world)
     kept = on_every_rank(lambda: _open_run_dir(cfg, start) if world.is_main else [])
     ending.take_over()
     start_log(run_dir, main=world.is_main)
-    engines = Engines(cfg, inputs, start, engine_package(cfg).connect(cfg, world), world)
+    with ending.heart.during("connecting the ranks", counts="bytes"):  # and importing the engine
+        connection = engine_package(cfg).connect(cfg, world)
+    engines = Engines(cfg, inputs, start, connection, world)
     # `prepare` sets the total when the data are known, after the teachers have scored.
-    leave = partial(_leave_if_asked, ending.stop, world)
+    leave = partial(leave_if_asked, ending.stop, world)
     with Reporter(run_dir, 0, main=world.is_main, trackers=cfg.trackers, between=leave) as report:
         for line in (*kept, *start.notes):
             report.say(line)
@@ -104,16 +94,6 @@ def _read(cfg: JobConfig, world: World, ending: Ending) -> Inputs:
     """Read and check all inputs; this rank waits for no other meanwhile."""
     with ending.heart.during("reading the inputs", counts="work"):
         return check(cfg, world.size)
-
-
-def _leave_if_asked(stop: Stop, world: World) -> None:
-    """Raise StoppedEarly on every rank if a signal has reached any; called on all ranks at the same places."""
-    if max_over_job(float(bool(stop.asked)), device=world.device):
-        raise StoppedEarly(f"{_signalled(stop)} before the first step")
-
-
-def _signalled(stop: Stop) -> str:
-    return f"stopped by {stop.asked or 'a signal to another rank'}"
 
 
 def _open_run_dir(cfg: JobConfig, start: Start) -> list[str]:
@@ -239,8 +219,7 @@ def _why_stop(job: Job) -> str:
     late = job.world.is_main and job.cfg.run.max_minutes is not None and minutes >= job.cfg.run.max_minutes
     near = job.limit.why_stop() if job.world.is_main else ""
     # In the order of their weight: one number is agreed on, and each rank has the words for it.
-    signalled = _signalled(job.stop)
-    reasons = ("", near or "rank 0 stops", "run.max_minutes is over", signalled)
+    reasons = ("", near or "rank 0 stops", "run.max_minutes is over", signalled(job.stop))
     mine = 3 if job.stop.asked else 2 if late else 1 if near else 0
     return reasons[int(job.engine.max_over_job(float(mine)))]
 

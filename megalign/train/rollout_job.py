@@ -6,6 +6,7 @@ Run: python -m megalign rollout CONFIG.yaml [key.sub=value ...]
 from __future__ import annotations
 
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 from megalign.config.job import JobConfig
@@ -20,10 +21,16 @@ from megalign.train.check import check
 from megalign.train.inputs import Inputs
 from megalign.train.outputs import with_date
 from megalign.train.run_dir import check_run_dir
+from megalign.train.stopping import leave_if_asked, unless_stopped_early
 
 
 def rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
-    """Sample and reward all rounds with the model's weights as they are; exit code 0. Called on every rank."""
+    """Sample and reward all rounds with the model's weights as they are; return the exit code. Called on every rank."""
+    return unless_stopped_early(lambda: _rollout(cfg, world, ending), world, ending)
+
+
+def _rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
+    """Sample and write; StoppedEarly on every rank where a signal stops the job before its last round."""
 
     def read() -> Inputs:
         if cfg.rollout is None:
@@ -37,6 +44,8 @@ def rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
     inputs = on_every_rank(read)
     on_every_rank(lambda: Path(cfg.run.dir, "status.json").unlink(missing_ok=True) if world.is_main else None)
     ending.take_over()
+    leave = partial(leave_if_asked, ending.stop, world, before="the last round, and nothing was written")
+    leave()
     for note in inputs.notes if world.is_main else ():
         print(note, flush=True)
     from megalign.rollout.transformers_sampler import load_sampler  # transformers' models take seconds to import
@@ -54,6 +63,7 @@ def rollout(cfg: JobConfig, world: World, ending: Ending) -> int:
             num_ranks=world.size,
             gather=gather,
             beat=beat,
+            between=leave,
         )
     )
     if world.is_main:

@@ -143,6 +143,8 @@ FAILING = {
     "scores.policy_S.sum()": "must be LossOut of tensors without dimensions",
     "LossOut(0.0)": "returned LossOut(loss=0.0, metrics={}); must be LossOut of tensors without dimensions",
     "LossOut(scores.policy_S)": "must be LossOut of tensors without dimensions",
+    "LossOut(scores.policy_S.sum() * 1j)": "must be LossOut of real numbers",
+    "LossOut(scores.policy_S.sum(), {'a': scores.policy_S.sum() * 1j})": "must be LossOut of real numbers",
     "LossOut(scores.policy_S.sum(), {'a': 1.0})": "must be LossOut of tensors without dimensions",
     "LossOut(scores.policy_S.sum(), None)": "must be LossOut of tensors without dimensions, its metrics a dict",
     "LossOut(scores.policy_S.sum(), {'step': scores.policy_S.sum()})": "returned the metric 'step'; must be a word",

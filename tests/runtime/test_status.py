@@ -15,7 +15,17 @@ import torch.distributed as dist
 from megalign.runtime.distributed import free_port, process_group
 from megalign.runtime.exit_codes import BAD_INPUT, STOPPED
 from megalign.runtime.job import work_on_rank
-from megalign.runtime.status import RESULT_FILE, Ending, during, guarded, is_consequence, write_status
+from megalign.runtime.status import (
+    RESULT_FILE,
+    Ending,
+    PhaseError,
+    during,
+    explain,
+    guarded,
+    is_consequence,
+    write_status,
+)
+from megalign.runtime.stop import StoppedEarly
 from megalign.schema import UserError
 
 
@@ -51,6 +61,15 @@ def test_what_explains_itself_is_bad_input_until_a_step_is_taken(step, code, doi
     assert capsys.readouterr().err.endswith(f": {doing}data.path: no such file\n")
     told = json.loads((tmp_path / "status.json").read_text())
     assert told == {"code": code, "reason": f"{doing}data.path: no such file", "step": step or None}
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), GeneratorExit(), MemoryError()])
+def test_whatever_is_raised_has_its_phase(error):
+    with pytest.raises(PhaseError) as told, during("step 8", 7):
+        raise error
+    assert explain(told.value) == (f"step 8: {type(error).__name__}: {error}".strip(), 7)
+    with pytest.raises(StoppedEarly), during("before the first step", None):
+        raise StoppedEarly
 
 
 def test_bad_input_without_a_known_directory_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -166,7 +185,7 @@ def rank_of_four(rank: int, port: int, run_dir: str, delay: float) -> None:
             if delay:
                 dist.destroy_process_group()
                 time.sleep(delay)
-            raise ValueError("rank 2 has had enough")
+            raise KeyboardInterrupt("rank 2 has had enough")  # as code of a user's may
         while True:
             dist.all_reduce(torch.zeros(1))
 
@@ -186,7 +205,7 @@ def test_status_holds_the_cause_and_not_what_followed(delay, tmp_path, capfd):
     for rank in ranks:
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [1] * 4
-    reason = "rank 2 of 4: ValueError: rank 2 has had enough"
+    reason = "rank 2 of 4: KeyboardInterrupt: rank 2 has had enough"
     assert json.loads((run_dir / "status.json").read_text()) == {"code": 1, "reason": reason, "step": None}
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("megalign: ")]
     assert f"megalign: failed: {reason}" in lines

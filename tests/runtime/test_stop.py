@@ -48,7 +48,7 @@ def test_before_the_ranks_began_the_first_signal_ends_the_process(number):
     process.send_signal(number)
     told, _ = process.communicate(timeout=30)
     assert process.returncode == 75
-    assert f"megalign: stopped by {number.name} before the ranks began\n" in told and "reported: 75" in told
+    assert f"megalign: stopped by {number.name} before there was anything to save\n" in told and "reported: 75" in told
 
 
 def test_a_second_signal_ends_a_process_that_waits_for_ever():

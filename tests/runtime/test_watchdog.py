@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -9,13 +10,18 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import torch.distributed as dist
 
 from megalign.runtime.heart import Heart
-from megalign.runtime.signs import Seen, Sign, judge, place_of, process_of, state_of
+from megalign.runtime.job import run_job
+from megalign.runtime.signs import Seen, Sign, judge, place_of, process_of, state_of, waiting_in
+from megalign.runtime.status import Ending
+from megalign.runtime.stop import Stop
 from megalign.runtime.watchdog import Watchdog
+from tests.support.tiny_jobs import write_config
 
 MACHINE, PID, BORN = place_of()
 SIGN = Sign(7, 40, "step 9", 8, "", False, "node1", MACHINE, PID, BORN)
@@ -74,6 +80,12 @@ def test_ranks_that_have_ended_by_themselves_count_no_more():
     assert judged(ranks) is None
 
 
+def test_one_that_stopped_after_the_last_progress_is_waited_for_until_it_is_silent():
+    assert judged(seen((99, 80, "all_reduce"), (90, 88, ""))) is None
+    verdict = judged(seen((99, 80, "all_reduce"), (96, 88, "")))
+    assert verdict is not None and verdict.ranks == (1,) and not verdict.silent
+
+
 def test_one_that_sees_a_part_of_the_ranks_judges_only_silence():
     assert judged(seen((99, 10, "")), size=4, stalls=False) is None
     assert judged(seen((89, 10, "")), size=4, stalls=False) is not None
@@ -112,6 +124,19 @@ def test_what_the_system_says_of_a_process():
     assert "has ended without a word" in state_of(sign, MACHINE)
 
 
+def compute() -> None:
+    """Use a second and a half of the processor, in another thread than the one that looks."""
+    until = time.process_time() + 1.5
+
+    def spin() -> None:
+        while time.process_time() < until:
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    thread.join()
+
+
 def test_bytes_and_processor_time_are_progress_only_where_a_phase_says_so(tmp_path):
     heart = Heart()
 
@@ -125,18 +150,6 @@ def test_bytes_and_processor_time_are_progress_only_where_a_phase_says_so(tmp_pa
         with open(tmp_path / "data", "wb", buffering=0) as file:
             for _ in range(3):
                 file.write(bytes(2**20))
-
-    def compute() -> None:
-        """Use a second and a half of the processor, in another thread than the one that looks."""
-        until = time.process_time() + 1.5
-
-        def spin() -> None:
-            while time.process_time() < until:
-                pass
-
-        thread = threading.Thread(target=spin)
-        thread.start()
-        thread.join()
 
     def write_in_a_child() -> None:
         child = subprocess.Popen(
@@ -161,7 +174,56 @@ def test_bytes_and_processor_time_are_progress_only_where_a_phase_says_so(tmp_pa
         assert moves(compute)
     with heart.during("saving", 3, counts="bytes"):
         assert not moves(lambda: [heart.progress() for _ in range(1000)])  # which reads more than 1 MiB below /proc
+    looked = heart._activity.moved
+    for _ in range(100):
+        heart._activity.look()
+    assert heart._activity.moved - looked < 100 * 100  # a page more or less is no look
     assert (heart.phase, heart.step) == ("starting", None)
+
+
+def test_importing_the_program_is_progress(tmp_path, monkeypatch):
+    """On a slow file system it takes longer than a short time-out."""
+    held = Ending()
+    monkeypatch.setattr("megalign.runtime.job.Ending", lambda *_, **__: held)
+
+    found: list[bool] = []
+
+    def load():
+        held.heart.progress()
+        before = held.heart.progress()
+        compute()
+        found.append(held.heart.progress() > before)
+        return lambda *_: 0
+
+    args = argparse.Namespace(config=str(write_config(tmp_path)), overrides=[])
+    assert run_job(args, None, load, Stop()) == 0 and found == [True]
+
+
+def test_a_frame_between_two_lines_is_no_collective(monkeypatch):
+    code = SimpleNamespace(co_filename=__file__, co_name="running")
+    frame = SimpleNamespace(f_code=code, f_lineno=None, f_back=None)
+    monkeypatch.setattr(sys, "_current_frames", lambda: {1: frame})
+    assert waiting_in() == ""
+
+
+def test_signs_go_on_where_what_they_say_cannot_be_found(monkeypatch):
+    """Without them others would end a rank that is well."""
+
+    def fail():
+        raise ValueError("no such number")
+
+    heart, store = Heart(), dist.HashStore()
+    heart.beat()
+    watchdog = Watchdog(heart, rank=0, size=1, timeout_s=2.0)
+    watchdog.start(store)
+    monkeypatch.setattr(heart, "progress", fail)
+    monkeypatch.setattr("megalign.runtime.watchdog.waiting_in", fail)
+    before, until = watchdog.seen[0].sign, time.monotonic() + 10
+    while watchdog.seen[0].sign.tick < before.tick + 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert watchdog.seen[0].sign.tick >= before.tick + 3
+    assert watchdog.seen[0].sign.progress == before.progress == 1
+    watchdog.close()
 
 
 def test_a_watchdog_leaves_nothing_behind(tmp_path):

@@ -56,6 +56,9 @@ def go_wrong(fault: str, folder: str = "") -> None:
         os.abort()
     elif fault == "sleep":
         time.sleep(600)
+    elif fault == "sleep_and_stop":
+        time.sleep(9)
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "slow":
         time.sleep(20)
     elif fault == "kill":

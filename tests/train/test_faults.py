@@ -16,7 +16,13 @@ from tests.support.tiny_jobs import checkpoint_steps, metrics, records, status, 
 TIMEOUT_S = 12
 RECORDER = "TORCH_FR_BUFFER_SIZE"
 # The fault, and the rank that has it: rank 0 serves the store in which the ranks give signs of life.
-HANGS = {"stopped": ("stop", 1), "store": ("stop", 0), "interpreter": ("gil", 1), "asleep": ("sleep", 1)}
+HANGS = {
+    "stopped": ("stop", 1),
+    "store": ("stop", 0),
+    "interpreter": ("gil", 1),
+    "asleep": ("sleep", 1),
+    "dozing": ("sleep_and_stop", 1),  # shortly before the time-out
+}
 ENDS_S = 150  # a start on a busy machine, the time-out, the report
 
 
@@ -101,6 +107,14 @@ def test_a_rank_that_hangs_is_told_from_the_one_that_waits_for_it(hung):
     assert "in go_wrong" in (place / "run/watchdog/rank_1.txt").read_text()
     recorded = json.loads((place / "run/watchdog/rank_0.collectives.json").read_text())
     assert "gloo:all_reduce" in {each["profiling_name"] for each in recorded["entries"]}
+
+
+def test_a_rank_that_is_stopped_after_it_hung_is_ended_too(hung):
+    ended, place = hung["dozing"]
+    assert ended.codes == [1, -9] and ended.seconds < ENDS_S, ended
+    held = status(place / "run")
+    assert held["reason"].startswith("rank 1 of 2 made no progress for 12 s (watchdog.timeout_s) in step 2; rank 0 ")
+    assert " is stopped (SIGSTOP" in (place / "run/watchdog/summary.txt").read_text()
 
 
 @pytest.mark.parametrize("fault", ["abort", "kill"])

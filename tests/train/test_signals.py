@@ -6,15 +6,32 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.support.processes import run_ranks
 from tests.support.tiny_jobs import metrics, records, status, write_config, write_lines, write_model
 
 
 def signalled_while_scoring(config: str, run_dir: str) -> None:
-    """Rank 1 gets a signal while the reference is scored, and then both ranks take the same command to its end."""
-    from megalign.__main__ import main
+    """Rank 1 gets a signal while the reference is scored, and then both ranks take the same command to its end.
+
+    Before that, rank 1 gets one while it imports the program, when the ranks have just met.
+    """
+    from megalign.__main__ import Command, main
+
+    load, rank_1 = Command.load, os.environ["RANK"] == "1"
+
+    def signal_and_load(command: Command) -> Callable[..., Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(command)
+
+    if rank_1:
+        Command.load = signal_and_load  # type: ignore[method-assign]
+    assert main(["train", config]) == 75
+    Command.load = load  # type: ignore[method-assign]
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
 
     log = Path(run_dir, "log.txt")
 
@@ -25,7 +42,7 @@ def signalled_while_scoring(config: str, run_dir: str) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
-    if os.environ["RANK"] == "1":
+    if rank_1:
         threading.Thread(target=signal_when_data_are_read).start()
     assert main(["train", config]) == 75
     held = status(Path(run_dir))

@@ -65,6 +65,7 @@ def folder(tmp_path_factory):
     job = folder / "rounds"
     to_stop = ["train", str(job / "job.yaml"), f"run.dir={job}/stopped", f"rollout.path={signalled}"]
     launched.append((to_stop, 75))
+    launched.append((["rollout", *to_stop[1:], f"run.dir={job}/stopped_rollout"], 75))
     for does in MISBEHAVIOUR:
         # Rank 1 has the second prompt of a round.
         path = write_lines(folder / f"{does}.jsonl", [{"prompt": "1=", "does": does if n else None} for n in range(2)])
@@ -109,6 +110,9 @@ def test_signal_to_another_rank_stops_all(folder):
     told = status(folder / "rounds" / "stopped")
     assert told == {"code": 75, "reason": "stopped by a signal to another rank", "step": 1}
     assert (folder / "rounds" / "stopped" / "checkpoints" / "step_00000001").is_dir()
+    told = status(folder / "rounds" / "stopped_rollout")
+    reason = "stopped by a signal to another rank before the last round, and nothing was written"
+    assert told == {"code": 75, "reason": reason, "step": None}
 
 
 @pytest.mark.parametrize("command", ["", "_rollout"])
