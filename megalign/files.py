@@ -237,6 +237,15 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a UserError that names the file that it is about, else `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+
+
 def need_room(folder: Path, num_bytes: int, *, what: Path) -> None:
     """Raise UserError where a folder's disk has less than `num_bytes` left, which `what` takes."""
     free = shutil.disk_usage(folder).free

@@ -18,9 +18,9 @@ HELP = """Convert a checkpoint of a run or a conversion to a Hugging Face checkp
 
     {prog} CKPT_DIR OUT_HF_DIR
 
-CKPT_DIR is for example RUN_DIR/checkpoints/step_00000100; RUN_DIR and RUN_DIR/checkpoints/latest mean the newest one of
-the run, and the available steps are listed. After an interruption, the same command continues. Exit code: 0 done,
-2 wrong input, 75 stopped by a signal.
+CKPT_DIR is for example RUN_DIR/checkpoints/step_00000100; RUN_DIR and RUN_DIR/checkpoints/latest mean the newest whole
+one of the run; the available steps are listed, and damaged ones that are passed over are named. After an interruption,
+the same command continues. Exit code: 0 done, 2 wrong input, 75 stopped by a signal.
 """
 SIZE = "--shard-gb"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,14 +39,19 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
         # Imported here: it takes two seconds, which --help and a wrong command line should not wait for.
         import torch
 
-        from megalign.convert.megatron.checkpoint_dir import find_checkpoint_dir, other_steps
+        from megalign.convert.megatron.checkpoint_dir import other_steps
         from megalign.convert.report import tensor_map_back
         from megalign.convert.transfer import megatron_to_hf
+        from megalign.train.resume_point import whole_checkpoint
 
-        checkpoint = find_checkpoint_dir(expanded(args.checkpoint))
-        if checkpoint != args.checkpoint:
-            steps = ", ".join(other_steps(checkpoint))
-            Console(stderr=True).print(f"{checkpoint}, the newest of {steps}", soft_wrap=True, highlight=False)
+        named = expanded(args.checkpoint)
+        found = whole_checkpoint(named)
+        checkpoint = found.folder or named
+        if checkpoint != named:
+            whole = "whole one " if found.problems else ""
+            taken = f"{checkpoint}, the newest {whole}of {', '.join(other_steps(checkpoint))}"
+            for line in (*found.notes(), taken):
+                Console(stderr=True).print(line, soft_wrap=True, highlight=False)
         if args.dry_run:
             print_map(tensor_map_back(checkpoint))
             return 0

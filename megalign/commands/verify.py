@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
 
     def verify() -> int:
         # Imported here: it takes two seconds, which --help and a wrong command line should not wait for.
-        from megalign.convert.megatron.checkpoint_dir import find_checkpoint_dir
         from megalign.convert.report import compare
+        from megalign.train.resume_point import whole_checkpoint
 
         with ByteBar("comparing", Console(stderr=True)) as bar:
-            a, b = (find_checkpoint_dir(expanded(path)) for path in (args.a, args.b))
+            a, b = (whole_checkpoint(path).folder or path for path in map(expanded, (args.a, args.b)))
             result = compare(a, b, begin=bar.begin, read=bar.wrote)
         console = Console(width=max(Console().width, 160))
         if result.differences:

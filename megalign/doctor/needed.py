@@ -10,8 +10,8 @@ from megalign.convert.hf.model import HFModel, read_model
 from megalign.convert.hf.reader import cached_model
 from megalign.engines.build import engine_package
 from megalign.schema import UserError
+from megalign.train.checkpoint_files import NAME
 from megalign.train.outputs import export_bytes
-from megalign.train.resume_point import NAME
 from megalign.train.schedule import keeps_last, save_every
 
 FILES_A_RANK, OTHER_FILES = 2, 12  # of a checkpoint

@@ -182,13 +182,9 @@ def waiting_in() -> str:
         ]
         calls = [name for path, name, _ in stack if path.name == "distributed_c10d.py"]
         path, name, line = stack[0]
-        # The line is None where the frame's thread is between two of them.
-        if (
-            not calls
-            and line
-            and ".wait(" in linecache.getline(str(path), line)
-            and set(WAITING_CODE) & set(path.parts)
-        ):
+        # A thread may be between lines: then its frame has no number.
+        text = linecache.getline(str(path), line or 0)
+        if not calls and ".wait(" in text and set(WAITING_CODE) & set(path.parts):
             calls = [name]
         if calls:
             call = next((name for name in calls if not name.startswith("_")), calls[0])

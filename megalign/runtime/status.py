@@ -157,8 +157,8 @@ class Ending:
         if self.run_dir is None or (not self.taken and is_of_another_run(self.run_dir)):
             write_result(code, replace=False)
             return
-        replace = self._holds_consequence(reason) if self.taken else not self._reported_since()
         with suppress(OSError, ValueError):  # the printed line and the exit code report it anyway
+            replace = self._holds_consequence(reason) if self.taken else not self._reported_since()
             write_status(self.run_dir, code, reason, step, replace=replace)
 
     def _reported_since(self) -> bool:

@@ -65,7 +65,7 @@ def read_plain(folder: Path) -> dict[str, Any] | None:
             raise TypeError("its job has no section data")
         if version == FORMAT and path.name == FACTS:
             _check_kinds(plain)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{path} cannot be read ({reason_of(error)}); must be as megalign wrote it") from None
     if version != FORMAT:
         raise UserError(f"{path}: format is {version!r}; must be {FORMAT}, which is what this version reads")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from megalign.schema import UserError, reason_of
 from megalign.train.checkpoint_facts import Damaged, read_plain
 
 FILES = "files.json"  # every other file's size and CRC-32, so that an incomplete or spoiled copy is noticed
+NAME = re.compile(r"step_(\d{8})")
 SMALL = 1 << 20  # bytes; files up to this size are checked as soon as a checkpoint is looked at
 
 
@@ -24,6 +26,17 @@ class Recorded(NamedTuple):
 
     size: int
     crc: int | None = None
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the step that a checkpoint's name tells, also while a new one of the same step replaces it; else None."""
+    match = NAME.fullmatch(shown_name(folder))
+    return int(match[1]) if match else None
+
+
+def shown_name(folder: Path) -> str:
+    """Return the name of a checkpoint, also while a new one of the same step replaces it."""
+    return folder.name.removeprefix(".").removesuffix(".replaced")
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -35,15 +48,18 @@ def file_sizes(folder: Path) -> dict[str, int]:
 def read_listing(folder: Path) -> dict[str, Recorded]:
     """Read FILES; nothing for a checkpoint of a conversion or an earlier version, Damaged where it should be there."""
     path = folder / FILES
-    if not path.exists():
+    if not path.is_file():
         if (folder / FACTS).is_file():
             raise Damaged(f"{folder}: {FILES} is missing; must be a checkpoint as megalign wrote it")
         return {}
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        return {name: _recorded(value) for name, value in dict(plain).items()}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        listing = {name: _recorded(value) for name, value in dict(plain).items()}
+        if FACTS not in listing and (folder / FACTS).is_file():  # an empty one would let everything pass
+            raise TypeError(f"it does not list {FACTS}")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise Damaged(f"{path} cannot be read ({reason_of(error)}); must be as megalign wrote it") from None
+    return listing
 
 
 def _recorded(value: Any) -> Recorded:
@@ -58,15 +74,19 @@ def _recorded(value: Any) -> Recorded:
 
 def check_undamaged(folder: Path) -> None:
     """Raise Damaged where files are missing, of another size, or small and of other content than was written."""
+    try:
+        _check_undamaged(folder)
+    except OSError as error:  # not allowed, or a file system that has lost part of it
+        raise Damaged(f"{folder} cannot be read ({reason_of(error)})") from None
+
+
+def _check_undamaged(folder: Path) -> None:
     if not is_checkpoint(folder):
         raise Damaged(f"{folder}: {FACTS} is missing; must be a checkpoint that megalign wrote")
     if not (folder / HF_FILES / "config.json").is_file():
         raise Damaged(f"{folder}: {HF_FILES}/config.json is missing; must be a checkpoint that megalign wrote")
     listing = read_listing(folder)
-    try:
-        present = file_sizes(folder)
-    except OSError as error:  # a file system that has lost part of it, for example
-        raise Damaged(f"{folder} cannot be read ({reason_of(error)})") from None
+    present = file_sizes(folder)
     for name in (INDEX, COMMON) if MARK in present and not listing else ():
         if name not in present:  # a converted one may be half a copy too
             raise Damaged(f"{folder}: {name} is missing; must be a checkpoint that megalign wrote")
@@ -77,7 +97,9 @@ def check_undamaged(folder: Path) -> None:
     if not listing and not any((folder / name).is_file() for name in (FACTS, MARK)):
         raise Damaged(f"{folder}: {MARK} is missing; must be a checkpoint that megalign wrote")
     check_contents(folder, listing, (name for name, recorded in listing.items() if recorded.size <= SMALL))
-    read_plain(folder)
+    step, named = (read_plain(folder) or {}).get("step"), step_of(folder)
+    if step is not None and named is not None and named != step:  # else it would stand for a step that it does not hold
+        raise Damaged(f"{folder}: {FACTS} is of step {step}; must be of step {named}, as the name says")
 
 
 def check_contents(folder: Path, listing: Mapping[str, Recorded], names: Iterable[str]) -> None:

@@ -38,9 +38,9 @@ def _step_of(line: str) -> int | None:
     """Return the step of a line of metrics; None for anything else."""
     try:
         step = json.loads(line)["step"] if line.endswith("\n") else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return step if isinstance(step, int) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def later_dumps(run_dir: Path, step: int) -> list[Path]:

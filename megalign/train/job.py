@@ -54,6 +54,7 @@ class Job:
     modes: set[str] = field(default_factory=set)  # the pass modes that the log has named
     limit: TimeLimit = field(default_factory=TimeLimit)
     pending: Any = None  # the checkpoint that is written beside training
+    damaged: set[Path] = field(default_factory=set)  # checkpoints of the run that were found so, and not saved anew
     unsaved: str = ""  # why the newest checkpoint could not be saved
     save_times: dict[str, float] = field(default_factory=dict)  # metrics of what was saved since the last step's line
 
@@ -105,6 +106,7 @@ def export_model(job: Job) -> str:
 def resume(job: Job) -> None:
     """Load the checkpoint to resume from, if any; drop metrics and dumps of steps that are still to be taken."""
     start, checkpoint = job.start, job.start.checkpoint
+    job.damaged = set(start.damaged)
     if checkpoint is not None:
         extra = job.engine.load(checkpoint)
         job.step, job.bad_steps = extra["step"], extra["bad_steps"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from megalign.train.prepare import Engines, prepare
 from megalign.train.reporter import Reporter, start_log
 from megalign.train.round_report import report_round
 from megalign.train.rounds import RoundFeed
-from megalign.train.run_dir import open_run_dir
+from megalign.train.run_dir import alone_in, open_run_dir
 from megalign.train.saves import keep_instead, remove_exported, save, save_until_exported
 from megalign.train.schedule import learning_rate
 from megalign.train.starting import agree_on_start
@@ -41,6 +42,7 @@ from megalign.train.time_limit import TimeLimit
 
 # Largest difference of a step's two passes in a token's log-prob: rounding of non-deterministic kernels.
 AUTO_PASS_GAP = {"fp32": 1e-3, "bf16": 0.1}
+PATIENCE_S = 30.0  # for a job that is ending to leave the run directory
 
 
 def train(cfg: JobConfig, world: World, ending: Ending) -> int:
@@ -48,11 +50,15 @@ def train(cfg: JobConfig, world: World, ending: Ending) -> int:
     ending.stop.wait_for_step()
     if cfg.run.deterministic:
         make_deterministic()
-    return unless_stopped_early(lambda: _train(cfg, world, ending), world, ending)
+    with ExitStack() as held:
+        return unless_stopped_early(lambda: _train(cfg, world, ending, held), world, ending)
 
 
-def _train(cfg: JobConfig, world: World, ending: Ending) -> int:
-    """Prepare the job and run it; StoppedEarly on every rank where a signal stops it before its first step."""
+def _train(cfg: JobConfig, world: World, ending: Ending, held: ExitStack) -> int:
+    """Prepare the job and run it; StoppedEarly on every rank where a signal stops it before its first step.
+
+    held: until it ends, the run directory is this job's alone.
+    """
     run_dir, began = Path(cfg.run.dir), time.perf_counter()
     # All ranks use rank 0's day, and a resumed run the day on which it began.
     cfg = with_date(cfg, gather(on_every_rank(lambda: job_date(cfg) if world.is_main else None))[0])
@@ -62,8 +68,12 @@ def _train(cfg: JobConfig, world: World, ending: Ending) -> int:
             items = rank_items(cfg, inputs)
         check_alike(cfg, items)
     with ending.heart.during("looking for what to start from", counts="bytes"):
+        # Before the look: a job that is about to end may still save. A directory that is not there is nobody's.
+        there = world.is_main and run_dir.is_dir()
+        on_every_rank(lambda: held.enter_context(alone_in(run_dir, patience_s=PATIENCE_S)) if there else None)
         start = agree_on_start(cfg, inputs, world)
     leave_if_asked(ending.stop, world)
+    on_every_rank(lambda: held.enter_context(alone_in(run_dir, patience_s=0)) if world.is_main and not there else None)
     kept = on_every_rank(lambda: _open_run_dir(cfg, start) if world.is_main else [])
     ending.take_over()
     start_log(run_dir, main=world.is_main)

@@ -45,6 +45,7 @@ class Start:
     num_steps_before: int | None = None
     step: int = 0  # that the checkpoint is after; 0 where it does not say, or there is none
     notes: tuple[str, ...] = ()  # for the log
+    damaged: frozenset[Path] = frozenset()  # checkpoints whose contents are not what was written
 
 
 def job_date(cfg: JobConfig) -> str:
@@ -99,9 +100,9 @@ def _find_start(cfg: JobConfig, inputs: Inputs, damaged: Mapping[Path, str]) -> 
         elif point.since and point.named is not None and _began_converted(point.folder):
             weights = _converted(point.named, inputs)
     job = describe(cfg, inputs, weights)
-    owner = Owner(str(Path(cfg.run.dir).resolve()), job_digest(job))
+    owner = Owner(os.path.realpath(cfg.run.dir), job_digest(job))
     if point is None:
-        named = None if weights is None else str(Path(cfg.checkpoint.resume).resolve())
+        named = None if weights is None else os.path.realpath(cfg.checkpoint.resume)
         return Start(job, owner, weights=weights, started_from=named, notes=notes)
     return _go_on(cfg, point, Start(job, replace(owner, resumed=point.own), point.folder, weights, own=point.own))
 
@@ -147,11 +148,11 @@ def _go_on(cfg: JobConfig, point: ResumePoint, start: Start) -> Start:
             f"this run has saved {point.folder.name} since it started from {point.named}, and goes on from there; to "
             "start from it once more give another run.dir"
         )
-    named = None if point.named is None else str(point.named.resolve())
+    named = None if point.named is None else os.path.realpath(point.named)
     returns = point.own and point.named is not None and not point.since
     newer = newer_than(point.folder) if returns else []
     # One that is named itself is a start of its own even where nothing is newer: a restart must find it so.
-    goes_on = point.own and not (returns and named == str(point.folder.resolve())) and not newer
+    goes_on = point.own and not (returns and named == os.path.realpath(point.folder)) and not newer
     if saved is None:
         notes.append(f"{point.folder} does not say which job saved it, so this is not checked")
         return replace(start, rolled_back=bool(newer), started_from=None if goes_on else named, notes=tuple(notes))

@@ -6,18 +6,19 @@ Only rank 0 looks: the directory changes while other ranks would still be readin
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from megalign.convert.megatron.checkpoint_dir import POINTER, is_checkpoint, replaced_path
+from megalign.convert.megatron.checkpoint_dir import POINTER, holder_of, is_checkpoint, replaced_path
+from megalign.files import reading
 from megalign.schema import UserError
 from megalign.train.checkpoint_facts import Damaged, started_from
-from megalign.train.checkpoint_files import check_undamaged, extra_files
+from megalign.train.checkpoint_files import FILES, NAME, check_share, check_undamaged, extra_files, shown_name
 
-NAME = re.compile(r"step_(\d{8})")
 NONE: Mapping[Path, str] = MappingProxyType({})
 ANEW = "to begin anew, another run.dir or checkpoint.resume=never"
 
@@ -59,16 +60,13 @@ class Newest:
         return lines
 
 
-def shown_name(folder: Path) -> str:
-    """Return the name of a checkpoint, also while a new one of the same step replaces it."""
-    return folder.name.removeprefix(".").removesuffix(".replaced")
-
-
 def pointed_to(holder: Path) -> str | None:
     """Return the name in `latest`; None where there is none that can be read."""
+    if not (holder / POINTER).is_file():
+        return None
     try:
         name = json.loads((holder / POINTER).read_text(encoding="utf-8"))["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return name if isinstance(name, str) else None
 
@@ -101,8 +99,33 @@ def find_newest(holder: Path, damaged: Mapping[Path, str] = NONE) -> Newest:
 
 
 def latest(holder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run's `checkpoints` directory, None without one."""
-    return find_newest(holder).folder
+    """Return the newest whole checkpoint of a run's `checkpoints` directory, None without one that can be read."""
+    with suppress(OSError):
+        return find_newest(holder).folder
+    return None
+
+
+def whole_checkpoint(path: Path) -> Newest:
+    """Return the checkpoint that `path` is, or the newest whole one of the run that it names, after reading its files.
+
+    UserError where it, or every one of the run, is damaged. A path without checkpoints nearby is returned as it is.
+    """
+    with reading(path):
+        holder = holder_of(path)
+        if holder is None:
+            if (path / FILES).exists():
+                check_undamaged(path)
+                check_share(path, rank=0, num_ranks=1)
+            return Newest(path)
+        damaged: dict[Path, str] = {}
+        while (found := find_newest(holder, damaged)).folder is not None:
+            try:
+                check_share(found.folder, rank=0, num_ranks=1)
+            except Damaged as error:
+                damaged[found.folder] = str(error)
+                continue
+            return found
+    raise UserError(_none_whole(found, ""))
 
 
 def find_checkpoint(run_dir: Path, resume: str, damaged: Mapping[Path, str] = NONE) -> ResumePoint | None:
@@ -110,20 +133,25 @@ def find_checkpoint(run_dir: Path, resume: str, damaged: Mapping[Path, str] = NO
 
     Once a run that started from a named directory has saved, its own newest checkpoint counts, so that a restart with
     the same command loses nothing. damaged: as in `find_newest`. Raises UserError where there are checkpoints and none
-    of them is whole: beginning anew silently would lose the run.
+    of them is whole, or they cannot be read: beginning anew silently would lose the run.
     """
     if resume == "never":
         return None
+    with reading(run_dir):
+        return _find(run_dir, resume, damaged)
+
+
+def _find(run_dir: Path, resume: str, damaged: Mapping[Path, str]) -> ResumePoint | None:
     own = find_newest(run_dir / "checkpoints", damaged)
     if resume == "auto":
         if own.folder is None and own.problems:
             raise UserError(_none_whole(own, f"; {ANEW}"))
         return None if own.folder is None else ResumePoint(own.folder, own=True, notes=tuple(own.notes()))
     named = Path(resume)
-    if own.folder is not None and started_from(own.folder) == str(named.resolve()):
+    if own.folder is not None and started_from(own.folder) == os.path.realpath(named):
         return ResumePoint(own.folder, own=True, named=named, since=True, notes=tuple(own.notes()))
     checkpoint, notes = _find_named(named, resume, damaged)
-    inside = checkpoint.resolve().parent == (run_dir / "checkpoints").resolve()
+    inside = os.path.dirname(os.path.realpath(checkpoint)) == os.path.realpath(run_dir / "checkpoints")
     if own.folder is None and not inside:
         notes = [*own.notes(), *notes]
     return ResumePoint(checkpoint, own=inside, named=named, notes=tuple(notes))

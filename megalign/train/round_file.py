@@ -30,7 +30,7 @@ def read_round(folder: Path, extra: dict[str, Any]) -> dict[str, Any]:
         return dict(extra.get("feed", {}))
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), object_hook=_bytes)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{path} cannot be read ({reason_of(error)}); must be as megalign wrote it") from None
     return state
 

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megalign.config.job import JobConfig, dump_config, load_config
 from megalign.convert.hf.export_dir import is_export
+from megalign.convert.megatron.checkpoint_dir import POINTER
 from megalign.files import move, write_whole
 from megalign.rollout.command import ROLLOUT_FILE
 from megalign.runtime.hang_report import FOLDER as HANG_REPORT
 from megalign.schema import UserError
 from megalign.train.checkpoint import write_latest
+from megalign.train.checkpoint_files import NAME, shown_name
 from megalign.train.cut_back import later_dumps
-from megalign.train.resume_point import NAME, checkpoints_in, newer_than, pointed_to, shown_name
+from megalign.train.resume_point import checkpoints_in, newer_than, pointed_to
 from megalign.train.trackers import WANDB_ID
 
 FOLDERS = ("checkpoints", "steps", "tensorboard", HANG_REPORT)
-FILES = ("metrics.jsonl", "log.txt", "config.yaml", "status.json", WANDB_ID)
+GROWING = ("metrics.jsonl", "log.txt")
+FILES = (*GROWING, "config.yaml", "status.json", WANDB_ID)
 OWN = (*FOLDERS, *FILES, ROLLOUT_FILE)  # all names that a job, or the command rollout, writes in a run directory
 
 
@@ -31,13 +37,19 @@ def check_run_dir(run_dir: Path) -> None:
     try:
         for name in OWN:
             path = run_dir / name
-            if path.exists() and path.is_dir() != (name in FOLDERS):
+            if os.path.lexists(path) and not (path.is_dir() if name in FOLDERS else path.is_file()):
                 kind = "directory" if name in FOLDERS else "file"
                 raise UserError(f"{shown}: {name} in it is something else; must be a {kind} or not there")
+        if os.path.lexists(latest := run_dir / "checkpoints" / POINTER) and not latest.is_file():
+            raise UserError(f"{shown}: checkpoints/{POINTER} in it is something else; must be a file or not there")
+        for name in GROWING:
+            if (run_dir / name).exists() and not os.access(run_dir / name, os.R_OK | os.W_OK):
+                raise UserError(f"{shown}: {name} in it may not be read and written; must be a file that may")
+        if (run_dir / "checkpoints").exists() and not os.access(run_dir / "checkpoints", os.R_OK | os.W_OK | os.X_OK):
+            raise UserError(f"{shown}: checkpoints in it may not be read and written; must be a directory that may")
         probe(run_dir / "probe")
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{shown}: {reason}; must be a directory that can be written") from None
+        raise _unwritable(run_dir, error) from None
 
 
 def check_config_file(run_dir: Path) -> None:
@@ -103,10 +115,49 @@ def open_run_dir(
         write_whole(run_dir / "config.yaml", dump_config(cfg))
         (run_dir / "status.json").unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(
-            f"run.dir is {cfg.run.dir!r}: {error.strerror}; must be a directory that can be written"
-        ) from None
+        raise _unwritable(run_dir, error) from None
     return lines
+
+
+@contextlib.contextmanager
+def alone_in(run_dir: Path, *, patience_s: float) -> Iterator[None]:
+    """Make a run directory this job's own for the block, after waiting so long for another job to end.
+
+    UserError where that goes on: two jobs would take each other's files away. On a file system without locks each job
+    has it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise _unwritable(run_dir, error) from None
+    try:
+        until = time.monotonic() + patience_s
+        while not _locked(handle) and time.monotonic() < until:
+            time.sleep(0.1)
+        if not _locked(handle):
+            raise UserError(
+                f"run.dir is {str(run_dir)!r}: another job that runs, or a process that it left behind, has it; must "
+                "be another directory, or that must end first"
+            )
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        pass
+    return True
+
+
+def _unwritable(run_dir: Path, error: OSError | ValueError) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UserError(f"run.dir is {str(run_dir)!r}: {reason}; must be a directory that can be written")
 
 
 def _free(run_dir: Path) -> Path:
@@ -169,11 +220,12 @@ def holds_own(run_dir: Path, path: Path) -> bool:
     """Tell whether a path is or contains the run directory, or is something that a run keeps in it."""
     if is_inside(run_dir, path):
         return True
-    inside = path.resolve().relative_to(run_dir.resolve()).parts[0] if is_inside(path, run_dir) else ""
+    own, real = Path(os.path.realpath(run_dir)), Path(os.path.realpath(path))
+    inside = real.relative_to(own).parts[0] if is_inside(real, own) else ""
     return inside in OWN or re.fullmatch(r"earlier_\d+", inside) is not None
 
 
 def is_inside(path: Path, folder: Path) -> bool:
     """Tell whether a path is the directory `folder` or lies in it."""
-    path, folder = path.resolve(), folder.resolve()
+    path, folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     return path == folder or folder in path.parents

@@ -45,15 +45,14 @@ def save(job: Job, *, last: bool = False) -> str:
         on_every_rank(job.report.keep)
         with removed_on_failure(target):
             saving = begin(job.engine, target, {"step": job.step, "bad_steps": job.bad_steps}, copied=copied)
-            if not copied:
-                finish(target, saving, saving.write)
+            stays = [] if copied else finish(target, saving, saving.write)
     except UserError as error:
         return _failed(job, target, error, last=last)
     stall = time.perf_counter() - began
     if copied:
         job.pending = Pending(target, saving, _in_thread(saving), began, stall)
     else:
-        _done(job, target, seconds=stall, stall=stall)
+        _done(job, target, stays, seconds=stall, stall=stall)
     return ""
 
 
@@ -68,12 +67,12 @@ def settle(job: Job, *, wait: bool) -> None:
     job.pending, began = None, time.perf_counter()
     try:
         with removed_on_failure(pending.target):
-            finish(pending.target, pending.saving, pending.written.result)
+            stays = finish(pending.target, pending.saving, pending.written.result)
     except UserError as error:
         _failed(job, pending.target, error, last=False)
         return
     now = time.perf_counter()
-    _done(job, pending.target, seconds=now - pending.began, stall=pending.stall + now - began)
+    _done(job, pending.target, stays, seconds=now - pending.began, stall=pending.stall + now - began)
 
 
 def _in_thread(saving: Saving) -> Future[Written]:
@@ -112,16 +111,20 @@ def _target(job: Job) -> Target:
         feed=job.feed.state() if job.world.is_main else {},
         config=dump_config(job.cfg),
         versions=job.versions if job.world.is_main else {},
+        damaged=frozenset(job.damaged),
     )
 
 
-def _done(job: Job, target: Target, *, seconds: float, stall: float) -> None:
-    """Note a complete checkpoint; the next step's metrics say what it took."""
+def _done(job: Job, target: Target, stays: list[str], *, seconds: float, stall: float) -> None:
+    """Note a complete checkpoint; the next step's metrics say what it took. stays: lines about what it did not drop."""
     job.saved, job.unsaved = target.final, ""
+    job.damaged.discard(target.final)
     job.limit.saved(seconds)
     job.save_times = {"checkpoint_seconds": seconds, "checkpoint_stall_seconds": stall}
     beside = f" in {seconds:.1f} s, of which training waited {stall:.1f} s" if job.cfg.checkpoint.async_save else ""
     job.report.say(f"saved {target.final}{beside}")
+    for line in stays:
+        job.report.warn(line)
 
 
 def _failed(job: Job, target: Target, error: UserError, *, last: bool) -> str:
@@ -153,11 +156,11 @@ def remove_exported(job: Job) -> None:
     assert job.saved is not None
     removed, job.saved = job.saved, None
     if job.world.is_main:
-        try:
-            remove(removed)
-        except OSError as error:
-            job.report.warn(f"{removed} cannot be removed: {error.strerror}")
-    job.report.say(f"removed {removed}, since the model is exported")
+        problem = remove(removed)
+        if problem:
+            job.report.warn(problem)
+        else:
+            job.report.say(f"removed {removed}, since the model is exported")
 
 
 def keep_instead(job: Job, problem: str) -> str:

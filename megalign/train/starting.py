@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megalign.config.job import JobConfig
@@ -23,6 +24,7 @@ def agree_on_start(cfg: JobConfig, inputs: Inputs, world: World) -> Start:
         # Only rank 0 looks: the directory changes while other ranks would still be reading it.
         start: Start = gather(on_every_rank(lambda: check_outputs(cfg, inputs, damaged) if world.is_main else None))[0]
         held = start.checkpoint or start.weights
+        start = replace(start, damaged=frozenset(damaged))
         if held is None:
             return start
         problem = next(filter(None, gather(_damage(held, world))), None)

@@ -23,6 +23,7 @@ from megalign.commands import convert, export, verify
 from megalign.convert.report import compare
 from megalign.convert.transfer import ConversionOptions, hf_to_megatron, megatron_to_hf
 from megalign.schema import UserError
+from tests.support.checkpoint_dirs import describe_files
 from tests.support.families import write_family
 from tests.support.tiny_checkpoints import write_checkpoint
 
@@ -412,6 +413,28 @@ def test_a_run_stands_for_its_newest_checkpoint(
     assert TOOLS["verify_checkpoint"].main([str(tmp_path / "out"), str(run_dir / name)]) == 0
 
 
+def test_damaged_checkpoints_are_not_exported(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one before the newest is taken, also where only contents are spoiled; none is taken in silence."""
+    folder, out = run_dir / "checkpoints", tmp_path / "out"
+    for step in (100, 200):
+        checkpoint = folder / f"step_{step:08d}"
+        (checkpoint / "files.json").write_text(json.dumps(describe_files(checkpoint)))
+    largest = {path.parent: path for path in sorted(folder.rglob("*.distcp"), key=lambda path: path.stat().st_size)}
+    spoiled = largest[folder / "step_00000200"]
+    spoiled.write_bytes(spoiled.read_bytes()[:-1] + b"?")
+    assert TOOLS["megatron_to_hf"].main([str(run_dir), str(out)]) == 0
+    told = capsys.readouterr().err
+    assert f"passed over: {folder}/step_00000200: {spoiled.name} has checksum" in told
+    assert f"{folder}/step_00000100, the newest whole one of step_00000100, step_00000200" in told
+    line = refused("megatron_to_hf", spoiled.parent, out=tmp_path / "b", capsys=capsys)
+    assert f"{spoiled.name} has checksum" in line
+    (folder / "step_00000100" / "common.pt").unlink()
+    line = refused("megatron_to_hf", run_dir, out=tmp_path / "b", capsys=capsys)
+    assert line.count("has checksum") == 1 and "the one before it is damaged too" in line
+
+
 def test_checkpoints_that_are_not_there(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = run_dir / "checkpoints", tmp_path / "out"
     there = "step_00000100, step_00000200"
@@ -420,10 +443,12 @@ def test_checkpoints_that_are_not_there(run_dir: Path, tmp_path: Path, capsys: p
         assert f"{run_dir / name} is not a checkpoint; must be one that is there: {folder} holds {there}" in line
     for content in ("step_00000200", "{}", '{"checkpoint": "step_00000300"}', '{"checkpoint": []}'):
         (folder / "latest").write_text(content)
-        line = refused("megatron_to_hf", run_dir, out=out, capsys=capsys)
-        assert f"{folder / 'latest'}" in line and there in line
+        assert TOOLS["megatron_to_hf"].main([str(run_dir), "--dry-run"]) == 0
+        told = capsys.readouterr().err
+        assert f"{folder / 'latest'} " in told and f"{folder}/step_00000200, the newest of {there}" in told
     (folder / "latest").unlink()
-    assert f"must be one of {there}" in refused("megatron_to_hf", run_dir, out=out, capsys=capsys)
+    assert TOOLS["megatron_to_hf"].main([str(run_dir), "--dry-run"]) == 0
+    assert f"{folder / 'latest'} is missing; the newest whole checkpoint is step_00000200" in capsys.readouterr().err
     assert "is not a megalign checkpoint" in refused("megatron_to_hf", tmp_path / "none", out=out, capsys=capsys)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megalign.commands import export, verify
 from megalign.convert.report import compare
 from megalign.convert.transfer import ConversionOptions, megatron_to_hf
 from tests.support.auto_checkpoints import AUTO_CASES, write_auto_checkpoint
+from tests.support.checkpoint_dirs import FACTS_OF_RUN, describe_files
 from tests.support.families import FAMILY_CASES, write_family
 from tests.support.tiny_checkpoints import write_checkpoint
 from tests.support.zero_checkpoints import write_run
@@ -137,7 +139,10 @@ def test_bad_checkpoints_are_one_line(tmp_path, capsys):
 def test_the_commands_find_the_newest_checkpoint_and_print_the_map(tmp_path, capsys):
     hf_dir = written(tmp_path / "hf", "olmoe")
     holder = tmp_path / "run" / "checkpoints"
-    write_run(holder / "step_00000003", hf_dir, trained(hf_dir))
+    folder = write_run(holder / "step_00000003", hf_dir, trained(hf_dir))
+    facts = asdict(replace(FACTS_OF_RUN, step=3)) | json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps(facts))
+    (folder / "files.json").write_text(json.dumps(describe_files(folder)))
     (holder / "latest").write_text(json.dumps({"checkpoint": "step_00000003"}))
     assert export.main([str(tmp_path / "run"), "--dry-run"]) == 0
     table = capsys.readouterr().out

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,3 +238,11 @@ def test_a_watchdog_leaves_nothing_behind(tmp_path):
         time.sleep(0.1)
     watchdog.close()
     assert not (tmp_path / "watchdog").exists()
+
+
+def test_a_frame_between_lines_has_no_number(monkeypatch):
+    """It ends no watchdog's thread."""
+    frame = SimpleNamespace(f_code=waiting_in.__code__)
+    monkeypatch.setattr(sys, "_current_frames", lambda: {1: frame})
+    monkeypatch.setattr(traceback, "walk_stack", lambda held: iter([(held, None)]))
+    assert waiting_in() == ""

@@ -90,6 +90,10 @@ EVERY_FILE: dict[str, Callable[[Path], object]] = {
     "a third of zeros": blank,
     "missing": Path.unlink,
     "a folder instead": lambda path: instead(path, Path.mkdir),
+    "a pipe instead": lambda path: instead(path, os.mkfifo),
+    "a link to itself": lambda path: instead(path, lambda gone: gone.symlink_to(gone.name)),
+    "brackets": lambda path: path.write_text("[" * 100_000),
+    "an empty map": lambda path: path.write_text("{}"),
     "a link to nothing": lambda path: instead(path, lambda gone: gone.symlink_to("/nowhere")),
 }
 
@@ -144,6 +148,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "latest is missing": (lambda at: (at / "latest").unlink(), 3, "latest is missing; the newest whole"),
     "latest is empty": (lambda at: (at / "latest").write_text(""), 3, "latest does not name a checkpoint"),
     "latest is no JSON": (lambda at: (at / "latest").write_bytes(b"\x00\xff"), 3, "latest does not name a checkpoint"),
+    "latest is all brackets": (lambda at: (at / "latest").write_text("[" * 100_000), 3, "does not name a checkpoint"),
     "latest names none": (lambda at: (at / "latest").write_text('{"checkpoint": 3}'), 3, "does not name a checkpoint"),
     "latest names one that is gone": (
         lambda at: shutil.rmtree(at / "step_00000003"),
@@ -158,6 +163,11 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "latest leads elsewhere": (lambda at: (at / "latest").write_text('{"checkpoint": "../../x"}'), 3, "names ../../x"),
     "a newer one is empty": (lambda at: (at / "step_00000009").mkdir(), 3, "step_00000009: checkpoint.json is missing"),
     "a newer one is a file": (lambda at: (at / "step_00000009").write_text(""), 3, ""),
+    "a copy under a later name": (
+        lambda at: shutil.copytree(at / "step_00000003", at / "step_00000009"),
+        3,
+        "step_00000009: checkpoint.json is of step 3; must be of step 9, as the name says",
+    ),
     "a newer one is half there": (
         lambda at: leave_half(shutil.copytree(at / "step_00000003", at / "step_00000009")),
         3,
@@ -242,6 +252,25 @@ def test_what_no_earlier_one_can_stand_for(engine, facts, part, folder, tmp_path
     rewrite(holder / "step_00000003", **facts)
     with pytest.raises(UserError, match=part):
         job_of(folder, engine, run)
+
+
+def test_what_may_not_be_read(folder, tmp_path, monkeypatch):
+    """A checkpoint is passed over; where the folder of all of them is it, nothing begins anew in silence."""
+    run, holder = copied(folder, "megatron", tmp_path)
+    closed = holder / "step_00000003"
+    looked = os.stat
+
+    def look(path, *args, **kwargs):
+        if not isinstance(path, int) and closed in Path(os.fsdecode(path)).parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return looked(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", look)
+    found = find_newest(holder)
+    assert found.folder == holder / "step_00000002" and "Permission denied" in found.problems[0]
+    closed = holder
+    with pytest.raises(UserError, match=r"checkpoints/.* cannot be read: Permission denied"):
+        find_checkpoint(run, "auto")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

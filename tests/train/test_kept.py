@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,10 @@ from megalign.convert.transfer import hf_to_megatron, megatron_to_hf
 from megalign.engines.saving import Saving, Written
 from megalign.files import PartialFolder
 from megalign.runtime.distributed import process_group
+from megalign.train import loop
 from megalign.train.checkpoint import Target, save_checkpoint
 from megalign.train.resume_point import find_checkpoint, latest
+from megalign.train.run_dir import alone_in
 from tests.support.checkpoint_dirs import FACTS_OF_RUN, describe_files
 from tests.support.processes import on_two_ranks
 from tests.support.tiny_jobs import (
@@ -141,6 +146,67 @@ def die_at(monkeypatch, number: int, die=raise_killed) -> list[str]:
     for name in ("rename", "replace", "rmdir", "unlink"):
         guard(os, name)
     return calls
+
+
+def save_small(run_dir: Path, step: int, **changes) -> list[str]:
+    about = {"keep": 2, "keep_every": 0, "spare": None, "feed": {}, **changes}
+    return save_checkpoint(Writer("x"), Target(run_dir, step, replace(FACTS_OF_RUN, step=step), **about), {})
+
+
+def test_damaged_checkpoints_take_no_whole_ones_place(tmp_path):
+    """What a look at sizes and small files shows, and what the ranks have found when the run started."""
+    with process_group(timeout_s=60.0):
+        for step in range(1, 6):
+            assert save_small(tmp_path, step, keep=9) == []
+        folder = tmp_path / "checkpoints"
+        (folder / "step_00000005" / "metadata.json").write_text("")
+        save_small(tmp_path, 6, damaged=frozenset({folder / "step_00000004"}))
+        assert checkpoint_steps(tmp_path) == [3, 4, 5, 6]
+        save_small(tmp_path, 7, damaged=frozenset({folder / "step_00000004"}))
+        assert checkpoint_steps(tmp_path) == [6, 7]
+
+
+def test_what_cannot_be_dropped_hinders_no_save(tmp_path, monkeypatch):
+    """One that others still read is said, one that is read-only stays as it is, and odd things with such names go."""
+    folder, removed = tmp_path / "checkpoints", shutil.rmtree
+
+    def held(path, *args, **kwargs):
+        if Path(path).name == ".step_00000001.dropped":
+            raise OSError(39, "Directory not empty")
+        removed(path, *args, **kwargs)
+
+    with process_group(timeout_s=60.0):
+        for step in (1, 2):
+            save_small(tmp_path, step)
+        monkeypatch.setattr(shutil, "rmtree", held)
+        assert save_small(tmp_path, 3) == [f"{folder}/.step_00000001.dropped cannot be removed: Directory not empty"]
+        protected = folder / "step_00000002"
+        may = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != protected / "hf" and may(path, mode))
+        for name in (".step_00000001.partial", ".step_00000001.replaced", "step_00000005"):
+            (folder / name).write_text("")
+        (folder / "step_00000004").symlink_to("step_00000004")
+        for step in (4, 5, 6):
+            assert save_small(tmp_path, step) == []
+        assert checkpoint_steps(tmp_path) == [2, 5, 6] and (protected / "metadata.json").is_file()
+        assert [path.name for path in folder.glob(".*")] == [".step_00000001.dropped"]
+
+
+def test_a_directory_is_one_jobs_at_a_time(job, tmp_path, capfd, monkeypatch):
+    """Another is refused and leaves everything as it is, also what it would move aside; one that ends is awaited."""
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with ExitStack() as held:
+        held.enter_context(alone_in(run, patience_s=0))
+        monkeypatch.setattr(loop, "PATIENCE_S", 0.2)
+        for way in ("auto", "never"):
+            assert train(job, f"checkpoint.resume={way}") == 2
+            told = capfd.readouterr().err
+            assert "megalign: error: run.dir is " in told and "another job that runs" in told
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+        monkeypatch.setattr(loop, "PATIENCE_S", 60.0)
+        threading.Timer(0.5, held.pop_all().close).start()
+        assert train(job, "run.steps=4") == 0 and len(metrics(run)) == 4
 
 
 @pytest.mark.parametrize("again", ["the newest step", "an older step"])

@@ -224,7 +224,7 @@ def slow_job(run_dir: Path) -> SimpleNamespace:
         cfg=cfg, engine=Slow(), run_dir=run_dir, step=1, bad_steps=0, num_steps=9, pending=None, saved=None, unsaved="",
         start=SimpleNamespace(job={}, started_from=None), feed=SimpleNamespace(state=dict), holds_step=False,
         world=SimpleNamespace(is_main=True), limit=SimpleNamespace(saved=lambda seconds: None), save_times={},
-        versions={},
+        versions={}, damaged=set(),
         report=SimpleNamespace(say=said.append, warn=said.append, keep=lambda: None), said=said,
     )  # fmt: skip
 

@@ -1,8 +1,7 @@
-"""Finds a megalign checkpoint by its own directory, its run's directory, or the pointer to the run's newest one."""
+"""Names the parts of a megalign checkpoint, and finds the folder that holds those of a run."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -25,45 +24,19 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MARK).is_file() or (path / FACTS).is_file()
 
 
-def find_checkpoint_dir(path: Path) -> Path:
-    """Return the checkpoint that `path` names: itself, or the newest of a run, its `checkpoints` or its `latest`.
+def holder_of(path: Path) -> Path | None:
+    """Return the folder of a run's checkpoints where `path` is the run, that folder or its `latest`; else None.
 
-    A path without checkpoints nearby is returned as it is; the reader will refuse it.
+    UserError for a path that is no checkpoint where others are nearby.
     """
     if is_checkpoint(path):
-        return path
-    holder = next((folder for folder in (path / "checkpoints", path, path.parent) if _steps(folder)), None)
-    if holder is None:
-        return path
-    steps = ", ".join(_steps(holder))
-    if path not in (holder, holder.parent, holder / POINTER):
-        raise UserError(f"{path} is not a checkpoint; must be one that is there: {holder} holds {steps}")
-    newest = read_pointer(holder)
-    if newest is None:
-        pointer = holder / POINTER
-        raise UserError(f"{pointer} is missing, which names the newest checkpoint; must be one of {steps}")
-    return newest
-
-
-def read_pointer(holder: Path, *, advice: str = "") -> Path | None:
-    """Return the checkpoint that `latest` in a run's `checkpoints` directory names; None where there is no such file.
-
-    Raises UserError where that checkpoint is missing; `advice` is appended to the error.
-    """
-    pointer = holder / POINTER
-    if not pointer.is_file():
         return None
-    try:
-        name = json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name = None
-    if isinstance(name, str) and STEP.fullmatch(name):
-        # A save may have been killed after it had renamed this checkpoint.
-        for folder in (holder / name, replaced_path(holder / name)):
-            if folder.is_dir():
-                return folder
-    there = ", ".join(sorted(path.name for path in holder.iterdir() if STEP.fullmatch(path.name))) or "none"
-    raise UserError(f"{pointer}: checkpoint is {name!r}; must be one that is there: {there}{advice}")
+    holder = next((folder for folder in (path / "checkpoints", path, path.parent) if _steps(folder)), None)
+    if holder is None or path in (holder, holder.parent, holder / POINTER):
+        return holder
+    raise UserError(
+        f"{path} is not a checkpoint; must be one that is there: {holder} holds {', '.join(_steps(holder))}"
+    )
 
 
 def other_steps(checkpoint: Path) -> list[str]:
