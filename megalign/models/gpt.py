@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -57,20 +58,19 @@ class PolicyModel(GPTModel):
     def forward(  # type: ignore[override]
         self,
         token_L: Tensor,
-        position: Tensor,
-        length: Tensor,
+        position_L: Tensor,
+        length_L: Tensor,
         slots: Slots,
         padding_L: Tensor | None = None,
     ) -> Tensor:
         """Return a packed row's hidden states [L (L/tp under sequence parallelism), 1, H]; slots are independent.
 
-        position, length (of each position's sequence): [L], or [T] for TransformerEngine's layers, which select this
-        context rank's part themselves. padding_L: positions that routers leave out of their statistics; as long as this
-        rank's hidden states.
+        length_L: that of each position's sequence. padding_L: positions that routers leave out of their statistics; as
+        long as this rank's hidden states.
         """
         embedded = None
         if self.pre_process:
-            embedded = self.embedding(token_L[None], position[None])
+            embedded = self.embedding(token_L[None], position_L[None])
             if self.embedding_scale != 1.0:
                 embedded = embedded * torch.tensor(self.embedding_scale, dtype=embedded.dtype)
             if self.adapters is not None and torch.is_grad_enabled():
@@ -84,9 +84,9 @@ class PolicyModel(GPTModel):
                 max_seqlen_q=slots.longest,
                 max_seqlen_kv=slots.longest,
             )
-            rotary = self.rotary.angles(position)
+            rotary = self.rotary.angles(slots.longest, position_L.device)
         else:
-            rotary = self.rotary(position, length, self.rope_dtype)
+            rotary = self.rotary(position_L, length_L, self.rope_dtype)
         return self.decoder(  # type: ignore[no-any-return]
             hidden_states=embedded,
             attention_mask=None,
@@ -159,6 +159,8 @@ def build_chunks(
     if problem is not None:
         raise UserError(f"engine.layers is transformer_engine: {problem}")
     complete_megatron()
+    if layers == "transformer_engine" and rope_utils.fused_apply_rotary_pos_emb_thd is not None:
+        config.apply_rope_fusion = True  # Megatron's own form reads each slot's length back in each layer
     count = config.virtual_pipeline_model_parallel_size or 1
     chunks = []
     for stage in range(count):

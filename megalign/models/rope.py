@@ -88,10 +88,10 @@ class Rotary:
             tables.append(torch.stack((angle.cos() * factor, angle.sin() * factor)))
         return torch.stack(tables).to(dtype)
 
-    def angles(self, position_T: Tensor) -> Tensor:
-        """Return angles [T, 1, 1, dim] of the first kind, the form that TransformerEngine's layers take."""
-        self._move(position_T.device)
-        angle = position_T.float()[:, None] * self.short[0]
+    def angles(self, longest: int, device: torch.device) -> Tensor:
+        """Return angles [longest, 1, 1, dim] of the first kind, the form that TransformerEngine's layers take."""
+        self._move(device)
+        angle = torch.arange(longest, dtype=torch.float32, device=device)[:, None] * self.short[0]
         return torch.cat((angle, angle), dim=-1)[:, None, None, :]
 
 

@@ -23,6 +23,7 @@ from megalign.engines.megatron import checkpoint, weights
 from megalign.engines.megatron.balance import Balance, balance
 from megalign.engines.megatron.grad_norm import use_device_norm
 from megalign.engines.megatron.groups import Groups
+from megalign.engines.megatron.optimizer_state import fuse
 from megalign.engines.megatron.replicas import replicas
 from megalign.engines.megatron.shard import DDP_FIELDS, EngineOptions, Shard
 from megalign.engines.protocol import LOGP_ONLY, Objective, Want
@@ -117,6 +118,8 @@ class MegatronEngine:
         # Where only experts have adapters, Megatron keeps a stub optimizer for the rest, which it cannot save.
         parts = self.optimizer.chained_optimizers
         self.optimizer.chained_optimizers = [part for part in parts if not part.is_stub_optimizer]
+        if self.device.type == "cuda":
+            fuse(self.optimizer)
         cpu_shims.install()
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
@@ -173,7 +176,7 @@ class MegatronEngine:
             chunk: PolicyModel = getattr(model, "module", model)
             hidden = model(
                 to_device(part.token_L, device),
-                to_device(batch.position_T if chunk.uses_te else part.position_L, device),
+                to_device(part.position_L, device),
                 to_device(part.length_L, device),
                 Slots(batch.cu_seqlens, device, groups.context),
                 shard.padding(part) if self.balances_experts else None,

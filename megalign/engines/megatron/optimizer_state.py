@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalign.ops.transfer import to_host
+
 WEIGHT = "param"  # of the fp32 values that the optimizer updates
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -49,7 +51,15 @@ def num_updates(optimizer: Any, *, most: Callable[[float], float]) -> float:
     inner = [part.optimizer for part in optimizer.chained_optimizers]
     counted = [group for torch_optimizer in inner for group in torch_optimizer.param_groups]
     counted += [entry for torch_optimizer in inner for entry in torch_optimizer.state.values()]
-    return most(max((float(entry["step"]) for entry in counted if "step" in entry), default=0.0))
+    steps = [torch.as_tensor(entry["step"], dtype=torch.float32) for entry in counted if "step" in entry]
+    return most(max((float(step) for step in to_host(steps)), default=0.0))
+
+
+def fuse(optimizer: Any) -> None:
+    """Have torch's AdamW update all parameters of a group in one kernel; call before there is any state."""
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups if isinstance(part.optimizer, torch.optim.AdamW) else ():
+            group["fused"] = True
 
 
 def begin_state(optimizer: Any, count: float) -> None:
@@ -64,12 +74,13 @@ def begin_state(optimizer: Any, count: float) -> None:
 
 
 def _begin_adamw(adamw: torch.optim.AdamW, count: float) -> None:
-    for parameter in (parameter for group in adamw.param_groups for parameter in group["params"]):
-        entry = adamw.state[parameter]
-        # One tensor each: torch increments it in place, so a shared one would be incremented for every parameter.
-        entry["step"] = torch.tensor(float(count))
-        for name in MOMENTS:
-            entry.setdefault(name, torch.zeros_like(parameter))
+    for group in adamw.param_groups:
+        for parameter in group["params"]:
+            entry = adamw.state[parameter]
+            # One tensor each: torch increments it in place, so a shared one would be incremented for every parameter.
+            entry["step"] = torch.tensor(float(count), device=parameter.device if group["fused"] else None)
+            for name in MOMENTS:
+                entry.setdefault(name, torch.zeros_like(parameter))
 
 
 def settings(optimizer: Any, count: float) -> dict[Any, Any]:
@@ -78,7 +89,7 @@ def settings(optimizer: Any, count: float) -> dict[Any, Any]:
     for part in optimizer.chained_optimizers:
         step = count if isinstance(part.optimizer, torch.optim.AdamW) else int(count)
         groups = [
-            {key: value for key, value in group.items() if key != "params"} | {"step": step}
+            {key: value for key, value in group.items() if key != "params"} | {"step": step, "fused": None}
             for group in part.optimizer.param_groups
         ]
         saved.append({"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"})
