@@ -20,7 +20,7 @@ from megalign.data.micro_batch import ContextPart, MicroBatch, contiguous_part
 from megalign.engines.deepspeed.attention import PackedRows
 from megalign.engines.head import ContextTokens, Head
 from megalign.ops.head_blocks import HeadConfig
-from megalign.ops.vocab import VocabShard
+from megalign.ops.vocab import VocabShard, tile_rows
 
 LossOfHead = Callable[[Head], Tensor]
 
@@ -99,7 +99,7 @@ class HFPolicy(nn.Module):
             hidden_LH=hidden_LH.index_select(0, part.scored_M.to(device)),
             weight_VH=head.weight,
             target_M=part.target_M.to(device),
-            shard=VocabShard(0, rows, rows),
+            shard=VocabShard(0, rows, rows, tile=tile_rows(rows, device.type)),
             tokens=None,
             context=context,
             cfg=self.head_cfg,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megalign.config.job import JobConfig, layout_of
 from megalign.convert.hf.model import HFModel
 from megalign.engines.build import chunk_tokens_of, dtype_of, lora_of, temperature_of
+from megalign.engines.head import describe_head
 from megalign.engines.megatron.engine import AdamW, MegatronEngine
 from megalign.engines.megatron.groups import Groups, make_groups
 from megalign.engines.megatron.shard import EngineOptions
@@ -28,6 +29,7 @@ def describe(cfg: JobConfig, model: HFModel, groups: Groups, world: World) -> st
     text += f" x data {groups.data_size}"
     text += f", experts over {groups.expert_size}" if groups.expert_size > 1 else ""
     text += f"; {_layers(cfg, model.known(), world)} layers on {world.device.type}"
+    text += describe_head(cfg.engine.head_kernel, world.device)
     absent = " and ".join(missing_packages())
     return f"{text} ({absent} not installed)" if absent else text
 
@@ -50,6 +52,7 @@ def build(cfg: JobConfig, model: HFModel, groups: Groups, world: World, *, train
         temperature=temperature_of(cfg),
         chunk_tokens=chunk_tokens_of(cfg),
         tp_invariant=cfg.engine.tp_invariant,
+        head_kernel=cfg.engine.head_kernel,
         aux_loss_coefficient=cfg.model.aux_loss_coefficient if trainable else 0.0,
         lora=lora_of(cfg) if trainable else None,
         base=cfg.model.path,
