@@ -40,7 +40,7 @@ class EngineConfig(Strict):
     """Whether the head's gradient is the same to the bit at every tensor-parallel size; costs communication."""
     head_kernel: Literal["auto", "torch", "compiled"] = "auto"
     """How the head computes between its matrix products: by torch's operations, or by functions that torch.compile
-    fuses (compiled); auto compiles on a GPU where Triton is installed."""
+    fuses (compiled); auto compiles on a GPU where Triton is installed, unless `run.deterministic`."""
     zero: ZeroConfig = ZeroConfig()
     """ZeRO settings of the DeepSpeed engine."""
     megatron: dict[str, Any] = {}

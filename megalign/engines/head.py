@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalign.ops.block_passes import choose_passes, compiler_problem
+from megalign.ops.block_passes import choose_passes, compiler_problem, wants_compiled
 from megalign.ops.head_blocks import HeadConfig, accumulation_dtype
 from megalign.ops.hidden_rows import TokenShard
 from megalign.ops.linear_logp import TokenLogp, linear_logp, weighted_logp
@@ -32,7 +32,7 @@ def head_config(kernel: str, dtype: torch.dtype, device: torch.device, **numbers
 
 def describe_head(kernel: str, device: torch.device) -> str:
     """Return what `engine.head_kernel` came to, in words for the log; nothing where torch computes as asked."""
-    if kernel == "torch" or (kernel == "auto" and device.type != "cuda"):
+    if not wants_compiled(kernel, device):
         return ""
     problem = compiler_problem(device.type)
     return ", head compiled" if problem is None else f", head not compiled ({problem})"

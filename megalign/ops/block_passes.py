@@ -119,7 +119,8 @@ class CompiledPasses:
                 raise
             except Exception as error:  # of the compiler, of Triton or of the C compiler: no common class
                 self.failed = True
-                told = f"the compiler failed ({type(error).__name__}: {reason_of(error)})"
+                why = next(iter(str(error).strip().splitlines()), "")  # torch adds pages of advice
+                told = f"the compiler failed ({type(error).__name__}: {why})"
                 print(f"megalign: engine.head_kernel: torch from here on, {told}", file=sys.stderr, flush=True)
         return function(*arguments, **options)
 
@@ -134,13 +135,13 @@ class CompiledPasses:
 
 
 def _compiler_options() -> dict[str, Any]:
-    """Compile in this process, as two kernels need no pool of 32; where torch can, choose no kernel by timing it.
+    """Return how to compile: in this process, as two kernels need no pool of 32, and alike on every rank.
 
-    A reduction's rounding depends on the kernel, and a resumed job must take the same.
+    Where torch can, no kernel is chosen by timing it, and sums over a row are not split when the first chunk is small.
     """
     import torch._inductor.config as known
 
-    options: dict[str, Any] = {"compile_threads": 1, "deterministic": True}
+    options: dict[str, Any] = {"compile_threads": 1, "deterministic": True, "split_reductions": False}
     return {name: value for name, value in options.items() if hasattr(known, name)}
 
 
@@ -157,9 +158,17 @@ def compiler_problem(device: str) -> str | None:
     return None
 
 
+def wants_compiled(kernel: str, device: torch.device) -> bool:
+    """Tell whether `engine.head_kernel` asks for compiled passes on a device."""
+    # Which kernel a compiler makes, and so how it rounds, may depend on the sizes that it meets first: not the same
+    # after a resume.
+    suited = device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+    return kernel == "compiled" or (kernel == "auto" and suited)
+
+
 def choose_passes(kernel: str, device: torch.device) -> CompiledPasses | None:
-    """Return compiled passes where `engine.head_kernel` and the device ask for them; None for the plain operations."""
-    if kernel == "torch" or (kernel == "auto" and device.type != "cuda"):
+    """Return compiled passes where they are wanted and possible, else None; UserError where they are insisted on."""
+    if not wants_compiled(kernel, device):
         return None
     problem = compiler_problem(device.type)
     if problem is None:
