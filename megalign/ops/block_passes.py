@@ -119,7 +119,7 @@ class CompiledPasses:
                 raise
             except Exception as error:  # of the compiler, of Triton or of the C compiler: no common class
                 self.failed = True
-                why = next(iter(str(error).strip().splitlines()), "")  # torch adds pages of advice
+                why = reason_of(error).partition(" Set TORCH")[0]  # without torch's advice
                 told = f"the compiler failed ({type(error).__name__}: {why})"
                 print(f"megalign: engine.head_kernel: torch from here on, {told}", file=sys.stderr, flush=True)
         return function(*arguments, **options)

@@ -141,7 +141,8 @@ def test_where_the_compiler_fails_the_numbers_stay(form, good, capsys):
     assert_same(mine, exact, tolerance=1e-12)
     assert passes.failed == (good == 0 or form != "given lse")
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == passes.failed and all("ptxas: no such file" in line and len(line) < 200 for line in told)
+    assert len(told) == passes.failed
+    assert all("ptxas: no such file" in line and "Set TORCH" not in line for line in told)
     if passes.failed:
         shard = whole(make_problem(1, 9))
         assert HeadBlocks(torch.float64, torch.empty(9, 1), None, shard, HeadConfig(compiled=passes)).compiled is None
