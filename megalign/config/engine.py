@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import PositiveInt, model_validator
 
 from megalign.config.deepspeed_keys import OFFLOADS, ZERO, owned_problem
 from megalign.config.megatron_keys import MEGATRON_OWNED
-from megalign.config.sections import only
 from megalign.schema import Strict, UserError, shorten
 
 
@@ -36,11 +35,12 @@ class EngineConfig(Strict):
     """What backward computes again instead of keeping: nothing, attention (selective) or whole layers (full); saves
     memory, costs time."""
     chunk_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Tokens whose logits the head holds at a time; auto keeps a block within 32 MB on a CPU and 128 MB on a GPU."""
+    """Tokens whose logits the head holds at a time; auto keeps a block within 32 MB on a CPU and 300 MB on a GPU."""
     tp_invariant: bool = False
     """Whether the head's gradient is the same to the bit at every tensor-parallel size; costs communication."""
-    head_kernel: Annotated[str, only("torch")] = "torch"
-    """Kernel of the head; this version has only torch."""
+    head_kernel: Literal["auto", "torch", "compiled"] = "auto"
+    """How the head computes between its matrix products: by torch's operations, or by functions that torch.compile
+    fuses (compiled); auto compiles on a GPU where Triton is installed, unless `run.deterministic`."""
     zero: ZeroConfig = ZeroConfig()
     """ZeRO settings of the DeepSpeed engine."""
     megatron: dict[str, Any] = {}

@@ -8,15 +8,34 @@ H hidden, V this rank's rows of the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalign.ops.head_blocks import HeadConfig
+from megalign.ops.block_passes import choose_passes, compiler_problem, wants_compiled
+from megalign.ops.head_blocks import HeadConfig, accumulation_dtype
 from megalign.ops.hidden_rows import TokenShard
 from megalign.ops.linear_logp import TokenLogp, linear_logp, weighted_logp
+from megalign.ops.products import check_products
 from megalign.ops.vocab import VocabShard
 from megalign.ops.weight_grad import GradSink
+
+
+def head_config(kernel: str, dtype: torch.dtype, device: torch.device, **numbers: Any) -> HeadConfig:
+    """Return how a device computes the head; UserError where its torch cannot. kernel: engine.head_kernel."""
+    if device.type == "cuda" and dtype != accumulation_dtype(dtype):
+        check_products(device, dtype)
+    return HeadConfig(compiled=choose_passes(kernel, device), **numbers)
+
+
+def describe_head(kernel: str, device: torch.device) -> str:
+    """Return what `engine.head_kernel` came to, in words for the log; nothing where torch computes as asked."""
+    if not wants_compiled(kernel, device):
+        return ""
+    problem = compiler_problem(device.type)
+    return ", head compiled" if problem is None else f", head not compiled ({problem})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ Which function when (products: matrix products of a forward and backward pass, e
 | `linear_logp` | scoring; coefficients that need the log-probs | 1 all-gather forward, 0 backward | 4 |
 | `weighted_logp` with `lse_N` | known log-probs (pass 2 of two, known scores) | 0 | 3 |
 | `weighted_logp` | coefficients that are constants (SFT) | 1 small all-gather a chunk, none on one rank | 3 |
-| `weighted_logp`, logits capped or a chunk's too large to keep | constant coefficients | 1 all-gather | 4 |
+| the same, logits capped (unless compiled) or a chunk's too large to keep | constant coefficients | 1 all-gather | 4 |
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def weighted_logp(
 
     Costs three matrix products. With `lse_N` given there is no statistics collective; each rank's log-probs are then
     correct only for targets in its own vocabulary rows, and -lse for others. Without it, one small all-gather a chunk
-    (none on one rank). Where a chunk's logits over the whole vocabulary are too large to keep, or are capped, the
-    tokens are scored first and their logits recomputed: four products.
+    (none on one rank). Where a chunk's logits over the whole vocabulary are too large to keep, or are capped by plain
+    operations, the tokens are scored first and their logits recomputed: four products.
     Only the sum is differentiable. Its upstream gradient must be the same scalar on all ranks, and 1 with a `sink`, to
     which this call itself adds dW; otherwise backward raises RuntimeError. Raises ValueError for `accuracy` with
     `lse_N`.
@@ -110,8 +110,7 @@ def _score(blocks: HeadBlocks, rows: Iterator[tuple[slice, Tensor]], target_N: T
     for part, hidden_CH in rows:
         operand_CH = blocks.operand(hidden_CH)
         for whole, tile in zip(tiles, blocks.tiles, strict=False):
-            logits_CR, _ = blocks.logits(operand_CH, blocks.weight(tile), tile)
-            block = blocks.statistics(logits_CR, blocks.shard.localize(target_N[part], tile), wanted)
+            block = blocks.statistics(operand_CH, target_N[part], tile, wanted)
             for row_N, row_C in zip(whole.rows(), block.rows(), strict=True):
                 row_N[part] = row_C
     # Merged for all tokens at once: vectorised kernels round a tensor's last few elements differently.

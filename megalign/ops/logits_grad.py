@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,16 @@ from megalign.ops.hidden_rows import HiddenGrad
 from megalign.ops.statistics import Statistics, TreeSum, Wanted
 from megalign.ops.weight_grad import WeightGrad
 
-# (tile, its index) -> (gradient of the block's products, weight rows as operand of dH's product)
-Blocks = Callable[[slice, int], tuple[Tensor, Tensor]]
+
+class BlockGrad(NamedTuple):
+    """Holds the gradient of a block's product, and what its own products need."""
+
+    grad_CR: Tensor
+    weight_RH: Tensor  # operand of dH's product
+    bias_R: Tensor | None = None  # the sum over tokens, where it is formed with the gradient
+
+
+Blocks = Callable[[slice, int], BlockGrad]  # (tile, its index)
 
 
 class Gradient:
@@ -47,9 +56,11 @@ class Gradient:
         if sign_C is not None:
             factor_CH = factor_CH * sign_C[:, None].to(factor_CH.dtype)
         for index, tile in enumerate(blocks.tiles):
-            grad_CR, weight_RH = blocks_of_chunk(tile, index)
+            grad_CR, weight_RH, bias_R = blocks_of_chunk(tile, index)
             if self.sink.bias_V is not None:
-                self.sink.bias_V[tile] += grad_CR.sum(dim=0) if sign_C is None else torch.mv(grad_CR.t(), sign_C)
+                if bias_R is None:
+                    bias_R = grad_CR.sum(dim=0) if sign_C is None else torch.mv(grad_CR.t(), sign_C)
+                self.sink.bias_V[tile] += bias_R
             grad_CR = blocks.grad_operand(grad_CR, hidden_CH.dtype)
             if partial_CH is not None:
                 tile_CH = partial_CH if tree is None else torch.zeros_like(partial_CH)
@@ -92,16 +103,31 @@ class GivenLse:
         # dH and hidden states, which saves a pass over the block.
         self.sign_N: Tensor | None = None
         self.shift_N = lse_N
-        if blocks.low_precision_grad and entropy is None:
+        if blocks.low_precision_grad and entropy is None and blocks.compiled is None:
             self.sign_N = -coefficient_N.sign()
             self.shift_N = lse_N - (coefficient_N * blocks.cfg.factor).abs().log()
 
-    def block(self, part: slice, operand_CH: Tensor, tile: slice, index: int) -> tuple[Tensor, Tensor]:
-        """Return (gradient of a block's products, weight rows as operand of dH's product)."""
+    def block(self, part: slice, operand_CH: Tensor, tile: slice, index: int) -> BlockGrad:
+        """Return the gradient of a block's product."""
         blocks = self.blocks
         weight_RH = blocks.weight(tile)
-        logits_CR, slope_CR = blocks.logits(operand_CH, weight_RH, tile)
-        target = owned_C, row_C = blocks.shard.localize(self.target_N[part], tile)
+        product_CR = blocks.product(operand_CH, weight_RH)
+        target = blocks.shard.localize(self.target_N[part], tile)
+        if blocks.compiled is None:
+            return BlockGrad(self._plain(part, product_CR, target, tile), blocks.grad_weight(tile, weight_RH))
+        entropy = None
+        if self.entropy is not None:
+            entropy = self.entropy[0][part] * blocks.cfg.factor, self.entropy[1][part]
+        of_tokens = (self.lse_N[part], self.coefficient_N[part] * blocks.cfg.factor, entropy)
+        grad_CR, logit_C, bias_R = blocks.compiled_grad(product_CR, tile, target, *of_tokens)
+        if self.logit_N is not None:
+            self.logit_N[part] += logit_C
+        return BlockGrad(grad_CR, blocks.grad_weight(tile, weight_RH), bias_R)
+
+    def _plain(self, part: slice, product_CR: Tensor, target: tuple[Tensor, Tensor], tile: slice) -> Tensor:
+        """Overwrite a block's product by its gradient and return it."""
+        blocks, (owned_C, row_C) = self.blocks, target
+        logits_CR, slope_CR = blocks.logits(product_CR, tile)
         if self.logit_N is not None:
             self.logit_N[part] += logits_CR.gather(1, row_C[:, None]).squeeze(1).where(owned_C, 0.0)
         below_CR = logits_CR.sub_(self.shift_N[part, None])
@@ -119,8 +145,7 @@ class GivenLse:
             factor_CR.add_((entropy_coefficient_C * entropy_C + coefficient_C)[:, None])
             grad_CR = below_CR.exp_().mul_(factor_CR).neg_()
             grad_CR.scatter_add_(1, row_C[:, None], (coefficient_C * owned_C)[:, None])
-        grad_CR = grad_CR if slope_CR is None else grad_CR.mul_(slope_CR)
-        return grad_CR, blocks.weight_VH[tile] if blocks.low_precision_grad else weight_RH
+        return grad_CR if slope_CR is None else grad_CR.mul_(slope_CR)
 
     def add_to(self, gradient: Gradient, rows: Iterator[tuple[slice, Tensor]]) -> None:
         """Add the gradient of all chunks."""
@@ -150,9 +175,8 @@ class OwnLse:
         blocks = self.blocks
         results: list[Statistics] = []
         for index, tile in enumerate(blocks.tiles):
-            logits_CR, _ = blocks.logits(operand_CH, blocks.weight(tile), tile, name=("logits", index))
-            target = blocks.shard.localize(self.target_N[part], tile)
-            results.append(blocks.statistics(logits_CR, target, Wanted(largest=True)))
+            wanted, name = Wanted(largest=True), ("logits", index)
+            results.append(blocks.statistics(operand_CH, self.target_N[part], tile, wanted, name=name))
         nothing = statistics.of_nothing(self.result.lse_N[part], self.wanted)
         mine = [tile if self.wanted.largest else replace(tile, largest_N=None) for tile in results] or [nothing]
         merged = statistics.over_ranks(statistics.tree(mine, statistics.merge), self.wanted, blocks.shard.group)
@@ -160,15 +184,18 @@ class OwnLse:
             row_N[part] = row_C
         return [_need(tile.largest_N) for tile in results]
 
-    def _kept_block(self, part: slice, largest: list[Tensor], tile: slice, index: int) -> tuple[Tensor, Tensor]:
+    def _kept_block(self, part: slice, largest: list[Tensor], tile: slice, index: int) -> BlockGrad:
         blocks = self.blocks
         kept_CR = blocks.workspace.take(
             ("logits", index), (part.stop - part.start, tile.stop - tile.start), blocks.accumulation_dtype
         )
-        scale_C = (largest[index] - self.result.lse_N[part]).exp_()
+        lse_C, coefficient_C = self.result.lse_N[part], self.coefficient_N[part] * blocks.cfg.factor
         target = blocks.shard.localize(self.target_N[part], tile)
-        grad_CR = _logits_grad(kept_CR, scale_C, self.coefficient_N[part] * blocks.cfg.factor, target)
-        return grad_CR, blocks.weight_VH[tile] if blocks.low_precision_grad else blocks.weight(tile)
+        if blocks.compiled is not None:
+            grad_CR, _, bias_R = blocks.compiled_grad(kept_CR, tile, target, lse_C, coefficient_C, None)
+            return BlockGrad(grad_CR, blocks.grad_weight(tile), bias_R)
+        scale_C = (largest[index] - lse_C).exp_()
+        return BlockGrad(_logits_grad(kept_CR, scale_C, coefficient_C, target), blocks.grad_weight(tile))
 
 
 def _need(value: Tensor | None) -> Tensor:

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from megalign.ops.block_sizes import BLOCK_SIZES
+
 # Tensor-parallel sizes that are powers of two up to this one compute identical tiles.
 MOST_TENSOR_RANKS = 16
-# Larger tiles do not make the products faster; smaller ones allow more tokens in the same memory.
-MOST_TILE_ROWS = 4096
 
 
-def tile_rows(padded_vocab_size: int) -> int:
+def tile_rows(padded_vocab_size: int, device: str = "cpu") -> int:
     """Return the rows of a tile: a padded vocabulary is split into 2^d equal tiles, whatever the layout.
 
-    One tile is one matrix product, so its numbers do not depend on which rank holds it.
+    One tile is one matrix product, so its numbers do not depend on which rank holds it. device: cpu or cuda.
     """
-    rows = -(-padded_vocab_size // MOST_TENSOR_RANKS)
-    while rows > MOST_TILE_ROWS and rows % 2 == 0:
+    rows, most = -(-padded_vocab_size // MOST_TENSOR_RANKS), BLOCK_SIZES[device].most_tile_rows
+    while most is not None and rows > most and rows % 2 == 0:
         rows //= 2
     return rows
 

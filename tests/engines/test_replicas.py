@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from megalign.convert.hf.model import read_model
 from megalign.engines.build import engine_package
 from megalign.engines.deepspeed.policy import gathered
 from megalign.engines.replicas import bit_sum, first_difference
+from megalign.ops.head_blocks import HeadConfig
 from megalign.runtime.distributed import process_group
 from tests.support.parity_cases import write_checkpoints
 from tests.support.processes import run_ranks
@@ -49,6 +51,12 @@ CASES = {
 }
 
 
+def head_of(engine: Any) -> HeadConfig:
+    """How an engine computes its head."""
+    holder = getattr(engine, "policy", engine)
+    return getattr(holder, "shard", holder).head_cfg
+
+
 def plant(folder: str) -> None:
     """Compare each case's ranks as they are, and with one bit changed on rank 1; rank 0 keeps what is said."""
     found: dict[str, list[str]] = {}
@@ -61,11 +69,14 @@ def plant(folder: str) -> None:
                 "loss": {"name": "sft"},
                 "optimizer": {"lr": 1e-3},
             }
+            # Every way to build an engine is here: each must hand the head what the configuration says.
+            sections = {**sections, "engine": {**sections.get("engine", {}), "head_kernel": "compiled"}}
             cfg = JobConfig.model_validate({**raw, **sections})
             package = engine_package(cfg)
             engine = package.build(
                 cfg, read_model(Path(cfg.model.path)), package.connect(cfg, world), world, trainable=True
             )
+            assert head_of(engine).compiled is not None, case
             engine.load_weights(Path(cfg.model.path))
             if "zero" in sections.get("engine", {}):  # as after a step: small parameters are whole on every rank
                 with gathered([each for each in engine.policy.parameters() if each.ds_persist], keep=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalign.ops.block_passes import choose_passes
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.linear_logp import linear_logp, weighted_logp
 from megalign.ops.vocab import VocabShard
@@ -26,8 +27,11 @@ def dense(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, softcap: float
 
 @pytest.mark.parametrize("form", ["recompute", "own lse", "given lse"])
 @pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("kernel", ["torch", "compiled"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
-def test_values_and_gradients(form: str, softcap: float | None, dtype: torch.dtype, tolerance: float) -> None:
+def test_values_and_gradients(
+    form: str, softcap: float | None, kernel: str, dtype: torch.dtype, tolerance: float
+) -> None:
     """fp32 with TF32 off; in bf16 the logits' gradient is rounded once, their own sums stay fp32."""
     generator = torch.Generator(device="cuda").manual_seed(0)
     hidden_TH = torch.randn(TOKENS, HIDDEN, device="cuda", generator=generator).to(dtype).requires_grad_()
@@ -38,7 +42,8 @@ def test_values_and_gradients(form: str, softcap: float | None, dtype: torch.dty
     right_T, right_lse_T = dense(hidden_TH, weight_VH, target_T, softcap)
     right = torch.autograd.grad((right_T * coefficient_T).sum(), (hidden_TH, weight_VH))
     shard = VocabShard(0, ROWS, VOCAB)
-    cfg, sink = HeadConfig(softcap=softcap, chunk_tokens=128), main_grad_sink(weight_VH)
+    passes = choose_passes(kernel, weight_VH.device)
+    cfg, sink = HeadConfig(softcap=softcap, chunk_tokens=128, compiled=passes), main_grad_sink(weight_VH)
     if form == "recompute":
         found = linear_logp(hidden_TH, weight_VH, target_T, shard, cfg=cfg, entropy=True, accuracy=True, sink=sink)
         value = (found.logp_N * coefficient_T).sum()
@@ -48,6 +53,7 @@ def test_values_and_gradients(form: str, softcap: float | None, dtype: torch.dty
             hidden_TH, weight_VH, target_T, coefficient_T, shard, lse_N=lse_T, cfg=cfg, sink=sink
         )
     value.backward()
+    assert passes is None or not passes.failed
     torch.testing.assert_close(found.logp_N.double(), right_T, rtol=1e-4, atol=1e-4)
     assert hidden_TH.grad is not None
     for mine, theirs in ((hidden_TH.grad, right[0]), (weight_VH.main_grad, right[1])):  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalign.ops.vocab import MOST_TENSOR_RANKS, MOST_TILE_ROWS, VocabShard, tile_rows
+from megalign.ops.vocab import MOST_TENSOR_RANKS, VocabShard, tile_rows
 
 
 def test_every_id_has_one_owner_and_padding_rows_none():
@@ -23,9 +23,10 @@ def test_tiles_end_with_the_real_rows():
 
 
 @pytest.mark.parametrize("padded", [16, 1024, 5120, 32000, 128256, 152064, 256000, 262144])
-def test_every_tensor_parallel_size_cuts_between_tiles(padded):
-    rows = tile_rows(padded)
-    assert rows <= MOST_TILE_ROWS and padded % rows == 0
+@pytest.mark.parametrize(("device", "most"), [("cpu", 4096), ("cuda", 262144 // 16)])
+def test_every_tensor_parallel_size_cuts_between_tiles(padded, device, most):
+    rows = tile_rows(padded, device)
+    assert rows <= most and padded % rows == 0
     num_tiles = padded // rows
     assert num_tiles & (num_tiles - 1) == 0, "not a binary tree"
     for ranks in (1, 2, 4, 8, MOST_TENSOR_RANKS):

@@ -32,7 +32,7 @@ from megalign.engines.deepspeed.settings import ds_config
 from megalign.engines.deepspeed.shard_weights import ShardWeights
 from megalign.engines.deepspeed.split_layers import split_layers, sum_gradients, without_memory
 from megalign.engines.deepspeed.weights import Weights
-from megalign.ops.head_blocks import HeadConfig
+from megalign.engines.head import describe_head, head_config
 from megalign.runtime.distributed import COLLECTIVE_S, World, set_launcher_variables
 
 
@@ -52,7 +52,7 @@ def describe(cfg: JobConfig, model: HFModel, ranks: Ranks, world: World) -> str:
         device = section.get(key, {}).get("device")
         text += "" if device is None else f", {what} {'on NVMe' if device == 'nvme' else 'in CPU memory'}"
     layers = "Megatron's" if has_shards(model, ranks.tensor_size) else "transformers'"
-    return f"{text}; {layers} layers on {world.device.type}"
+    return f"{text}; {layers} layers on {world.device.type}{describe_head(cfg.engine.head_kernel, world.device)}"
 
 
 def build(cfg: JobConfig, model: HFModel, ranks: Ranks, world: World, *, trainable: bool) -> DeepSpeedEngine:
@@ -109,7 +109,10 @@ def _transformers(cfg: JobConfig, model: HFModel, ranks: Ranks, settings: dict[s
         sum_gradients(hf_model, ranks.tensor)
     if recompute == "full":
         hf_model.gradient_checkpointing_enable({"use_reentrant": False})
-    head_cfg = HeadConfig(
+    head_cfg = head_config(
+        cfg.engine.head_kernel,
+        dtype_of(cfg),
+        ranks.device,
         temperature=temperature_of(cfg),
         chunk_tokens=chunk_tokens_of(cfg),
         tp_invariant=cfg.engine.tp_invariant,

@@ -11,7 +11,7 @@ from megalign.convert.rules import FAMILIES, lora_target
 from megalign.engines.build import dtype_of
 from megalign.engines.deepspeed.settings import BUCKET
 from megalign.engines.needs import FP32, MOMENTS, RankNeeds, common_layer_values, layer_values, other_models
-from megalign.ops.head_blocks import CHUNK_BYTES
+from megalign.ops.block_sizes import BLOCK_SIZES
 
 LIVE = 1_000_000_000  # weights that ZeRO-3 lets be whole at a time (stage3_max_live_parameters)
 
@@ -50,7 +50,7 @@ def rank_needs(cfg: JobConfig, model: HFModel, world_size: int, *, device: str) 
             gradients=bucket if zero.offload_optimizer else gradients + bucket,
             optimizer=0 if zero.offload_optimizer else state,
             activations=int(_activations(cfg, model) * itemsize) + passing,
-            head=2 * CHUNK_BYTES[device],
+            head=2 * BLOCK_SIZES[device].kept_bytes,
             beside=other_models(cfg, whole=lambda: whole * itemsize, own=held),
             offloaded=offloaded + (held if zero.offload_params else 0),
         )

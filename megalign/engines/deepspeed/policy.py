@@ -21,7 +21,7 @@ from megalign.engines.deepspeed.attention import PackedRows
 from megalign.engines.head import ContextTokens, Head
 from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.transfer import to_device
-from megalign.ops.vocab import VocabShard
+from megalign.ops.vocab import VocabShard, tile_rows
 
 LossOfHead = Callable[[Head], Tensor]
 
@@ -100,7 +100,7 @@ class HFPolicy(nn.Module):
             hidden_LH=hidden_LH.index_select(0, to_device(part.scored_M, device)),
             weight_VH=head.weight,
             target_M=to_device(part.target_M, device),
-            shard=VocabShard(0, rows, rows),
+            shard=VocabShard(0, rows, rows, tile=tile_rows(rows, device.type)),
             tokens=None,
             context=context,
             cfg=self.head_cfg,

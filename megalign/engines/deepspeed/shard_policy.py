@@ -79,6 +79,7 @@ def build_shard_policy(
         temperature=temperature_of(cfg),
         chunk_tokens=chunk_tokens_of(cfg),
         tp_invariant=cfg.engine.tp_invariant,
+        head_kernel=cfg.engine.head_kernel,
         lora=lora_of(cfg) if trainable else None,
         base=cfg.model.path,
     )

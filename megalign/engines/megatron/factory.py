@@ -5,6 +5,7 @@ from __future__ import annotations
 from megalign.config.job import JobConfig, layout_of
 from megalign.convert.hf.model import HFModel
 from megalign.engines.build import chunk_tokens_of, dtype_of, lora_of, temperature_of
+from megalign.engines.head import describe_head
 from megalign.engines.megatron.engine import AdamW, MegatronEngine
 from megalign.engines.megatron.groups import Groups, make_groups
 from megalign.engines.megatron.shard import EngineOptions
@@ -31,6 +32,7 @@ def describe(cfg: JobConfig, model: HFModel, groups: Groups, world: World) -> st
     missing = missing_packages()
     if world.device.type == "cuda" and "TransformerEngine" not in missing and (broken := te_import_problem()):
         text += f" (TransformerEngine does not import: {broken})"
+    text += describe_head(cfg.engine.head_kernel, world.device)
     absent = " and ".join(missing)
     return f"{text} ({absent} not installed)" if absent else text
 
@@ -59,6 +61,7 @@ def build(cfg: JobConfig, model: HFModel, groups: Groups, world: World, *, train
         temperature=temperature_of(cfg),
         chunk_tokens=chunk_tokens_of(cfg),
         tp_invariant=cfg.engine.tp_invariant,
+        head_kernel=cfg.engine.head_kernel,
         aux_loss_coefficient=cfg.model.aux_loss_coefficient if trainable else 0.0,
         lora=lora_of(cfg) if trainable else None,
         base=cfg.model.path,

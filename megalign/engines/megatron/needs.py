@@ -12,7 +12,7 @@ from megalign.convert.naming import megatron_names
 from megalign.convert.rules import Piece, Rule, find_rule, lora_target
 from megalign.engines.needs import FP32, MOMENTS, RankNeeds, layer_values, other_models
 from megalign.model_config import ModelConfig
-from megalign.ops.head_blocks import CHUNK_BYTES
+from megalign.ops.block_sizes import BLOCK_SIZES
 from megalign.runtime.cpu_shims import import_megatron
 
 MASTER = FP32  # the distributed optimizer's own copy of a weight in half precision
@@ -88,7 +88,7 @@ def _stage_needs(
         gradients=gradients * FP32,
         optimizer=int(optimizer * kept),
         activations=int(_activations(cfg, model, layout, stage, chunks) * itemsize),
-        head=2 * CHUNK_BYTES[device] if last else 0,
+        head=2 * BLOCK_SIZES[device].kept_bytes if last else 0,
         beside=other_models(cfg, whole=lambda: _num_values(model) * itemsize, own=weights * itemsize),
         saving=copied if cfg.checkpoint.async_save else STAGED[device],
     )

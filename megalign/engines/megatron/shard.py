@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megalign.data.micro_batch import ContextPart, MicroBatch
 from megalign.data.packing import MicroBatchShape
-from megalign.engines.head import ContextTokens, Head
+from megalign.engines.head import ContextTokens, Head, head_config
 from megalign.engines.megatron.groups import Groups
 from megalign.engines.megatron.names import linear_layers, named_parameters
 from megalign.model_config import Lora, ModelConfig
@@ -26,7 +26,6 @@ from megalign.models.experts import BalancedRouter
 from megalign.models.gpt import PolicyModel, build_chunks
 from megalign.models.lora import Ranks, add_adapters
 from megalign.models.transformer_config import ComputeOptions, transformer_config
-from megalign.ops.head_blocks import HeadConfig
 from megalign.ops.hidden_rows import TokenShard
 from megalign.ops.transfer import to_device
 from megalign.ops.vocab import VocabShard, tile_rows
@@ -47,6 +46,7 @@ class EngineOptions:
     temperature: float = 1.0
     chunk_tokens: int | None = None
     tp_invariant: bool = False
+    head_kernel: str = "torch"
     aux_loss_coefficient: float = 0.0
     lora: Lora | None = None  # train adapters alone
     base: str | None = None  # the user's name for the model that adapters are trained on
@@ -72,7 +72,10 @@ class Shard:
                 parameter.zero_()
         if options.lora is not None:
             self._add_adapters(options.lora, seed)
-        self.head_cfg = HeadConfig(
+        self.head_cfg = head_config(
+            options.head_kernel,
+            options.dtype,
+            options.device,
             temperature=options.temperature,
             scale=model.logit_scale,
             softcap=model.logit_softcap,
@@ -164,7 +167,7 @@ class Shard:
                 rows,
                 self.model.vocab_size,
                 groups.tensor,
-                tile_rows(self.model.padded_vocab_size),
+                tile_rows(self.model.padded_vocab_size, device.type),
             ),
             tokens=tokens,
             context=context,
