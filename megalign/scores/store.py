@@ -51,6 +51,10 @@ class ScoreStore:
         for sequence, entry in zip(sequences, scored, strict=True):
             self._entries[key_of(sequence)] = Scored(entry.total, entry.logp_N if self.by_token else None)
 
+    def put(self, key: Key, entry: Scored) -> None:
+        """Keep a score by its sequence's key."""
+        self._entries[key] = entry
+
     def missing(self, sequences: Iterable[TokenSequence]) -> list[TokenSequence]:
         """Return the sequences that have no score, each once."""
         missing: dict[Key, TokenSequence] = {}
@@ -85,11 +89,17 @@ def fill(
     coupled: bool,
     packing: Packing,
     progress: Callable[[int], None] = lambda done: None,
+    keep: Callable[[Sequence[TokenSequence], Sequence[Scored]], None] = lambda sequences, scored: None,
 ) -> None:
-    """Score what the store lacks, batch by batch; `progress` is called with the number of batches done."""
+    """Score what the store lacks, batch by batch.
+
+    progress: called with the number of batches done. keep: called with what each batch adds.
+    """
     want = Want(by_token=store.by_token)
     for done, sequences in enumerate(batches, start=1):
         missing = store.missing(sequences)
         if missing:
-            store.add(missing, score(engine, missing, coupled=coupled, packing=packing, want=want))
+            scored = score(engine, missing, coupled=coupled, packing=packing, want=want)
+            store.add(missing, scored)
+            keep(missing, scored)
         progress(done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 
 from megalign.config.job import JobConfig
 from megalign.convert.hf.model import HFModel
@@ -12,6 +13,8 @@ from megalign.data.group import TokenSequence
 from megalign.engines.build import packing_of
 from megalign.engines.protocol import Scorer
 from megalign.engines.scoring import score
+from megalign.scores.kept import KeptScores
+from megalign.scores.store import ScoreStore
 
 Progress = Callable[[str, int, int], None]  # called with (name of the work, done, total)
 
@@ -35,11 +38,12 @@ def with_teacher_scores(
     needed: Set[int] | None = None,
     say: Callable[[str], None],
     progress: Progress,
+    keep: Callable[[str], KeptScores],
 ) -> GroupDataset:
     """Return the data set with the scores of the configured teachers; scores in the records are kept.
 
     load: builds an engine with a teacher's weights; only one is in memory at a time. needed: the groups of the steps
-    that are left; others may stay without scores. None: all.
+    that are left; others may stay without scores. None: all. keep: returns where a teacher's scores are kept.
     """
     if not cfg.teachers:
         return dataset
@@ -51,16 +55,37 @@ def with_teacher_scores(
         parts = _parts(cfg, texts, needed)
         total, count = sum(map(len, parts)), len(texts.sequences)
         say(f"scoring {total}{'' if total == count else f' of {count}'} responses with teacher {texts.name}")
-        if not parts:
-            continue
-        engine, done = load(texts.model), 0
-        for part in parts:
-            scored = score(engine, [texts.sequences[at] for at in part], coupled=False, packing=packing_of(cfg))
-            for at, result in zip(part, scored, strict=True):
+        store, kept = ScoreStore(by_token=False), keep(f"teacher {texts.name}")
+        kept.load(store)
+        batches = [[texts.sequences[at] for at in part] for part in parts]
+        if any(map(store.missing, batches)):
+            try:
+                _score_parts(cfg, load(texts.model), store, batches, kept, partial(progress, f"teacher {texts.name}"))
+            finally:  # a signal too leaves this way
+                kept.write()
+        for part, sequences in zip(parts, batches, strict=True):
+            for at, result in zip(part, store.get(sequences), strict=True):
                 scores[texts.group_indices[at]][texts.name] = result.total / texts.sequences[at].num_scored
-            done += len(part)
-            progress(f"teacher {texts.name}", done, total)
     return dataset.with_teacher_scores(scores)
+
+
+def _score_parts(
+    cfg: JobConfig,
+    engine: Scorer,
+    store: ScoreStore,
+    batches: Sequence[Sequence[TokenSequence]],
+    kept: KeptScores,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Score the batches of which any sequence has no score, whole: packed with others a score has other last bits."""
+    done, total = 0, sum(map(len, batches))
+    for sequences in batches:
+        if store.missing(sequences):
+            scored = score(engine, sequences, coupled=False, packing=packing_of(cfg))
+            store.add(sequences, scored)
+            kept.add(sequences, scored)
+        done += len(sequences)
+        progress(done, total)
 
 
 def _parts(cfg: JobConfig, texts: TeacherTexts, needed: Set[int] | None) -> list[range]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from megalign.engines.build import packing_of
 from megalign.engines.protocol import Scorer, Want
 from megalign.engines.scoring import Scored, score
 from megalign.engines.step import StepBatch
+from megalign.scores.kept import KeptScores
 from megalign.scores.needed import Needed, needed_scores
 from megalign.scores.store import ScoreStore, fill
 from megalign.train.reporter import Reporter
@@ -68,7 +69,19 @@ def old_scores(sequences: Sequence[TokenSequence], store: ScoreStore) -> list[Sc
 
 
 Wanted = Callable[[TokenSequence], bool]
+Keep = Callable[[str, bool], KeptScores]  # (what is scored, whether by token) -> where its scores are kept
 REFERENCE, INITIAL = "scoring reference", "scoring initial policy"
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """Makes the batches of sequences to score, one at a time; may be gone through more than once."""
+
+    count: int
+    batch: Callable[[int], list[TokenSequence]]
+
+    def __iter__(self) -> Iterator[list[TokenSequence]]:
+        return map(self.batch, range(self.count))
 
 
 @dataclass
@@ -149,14 +162,15 @@ class DatasetFeed:
     def restore(self, state: dict[str, Any]) -> None:
         """Do nothing, as `state` returns nothing."""
 
-    def score_reference(self, load: Callable[[], Scorer], report: Reporter) -> None:
+    def score_reference(self, load: Callable[[], Scorer], report: Reporter, keep: Keep) -> None:
         """Score every sequence that is needed with a reference's own engine, which `load` builds if any is."""
         self.reference = ScoreStore(by_token=self._by_token)
+        kept = self._kept(keep, REFERENCE, self.reference)
         needed = self._needed(REFERENCE, report, _every)
-        if needed is None or needed.batches:
-            self._fill(load(), self.reference, REFERENCE, report, _every, needed)
+        if any(map(self.reference.missing, self._batches(_every, needed))):
+            self._fill(load(), self.reference, REFERENCE, report, self._batches(_every, needed), kept)
 
-    def score_policy(self, engine: Scorer, report: Reporter) -> None:
+    def score_policy(self, engine: Scorer, report: Reporter, keep: Keep) -> None:
         """Score under the initial policy: every sequence if it is the reference, else those without old log-probs."""
         traits = self.cfg.loss.traits()
         is_reference = traits.reference and self.cfg.reference.source in ("initial", "round_start")
@@ -166,20 +180,23 @@ class DatasetFeed:
         self.old = store if traits.old else None
         self.reference = store if is_reference else self.reference
         wanted: Wanted = _every if is_reference else _lacks_behaviour
+        kept = self._kept(keep, INITIAL, store)
         needed = self._needed(INITIAL, report, wanted)
         with_first = not self.held_out and (needed is None or needed.with_first)
-        current = self._score_first(engine, store, wanted) if with_first else None
-        self._fill(engine, store, INITIAL, report, wanted, needed)
+        current = self._score_first(engine, store, wanted, kept) if with_first else None
+        batches = self._batches(wanted, needed)
+        self._fill(engine, store, INITIAL, report, batches, kept)
         if current is not None and not self.after:
             self.first = replace(self._assemble(*self.sequences(0)), current=current)
 
-    def _score_first(self, engine: Scorer, store: ScoreStore, wanted: Wanted) -> list[Scored] | None:
+    def _score_first(self, engine: Scorer, store: ScoreStore, wanted: Wanted, kept: KeptScores) -> list[Scored] | None:
         """Score all of step 0's sequences, packed as the step will pack them; None where none is wanted.
 
         The step runs under the same initial weights, so it can use these scores too.
         """
         traits, (sequences, _) = self.cfg.loss.traits(), self.sequences(0)
-        if not any(map(wanted, sequences)):
+        missing = bool(store.missing(sequences))
+        if not any(map(wanted, sequences)) or (self.after and not missing):
             return None
         current = score(
             engine,
@@ -189,7 +206,15 @@ class DatasetFeed:
             want=Want(traits.entropy, traits.accuracy, by_token=True),
         )
         store.add(sequences, current)
+        if missing:
+            kept.add(sequences, current)
         return current
+
+    def _kept(self, keep: Keep, name: str, store: ScoreStore) -> KeptScores:
+        """Fill a store with the scores that an earlier start has kept; return where new ones are."""
+        kept = keep(f"held-out data: {name}" if self.held_out else name, store.by_token)
+        kept.load(store)
+        return kept
 
     def _wanted_of(self, step: int, wanted: Wanted) -> list[TokenSequence]:
         """Return the wanted sequences of a step; of held-out data all, which are one batch."""
@@ -203,21 +228,24 @@ class DatasetFeed:
         report.say(f"{name}: {needed.num_sequences} of {needed.num_all} sequences, for the steps after {self.after}")
         return needed
 
+    def _batches(self, wanted: Wanted, needed: Needed | None) -> Batches:
+        """Return the batches to score; of `needed` None: the wanted sequences step by step, held-out ones at once."""
+        if needed is not None:
+            return Batches(len(needed.batches), lambda at: needed.batches[at][1])
+        return Batches(1 if self.held_out else self.num_steps, partial(self._wanted_of, wanted=wanted))
+
     def _fill(
-        self, engine: Scorer, store: ScoreStore, name: str, report: Reporter, wanted: Wanted, needed: Needed | None
+        self, engine: Scorer, store: ScoreStore, name: str, report: Reporter, batches: Batches, kept: KeptScores
     ) -> None:
-        """Score the needed batches; None: the wanted sequences step by step, held-out ones at once."""
-        batches: Iterable[list[TokenSequence]]
-        if needed is None:
-            total = 1 if self.held_out else self.num_steps
-            batches = (self._wanted_of(step, wanted) for step in range(total))
-        else:
-            total, batches = len(needed.batches), (sequences for _, sequences in needed.batches)
-        fill(
-            store,
-            engine,
-            batches,
-            coupled=self.cfg.loss.traits().coupled,
-            packing=packing_of(self.cfg),
-            progress=lambda done: report.phase(name, done, total),
-        )
+        try:
+            fill(
+                store,
+                engine,
+                batches,
+                coupled=self.cfg.loss.traits().coupled,
+                packing=packing_of(self.cfg),
+                progress=lambda done: report.phase(name, done, batches.count),
+                keep=kept.add,
+            )
+        finally:  # a signal too leaves this way
+            kept.write()

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from megalign.config.job import JobConfig, total_steps
 from megalign.convert.hf.config import noise_left_out
 from megalign.convert.hf.model import HFModel
-from megalign.engines.build import dtype_of, engine_package
+from megalign.engines.build import dtype_of, engine_package, temperature_of
 from megalign.engines.protocol import Engine, Scorer
 from megalign.rollout.rewards import choose_reward
 from megalign.runtime.distributed import World
+from megalign.scores.kept import KeptScores
 from megalign.scores.teachers import with_teacher_scores
 from megalign.train.cannot_learn import Doubts
 from megalign.train.evaluation import Evaluation, evaluation_left, held_out_loss, held_out_reward
-from megalign.train.feeds import DatasetFeed, Feed
+from megalign.train.feeds import DatasetFeed, Feed, Keep
+from megalign.train.fingerprint import job_digest
 from megalign.train.group_source import LiveSampling
 from megalign.train.inputs import Inputs, Records
 from megalign.train.job import Job
@@ -24,6 +27,7 @@ from megalign.train.outputs import Start
 from megalign.train.plan import evaluation_plan, run_plan
 from megalign.train.reporter import Reporter
 from megalign.train.rounds import RoundFeed
+from megalign.train.run_dir import SCORES
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,25 +134,35 @@ def _for_records(engines: Engines, records: Records, report: Reporter) -> Ready:
     """Score the records with every fixed model, and build the policy."""
     cfg, inputs = engines.cfg, engines.inputs
     # Teachers and a separate reference come first, so that their engines are freed before the policy's is built.
-    feed, held_out = _feed(engines, records, report), None
+    keep = partial(_kept, engines, report)
+    feed, held_out = _feed(engines, records, report, keep), None
     if inputs.held_out_records is not None and evaluation_left(cfg, engines.start.step, feed.num_steps):
-        held_out = _held_out(engines, inputs.held_out_records, report)
+        held_out = _held_out(engines, inputs.held_out_records, report, keep)
     feeds = [feed] if held_out is None else [feed, held_out]
     if inputs.reference is not None and cfg.loss.traits().reference:
         load = cache(partial(engines.scorer, inputs.reference))
         for each in feeds:
-            each.score_reference(load, report)
+            each.score_reference(load, report, keep)
         del load
     policy = engines.initial(trainable=True)
     for each in feeds:
-        each.score_policy(policy, report)
+        each.score_policy(policy, report, keep)
     evaluation: Evaluation | None = None
     if held_out is not None:
         evaluation = partial(held_out_loss, cfg, policy, held_out)
     return Ready(policy, feed, evaluation, feed.num_steps)
 
 
-def _feed(engines: Engines, records: Records, report: Reporter) -> DatasetFeed:
+def _kept(engines: Engines, report: Reporter, name: str, by_token: bool) -> KeptScores:
+    """Return where the run keeps the scores of `name`; they hold for its models and its precision."""
+    cfg, job = engines.cfg, engines.start.job
+    models = job_digest({key: job[key] for key in ("model", "reference", "teachers", "checkpoint")})
+    about = {"models": models, "engine": cfg.engine.name, "dtype": cfg.run.dtype, "temperature": temperature_of(cfg)}
+    folder = Path(cfg.run.dir) / SCORES
+    return KeptScores(folder, name, about, by_token=by_token, writes=engines.world.is_main, say=report.say)
+
+
+def _feed(engines: Engines, records: Records, report: Reporter, keep: Keep) -> DatasetFeed:
     """Let the teachers score the records that are needed, and filter them by their scores."""
     cfg, dataset, after = engines.cfg, records.dataset, engines.start.step
     report.say(f"training data: {dataset.report.line()}")
@@ -156,21 +170,34 @@ def _feed(engines: Engines, records: Records, report: Reporter) -> DatasetFeed:
     if after and cfg.data.filter is None:  # a filter needs every score
         needed = DatasetFeed(cfg, dataset).groups_after(after)
     dataset = with_teacher_scores(
-        cfg, dataset, records.teachers, engines.scorer, needed=needed, say=report.say, progress=report.phase
+        cfg,
+        dataset,
+        records.teachers,
+        engines.scorer,
+        needed=needed,
+        say=report.say,
+        progress=report.phase,
+        keep=lambda name: keep(name, False),
     )
     if cfg.data.filter is not None:
         dataset = dataset.keep_highest(cfg.data.filter.teacher_score_keep)
     return DatasetFeed(cfg, dataset, after=after)
 
 
-def _held_out(engines: Engines, records: Records, report: Reporter) -> DatasetFeed:
+def _held_out(engines: Engines, records: Records, report: Reporter, keep: Keep) -> DatasetFeed:
     """Let the teachers score the held-out records, which are never filtered."""
     cfg = engines.cfg
     report.say(f"held-out data: {records.dataset.report.line()}")
     return DatasetFeed(
         cfg,
         with_teacher_scores(
-            cfg, records.dataset, records.teachers, engines.scorer, say=report.say, progress=report.phase
+            cfg,
+            records.dataset,
+            records.teachers,
+            engines.scorer,
+            say=report.say,
+            progress=report.phase,
+            keep=lambda name: keep(f"held-out data: {name}", False),
         ),
         held_out=True,
     )

@@ -25,7 +25,8 @@ from megalign.train.cut_back import later_dumps
 from megalign.train.resume_point import checkpoints_in, newer_than, pointed_to
 from megalign.train.trackers import WANDB_ID
 
-FOLDERS = ("checkpoints", "steps", "tensorboard", HANG_REPORT)
+SCORES = "scores"  # made before the first step
+FOLDERS = ("checkpoints", "steps", "tensorboard", SCORES, HANG_REPORT)
 GROWING = ("metrics.jsonl", "log.txt")
 FILES = (*GROWING, "config.yaml", "status.json", WANDB_ID)
 OWN = (*FOLDERS, *FILES, ROLLOUT_FILE)  # all names that a job, or the command rollout, writes in a run directory
