@@ -15,7 +15,7 @@ old log-probs are coupled there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -160,12 +160,13 @@ def _objective(step: _Step, mode: PassMode) -> Objective:
 
 def _with_known_scores(step: _Step, known: Sequence[TokenLogp]) -> Objective:
     """Back-propagate with coefficients computed from log-probs [N] that are known before backward."""
-    batch_S = None if step.traits.level == "token" else _batch_coefficients(step, known)
+    on_host = to_host([before.logp_N for before in known])
+    batch_S = None if step.traits.level == "token" else _batch_coefficients(step, on_host)
 
     def objective(index: int, head: Head) -> tuple[Tensor, Payload]:
         micro, before = step.micro.batches[index], known[index]
         if batch_S is None:
-            coefficients = _token_coefficients(step, micro, before.logp_N)
+            coefficients = _moved(_token_coefficients(step, micro, on_host[index]), step.engine.device)
         else:
             coefficients = _spread(batch_S[list(micro.members)], micro, before.logp_N)
         value, again = head.weighted(coefficients.token_N, before.lse_N)
@@ -195,7 +196,7 @@ def _in_one_pass_linear(step: _Step) -> Objective:
 
     def objective(index: int, head: Head) -> tuple[Tensor, Payload]:
         micro = step.micro.batches[index]
-        coefficients = _local_coefficients(step, micro, torch.zeros(len(micro.target_N), device=step.engine.device))
+        coefficients = _moved(_local_coefficients(step, micro, torch.zeros(len(micro.target_N))), step.engine.device)
         value, output = head.weighted(coefficients.token_N, accuracy=step.traits.accuracy)
         share = None
         if "loss" in coefficients.sums:  # of a token-level loss: computed at zero log-probs, so replaced
@@ -220,10 +221,14 @@ def _current_scores(step: _Step) -> list[TokenLogp]:
     ]
 
 
-def _batch_coefficients(step: _Step, known: Sequence[TokenLogp]) -> Tensor:
-    """Return dL/ds [S] of the global batch from the log-probs of every rank's micro-batches."""
+def _moved(coefficients: Coefficients, device: torch.device) -> Coefficients:
+    return replace(coefficients, token_N=to_device(coefficients.token_N, device))
+
+
+def _batch_coefficients(step: _Step, known: Sequence[Tensor]) -> Tensor:
+    """Return dL/ds [S] of the global batch from the log-probs, on the CPU, of every rank's micro-batches."""
     policy_S = torch.zeros(len(step.batch.sequences), dtype=torch.float64)
-    for micro, logp_N in zip(step.micro.batches, to_host([before.logp_N for before in known]), strict=False):
+    for micro, logp_N in zip(step.micro.batches, known, strict=False):
         policy_S[list(micro.members)] = segment_sum(logp_N, micro.seq_N, len(micro.members))
     policy_S = step.engine.sum_over_data(policy_S).requires_grad_()
     return gradient_of(step.loss(step.scores_at(policy_S)), policy_S, step.cfg)

@@ -174,8 +174,77 @@ def gradient_norm() -> None:
     torch.testing.assert_close(norm.cpu(), torch.cat(tensors).norm().reshape(1))
 
 
+def waits_of_a_step() -> None:
+    """The host waits at most once a micro-batch and a few times a step, whatever the loss and the pass mode."""
+    import tempfile
+    from dataclasses import replace
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from megalign.config.layout import Layout
+    from megalign.convert import read_model_config
+    from megalign.data.group import Response, TokenSequence
+    from megalign.data.packing import Packing
+    from megalign.engines.loss_inputs import StepBatch
+    from megalign.engines.megatron.engine import AdamW, MegatronEngine
+    from megalign.engines.megatron.groups import make_groups
+    from megalign.engines.megatron.shard import EngineOptions
+    from megalign.engines.scoring import Scored
+    from megalign.engines.step import accumulate
+    from megalign.losses.dpo import DpoConfig
+    from megalign.losses.grpo import GrpoConfig
+    from megalign.losses.gvpo import GvpoConfig
+    from megalign.losses.sft import SftConfig
+    from megalign.runtime.distributed import process_group
+    from tests.support.tiny_jobs import VOCAB_SIZE, write_model
+
+    random = torch.Generator().manual_seed(6)
+
+    def sequence(number: int, role: Any) -> TokenSequence:
+        ids = torch.randint(VOCAB_SIZE, (20,), generator=random).tolist()
+        response = Response(tuple(ids[4:]), reward=float(number % 3))
+        return TokenSequence(number, number // 2, role, tuple(ids[:4]), response)
+
+    with tempfile.TemporaryDirectory() as folder, process_group(timeout_s=60):
+        write_model(Path(folder))
+        engine = MegatronEngine(
+            read_model_config(Path(folder)),
+            make_groups(Layout(), timeout_s=60),
+            EngineOptions(torch.bfloat16, device.CUDA),
+            adamw=AdamW(),
+        )
+        engine.load_weights(Path(folder))
+        assert dist.is_initialized()
+        samples = [sequence(number, "response") for number in range(8)]
+        pairs = [replace(each, role=("chosen", "rejected")[at % 2]) for at, each in enumerate(samples)]
+        known = [Scored(-10.0, torch.full((16,), -0.6), torch.zeros(16)) for _ in samples]
+        steps = [
+            (SftConfig(), samples, None),
+            (GvpoConfig(), samples, "two_pass"),
+            (GvpoConfig(), samples, "single_pass"),
+            (DpoConfig(), pairs, "two_pass"),
+            (GrpoConfig(beta=0.1), samples, "single_pass"),
+            (GrpoConfig(beta=0.1), samples, "two_pass"),
+        ]
+        for loss, sequences, mode in steps:
+            batch = StepBatch(sequences, num_groups=4, reference=known, old=known)
+            accumulate(engine, batch, loss, packing=Packing(40), mode=mode)
+            with device.waits() as waits:
+                result = accumulate(engine, batch, loss, packing=Packing(40), mode=mode)
+                engine.update(1e-3)
+            micro_batches = 4  # of two sequences each
+            assert mode in (None, result.pass_mode)
+            # One where the loss needs a micro-batch's log-probs before its backward; the others are the step's.
+            needed = micro_batches if mode == "single_pass" else 0
+            assert sum(waits.values()) <= needed + 10, (loss.name, mode, waits)
+            in_layers = [line for line in waits if line.startswith(("models/", "ops/")) and "transfer.py" not in line]
+            assert not in_layers, (loss.name, mode, in_layers)
+
+
 CHECKS = {
-    each.__name__: each for each in (head_sizes, attention, sums_of_experts, deterministic_mode, norms, gradient_norm)
+    each.__name__: each
+    for each in (head_sizes, attention, sums_of_experts, deterministic_mode, norms, gradient_norm, waits_of_a_step)
 }
 
 
