@@ -133,8 +133,8 @@ def _type(tensor: Pretend, *args: Any, **kwargs: Any) -> Any:
     return tensor.inner.type().replace("torch.", "torch.cuda.", 1)
 
 
-def _backward(tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False) -> None:
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph)
+def _backward(tensor: Tensor, gradient: Any = None, *arguments: Any, **options: Any) -> None:
+    torch.autograd.backward(tensor, gradient, *arguments, **options)
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
