@@ -66,7 +66,8 @@ PARTS = (
 
 def read(path: Path) -> dict[str, Any]:
     """Return what a part wrote so far; it may have ended before it wrote anything."""
-    empty: dict[str, Any] = {"checks": [], "figures": {}, "skipped": None, "error": None, "done": False}
+    nothing = {"machine": None, "skipped": None, "error": None, "done": False}
+    empty: dict[str, Any] = {"checks": [], "figures": {}, **nothing}
     return {**empty, **json.loads(path.read_text(encoding="utf-8"))} if path.exists() else empty
 
 
@@ -117,26 +118,6 @@ def run_part(part: Part, child: Sequence[str], options: argparse.Namespace) -> d
             found["log"] = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
     head = {"name": part.name, "expected": part.expected, "verdict": name, "reason": reason}
     return {**head, "seconds": round(time.monotonic() - start, 1), **found}
-
-
-def machine() -> dict[str, Any]:
-    """Describe the device and the libraries that are compared."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for name in ("torch", "transformers", "megatron-core", "trl", "transformer-engine", "triton"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": torch.cuda.get_device_name(0),
-        "capability": list(torch.cuda.get_device_capability(0)),
-        "memory_gb": round(properties.total_memory / 1e9, 1),
-        "cuda": torch.version.cuda,
-        "versions": versions,
-    }
 
 
 def show(results: Sequence[dict[str, Any]], console: Console) -> None:
@@ -195,10 +176,13 @@ def main(arguments: Sequence[str], *, parts: Sequence[Part] = PARTS, child: Sequ
     wanted = options.only or [part.name for part in parts]
     chosen = [part for part in parts if any(part.name == name or part.name.startswith(f"{name}.") for name in wanted)]
     console = Console(width=None if sys.stdout.isatty() else 160)
-    written: dict[str, Any] = {"machine": machine(), "small": options.small, "parts": []}
-    console.print(f"{written['machine']}", highlight=False, markup=False)
+    written: dict[str, Any] = {"machine": None, "small": options.small, "parts": []}
     for part in chosen:
         result = run_part(part, child, options)
+        told = result.pop("machine")  # this process starts no CUDA, whose device may be for one process alone
+        if told and not written["machine"]:
+            written["machine"] = told
+            console.print(str(told), highlight=False, markup=False)
         written["parts"].append(result)
         line = f"{part.name}: {result['verdict']} ({result['seconds']:.0f} s) {result['reason']}"
         console.print(line, highlight=False, markup=False)

@@ -1,13 +1,33 @@
-"""Times and memory of the CUDA device, and whether it gives any."""
+"""Describes the CUDA device, and measures times and memory where it gives any."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
 CUDA = torch.device("cuda", 0)
+
+
+def machine() -> dict[str, Any]:
+    """Describe the device and the libraries that are compared."""
+    versions = {}
+    for name in ("torch", "transformers", "megatron-core", "trl", "transformer-engine", "triton"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": torch.cuda.get_device_name(0),
+        "capability": list(torch.cuda.get_device_capability(0)),
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "cuda": torch.version.cuda,
+        "versions": versions,
+    }
 
 
 def clock_problem() -> str | None:

@@ -105,7 +105,7 @@ def head(report: Report) -> None:
             report.check(
                 "the compiler works", not passes.failed, expected="yes", found="no" if passes.failed else "yes"
             )
-    _time(report, ways)
+    time_ways(report, ways)
     if memory_problem() is None:
         for form in FORMS:
             held = peak_bytes(partial(run_form, form, inputs, HeadConfig()))
@@ -114,7 +114,7 @@ def head(report: Report) -> None:
             report.figure("logits of all tokens in fp32: GB", round(logits / 1e9, 2))
 
 
-def _time(report: Report, ways: dict[str, Callable[[], object]]) -> None:
+def time_ways(report: Report, ways: dict[str, Callable[[], object]]) -> None:
     """Note every way's time over three products; the defaults are held to their limits."""
     problem = clock_problem()
     if problem is not None:

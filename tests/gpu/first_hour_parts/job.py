@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def job(report: Report) -> None:
             report.check(f"{job_name}: exit codes", found == codes, expected=str(codes), found=found)
             if found == codes:
                 check_run(report, folder / job_name, job_name)
+            shutil.rmtree(folder / job_name / "run" / "checkpoints", ignore_errors=True)  # gigabytes
         compare(report, folder)
     if counted.micro_batches:
         check_waits(report, counted)

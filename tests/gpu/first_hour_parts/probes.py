@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -104,6 +105,7 @@ def deterministic(report: Report) -> None:
     logits = torch.randn(16, vocabulary, generator=random)
     uniform = torch.rand(16, dtype=torch.float64, generator=random)
     right = pick(logits, uniform, 0.7)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as a job of megalign sets it
     torch.use_deterministic_algorithms(True)
     try:
         logits.to(CUDA).cumsum(0)

@@ -23,6 +23,7 @@ class Report:
     small: bool = False
     checks: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] | None = None
     skipped: str | None = None
     error: str | None = None
     done: bool = False
@@ -50,7 +51,7 @@ class Report:
 
     def write(self) -> None:
         """Write all of it; a part that dies later leaves it."""
-        names = ("checks", "figures", "skipped", "error", "done")
+        names = ("machine", "checks", "figures", "skipped", "error", "done")
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps({name: getattr(self, name) for name in names}), encoding="utf-8")
         os.replace(partial, self.path)

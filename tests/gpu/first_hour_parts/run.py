@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.gpu.first_hour_parts.device import machine
 from tests.gpu.first_hour_parts.report import Report, Skip
 
 OURS = {"megalign", "tests", "benchmarks"}
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     module, _, function = arguments[0].partition(":")
     report = Report(Path(arguments[1]), small="--small" in arguments)
     try:
+        report.machine = machine()
         getattr(importlib.import_module(module), function)(report)
     except Skip as reason:
         report.skipped = str(reason)

@@ -21,8 +21,9 @@ class Outcomes:
         """Note a test that failed or was skipped at once, and count those that passed."""
         name = report.nodeid.removeprefix("tests/gpu/")
         if report.failed:
-            last = str(report.longrepr).strip().splitlines()[-1:]
-            self.report.check(name, False, expected="passes", found=" ".join(last))
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = str(report.longrepr) if crash is None else crash.message
+            self.report.check(name, False, expected="passes", found=why.strip()[:500])
         elif report.skipped:
             self.report.skip(name, str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr))
         elif report.when == "call":
