@@ -87,8 +87,11 @@ def sums(report: Report) -> None:
     backward = _spread(spread_gradient)
     theirs = _spread(lambda: moe_utils.unpermute(row_RH, token_R, shape, routing_map=routing))
     plain = _spread(atomics)
-    report.check("scatter_add of bf16, equal calls differ by", plain > 0, expected="above 0", found=f"{plain:.3g}")
-    report.check("Megatron's unpermute, equal calls differ by", theirs > 0, expected="above 0", found=f"{theirs:.3g}")
+    for name, differ in (("scatter_add of bf16", plain), ("Megatron's unpermute", theirs)):
+        if report.small and not differ:
+            report.skip(f"{name}, equal calls differ by", "nothing: so few rows need not meet")
+        else:
+            report.check(f"{name}, equal calls differ by", differ > 0, expected="above 0", found=f"{differ:.3g}")
     report.within("our sums of experts, equal calls differ by", ours, 0.0)
     report.within("our gradient of tokens, equal calls differ by", backward, 0.0)
     exact_TH = torch.zeros(tokens, hidden, dtype=torch.float64).index_add(0, token_R.cpu(), row_RH.cpu().double())
