@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear
@@ -21,6 +21,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from megalign.model_config import MoeConfig
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
 
 
 def complete_megatron() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch._dynamo.trace_rules
 import torch.distributed as dist
+import torch.utils._device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -133,8 +134,8 @@ def _type(tensor: Pretend, *args: Any, **kwargs: Any) -> Any:
     return tensor.inner.type().replace("torch.", "torch.cuda.", 1)
 
 
-def _backward(tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False) -> None:
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph)
+def _backward(tensor: Tensor, gradient: Any = None, *arguments: Any, **options: Any) -> None:
+    torch.autograd.backward(tensor, gradient, *arguments, **options)
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
@@ -274,6 +275,7 @@ class _Inert:
 def install() -> None:
     """Make this process believe in CUDA devices; for the rest of its life, before it has done anything with torch."""
     torch._dynamo.trace_rules.get_torch_obj_rule_map()  # asks for CUDA's modules while they are still torch's own
+    torch.utils._device._device_constructors()  # `with torch.device(...)` knows the factories by what they are now
     from tests.gpu_pretended import kernels
 
     EMULATED.update(kernels.OPERATORS)
