@@ -212,7 +212,7 @@ class DatasetFeed:
 
     def _kept(self, keep: Keep, name: str, store: ScoreStore) -> KeptScores:
         """Fill a store with the scores that an earlier start has kept; return where new ones are."""
-        kept = keep(f"held-out data: {name}" if self.held_out else name, store.by_token)
+        kept = keep(f"{name} (held-out data)" if self.held_out else name, store.by_token)
         kept.load(store)
         return kept
 

@@ -197,7 +197,7 @@ def _held_out(engines: Engines, records: Records, report: Reporter, keep: Keep) 
             engines.scorer,
             say=report.say,
             progress=report.phase,
-            keep=lambda name: keep(f"held-out data: {name}", False),
+            keep=lambda name: keep(f"{name} (held-out data)", False),
         ),
         held_out=True,
     )
