@@ -1,6 +1,6 @@
-"""Takes a step of every family on the pretended device: `python -m tests.gpu_pretended.family_steps FOLDER CASE ...`.
+"""Takes steps of families on the pretended device: `python -m tests.gpu_pretended.family_steps FOLDER FILE CASE ...`.
 
-FOLDER/CASE has the checkpoint in fp32 and bf16. What was found goes into FOLDER/found.pt by (case, dtype): log-probs,
+FOLDER/CASE has the checkpoint in fp32 and bf16. What was found goes into FILE by (case, dtype): log-probs,
 norms of two equal steps, gradients by stored name, weights after the update, the host's waits; or the error's text.
 """
 
@@ -66,7 +66,7 @@ def take_step(folder: Path, dtype: torch.dtype, groups: Any) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, cases: list[str]) -> None:
+def main(folder: Path, file: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     device.install()
@@ -81,8 +81,8 @@ def main(folder: Path, cases: list[str]) -> None:
                 found[case, name] = take_step(folder / case / name, getattr(torch, name), groups)
             except Exception:
                 found[case, name] = traceback.format_exc()
-    torch.save(found, folder / "found.pt")
+    torch.save(found, file)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -1,8 +1,13 @@
-"""Checks of single operations on the pretended device: `python -m tests.gpu_pretended.kernel_checks NAME`."""
+"""Checks of single operations on the pretended device: `python -m tests.gpu_pretended.kernel_checks NAME ...`.
+
+Prints {name: traceback, or nothing where the check passed} as JSON in the last line.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -251,5 +256,11 @@ CHECKS = {
 if __name__ == "__main__":
     torch.set_num_threads(1)
     device.install()
-    for name in sys.argv[1:]:
-        CHECKS[name]()
+    problems = dict.fromkeys(sys.argv[1:], "")
+    for check in problems:
+        try:
+            CHECKS[check]()
+        except Exception:
+            problems[check] = traceback.format_exc()
+        torch.use_deterministic_algorithms(False)
+    print(json.dumps(problems))

@@ -21,20 +21,36 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Any, dict[str, Any]]]:
-    """What was found and what is right, by (case, dtype)."""
+    """What was found, by two processes for half of the families each, and what is right, by (case, dtype)."""
     folder = tmp_path_factory.mktemp("families")
-    right: dict[tuple[str, str], dict[str, Any]] = {}
     for case in CASES:
         for name in DTYPES:
-            source = write_family(folder / case / name, case, dtype=getattr(torch, name))
-            right[case, name] = cases.answer(source, torch.float32, gradients=True)
-            if name != "float32":
-                right[case, name]["rounded"] = cases.answer(source, getattr(torch, name), gradients=True)
-    command = [sys.executable, "-m", "tests.gpu_pretended.family_steps", str(folder), *CASES]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = torch.load(folder / "found.pt", weights_only=True)
-    return {key: (found[key], answer) for key, answer in right.items()}
+            write_family(folder / case / name, case, dtype=getattr(torch, name))
+    jobs = []
+    for number, half in enumerate((list(CASES)[::2], list(CASES)[1::2])):
+        command = [
+            sys.executable,
+            "-m",
+            "tests.gpu_pretended.family_steps",
+            str(folder),
+            f"{folder}/{number}.pt",
+            *half,
+        ]
+        with (folder / f"{number}.log").open("w") as log:
+            jobs.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log))
+    codes = [job.wait(timeout=1500) for job in jobs]
+    logs = [(folder / f"{number}.log").read_text()[-4000:] for number in range(2)]
+    assert codes == [0, 0], "\n".join(logs)
+    found = {key: value for number in range(2) for key, value in torch.load(folder / f"{number}.pt").items()}
+    return {(case, name): (found[case, name], right_of(folder / case / name, name)) for case, name in found}
+
+
+def right_of(source: Path, name: str) -> dict[str, Any]:
+    """The answer in fp32 and, for other dtypes, what transformers itself computes in them, as `rounded`."""
+    right = cases.answer(source, torch.float32, gradients=True)
+    if name != "float32":
+        right["rounded"] = cases.answer(source, getattr(torch, name), gradients=True)
+    return right
 
 
 def distance(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
