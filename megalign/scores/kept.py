@@ -33,7 +33,8 @@ SECONDS_BETWEEN_FILES = 30.0
 class KeptScores:
     """Keeps the scores under one set of weights in files `folder`/<name>-<number>.safetensors.
 
-    about: what the scores depend on besides the sequences, plain values. writes: only one process of a job does.
+    about: what the scores depend on besides the sequences, plain values. writes: only one process of a job does. As a
+    context manager, it writes what waits when the block is left, by a signal too.
     """
 
     def __init__(
@@ -53,6 +54,12 @@ class KeptScores:
         self._waiting: list[tuple[Key, Scored]] = []
         self._written = time.monotonic()
         self._number = 0
+
+    def __enter__(self) -> KeptScores:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.write()
 
     def load(self, store: ScoreStore) -> None:
         """Add what is kept to a store, if every rank reads the same; called on all ranks.

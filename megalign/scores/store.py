@@ -90,15 +90,18 @@ def fill(
     packing: Packing,
     progress: Callable[[int], None] = lambda done: None,
     keep: Callable[[Sequence[TokenSequence], Sequence[Scored]], None] = lambda sequences, scored: None,
+    whole: bool = False,
 ) -> None:
     """Score what the store lacks, batch by batch.
 
-    progress: called with the number of batches done. keep: called with what each batch adds.
+    progress: called with the number of batches done. keep: called with what each batch adds. whole: score all of a
+    batch that lacks any, as with others in a pack a score has other last bits.
     """
     want = Want(by_token=store.by_token)
     for done, sequences in enumerate(batches, start=1):
         missing = store.missing(sequences)
         if missing:
+            missing = list(sequences) if whole else missing
             scored = score(engine, missing, coupled=coupled, packing=packing, want=want)
             store.add(missing, scored)
             keep(missing, scored)

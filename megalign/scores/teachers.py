@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 from megalign.config.job import JobConfig
 from megalign.convert.hf.model import HFModel
@@ -12,9 +13,8 @@ from megalign.data.dataset import GroupDataset
 from megalign.data.group import TokenSequence
 from megalign.engines.build import packing_of
 from megalign.engines.protocol import Scorer
-from megalign.engines.scoring import score
 from megalign.scores.kept import KeptScores
-from megalign.scores.store import ScoreStore
+from megalign.scores.store import ScoreStore, fill
 
 Progress = Callable[[str, int, int], None]  # called with (name of the work, done, total)
 
@@ -59,33 +59,33 @@ def with_teacher_scores(
         kept.load(store)
         batches = [[texts.sequences[at] for at in part] for part in parts]
         if any(map(store.missing, batches)):
-            try:
-                _score_parts(cfg, load(texts.model), store, batches, kept, partial(progress, f"teacher {texts.name}"))
-            finally:  # a signal too leaves this way
-                kept.write()
+            _score(cfg, load(texts.model), store, kept, batches, partial(progress, f"teacher {texts.name}"))
         for part, sequences in zip(parts, batches, strict=True):
             for at, result in zip(part, store.get(sequences), strict=True):
                 scores[texts.group_indices[at]][texts.name] = result.total / texts.sequences[at].num_scored
     return dataset.with_teacher_scores(scores)
 
 
-def _score_parts(
+def _score(
     cfg: JobConfig,
     engine: Scorer,
     store: ScoreStore,
-    batches: Sequence[Sequence[TokenSequence]],
     kept: KeptScores,
+    batches: Sequence[Sequence[TokenSequence]],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Score the batches of which any sequence has no score, whole: packed with others a score has other last bits."""
-    done, total = 0, sum(map(len, batches))
-    for sequences in batches:
-        if store.missing(sequences):
-            scored = score(engine, sequences, coupled=False, packing=packing_of(cfg))
-            store.add(sequences, scored)
-            kept.add(sequences, scored)
-        done += len(sequences)
-        progress(done, total)
+    ends = [0, *accumulate(map(len, batches))]
+    with kept:
+        fill(
+            store,
+            engine,
+            batches,
+            coupled=False,
+            packing=packing_of(cfg),
+            progress=lambda done: progress(ends[done], ends[-1]),
+            keep=kept.add,
+            whole=True,
+        )
 
 
 def _parts(cfg: JobConfig, texts: TeacherTexts, needed: Set[int] | None) -> list[range]:

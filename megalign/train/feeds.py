@@ -237,7 +237,7 @@ class DatasetFeed:
     def _fill(
         self, engine: Scorer, store: ScoreStore, name: str, report: Reporter, batches: Batches, kept: KeptScores
     ) -> None:
-        try:
+        with kept:
             fill(
                 store,
                 engine,
@@ -247,5 +247,3 @@ class DatasetFeed:
                 progress=lambda done: report.phase(name, done, batches.count),
                 keep=kept.add,
             )
-        finally:  # a signal too leaves this way
-            kept.write()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import megalign.scores.store
-import megalign.scores.teachers
 from megalign.engines.scoring import score
 from tests.support.tiny_jobs import (
     NOW,
@@ -65,8 +64,7 @@ def count_scorings(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = 
             os.kill(os.getpid(), signal.SIGTERM)
         return score(engine, sequences, **options)
 
-    for module in (megalign.scores.store, megalign.scores.teachers):
-        monkeypatch.setattr(module, "score", counted)
+    monkeypatch.setattr(megalign.scores.store, "score", counted)
     return calls
 
 
