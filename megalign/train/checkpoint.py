@@ -144,9 +144,8 @@ def _publish(target: Target, saving: Saving, written: Sequence[Written]) -> list
         # Those of the ranks are synced by them.
         sync_all([*(partial / name for name in (*others, FILES)), *folders, partial])
         replaced = None
-        if os.path.lexists(
-            final
-        ):  # of a run that took this step before; renamed, it still counts until the new one does
+        if os.path.lexists(final):
+            # Of a run that took this step before; renamed, it still counts until the new one does.
             replaced = move(final, replaced_path(final))
         move(partial, final)
         write_latest(folder, final.name)

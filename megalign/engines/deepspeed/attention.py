@@ -45,9 +45,8 @@ class PackedRows:
 
         self.context = context if context is not None and context.size() > 1 else None
         self.recompute = recompute
-        self._slots: tuple[Tensor, Slots] | None = (
-            None  # those of the last borders, which all layers of a row are given
-        )
+        # Of the last borders: all layers of a row are given the same.
+        self._slots: tuple[Tensor, Slots] | None = None
         taken = [name for name in AttentionInterface() if name.startswith("megalign_packed_")]
         self.name = f"megalign_packed_{len(taken)}"
         AttentionInterface.register(self.name, self)
