@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 
 from megalign.config.layout import Layout
 from megalign.convert import hf_state, read_model_config
 from megalign.convert.hf.model import read_model
 from megalign.convert.rules import lora_targets
-from megalign.data.group import Response, TokenSequence
 from megalign.data.micro_batch import MicroBatch, pack
 from megalign.engines.export import export
 from megalign.engines.megatron.engine import AdamW, MegatronEngine
@@ -23,43 +21,17 @@ from megalign.engines.megatron.shard import EngineOptions
 from megalign.model_config import Lora
 from megalign.runtime.distributed import process_group
 from tests.support.families import EXPERT_FAMILIES, FAMILY_CASES, PLAIN_CASES, write_family
+from tests.support.family_answers import answer, sequences
 from tests.support.lora_answers import draw_adapters
-from tests.support.oracle import as_stored
 from tests.support.processes import run_ranks
 
 # 16 positions are what scaled kinds of RoPE call their first training; a window has 3 to 7.
 CASES = {**PLAIN_CASES, **FAMILY_CASES}
-LENGTHS = (37, 7, 16, 23, 2)
 LAYOUTS = {
     "one": {"tensor": 1, "pipeline": 1},
     "tp2xpp2": {"tensor": 2, "pipeline": 2},
     "tp2xcp2": {"tensor": 2, "pipeline": 1, "context": 2},
 }
-
-
-def sequences() -> list[TokenSequence]:
-    random = torch.Generator().manual_seed(5)
-    tokens = [torch.randint(131, (length,), generator=random).tolist() for length in LENGTHS]
-    return [TokenSequence(0, 0, "response", tuple(ids[:1]), Response(tuple(ids[1:]))) for ids in tokens]
-
-
-def reference(folder: Path, *, gradients: bool = True) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Logits of each sequence, and gradients of the sum of all log-probs by stored name, as transformers has them."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
-    logits, total = [], 0.0
-    for sequence in sequences():
-        ids = torch.tensor([[*sequence.prompt_ids, *sequence.response.ids]])
-        logits.append(model(ids, use_cache=False).logits[0])
-        total = total + logits[-1][:-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
-    logits = [one.detach() for one in logits]
-    if not gradients:
-        return logits, {}
-    total.backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    stacked = {} if model.config.model_type == "gpt_oss" else as_stored(model, found)
-    return logits, stacked or found
 
 
 def is_routed(case: str) -> bool:
@@ -95,7 +67,7 @@ def merge(engine: MegatronEngine, source: Path, merged: Path, *, case: str) -> N
     export(engine, read_model(source), merged, lora=engine.shard.options.lora)
     (found,) = engine.forward([packed(engine)]) or (None,)
     if found is not None:
-        logits, _ = reference(merged, gradients=False)
+        logits = answer(merged, torch.float32, gradients=False)["logits"]
         right_N = torch.cat([one[:-1].log_softmax(-1) for one in logits])
         right_N = right_N.gather(1, packed(engine).target_N[:, None]).squeeze(1)
         torch.testing.assert_close(found.logp_N, right_N, rtol=1e-4, atol=1e-4)
@@ -106,7 +78,7 @@ def merge(engine: MegatronEngine, source: Path, merged: Path, *, case: str) -> N
 def packed(engine: MegatronEngine) -> MicroBatch:
     shape = engine.shape
     return pack(
-        sequences(), range(len(LENGTHS)), multiple_of=shape.multiple_of, slot_multiple_of=shape.slot_multiple_of
+        sequences(), range(len(sequences())), multiple_of=shape.multiple_of, slot_multiple_of=shape.slot_multiple_of
     )
 
 
@@ -155,7 +127,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
     for case in CASES:
         source = write_family(folder / case, case)
-        torch.save(reference(source), source / "answer.pt")
+        found = answer(source, torch.float32, gradients=True)
+        torch.save((found["logits"], found["gradients"]), source / "answer.pt")
     return folder
 
 

@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 CUDA = torch.device("cuda", 0)
 DEVICES = 8
 WAITS: collections.Counter[str] = collections.Counter()  # by line of code
-ALLOCATED: dict[str, int] = {"largest": 0}  # elements of the largest tensor that an operator made on the device
 EMULATED: dict[Any, Callable[..., Any]] = {}  # operator -> what computes it here; `kernels` fills it
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}  # likewise for functions of torch's Python interface
 
@@ -202,8 +201,6 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if name.split("::")[1] in SAME_TENSOR and isinstance(args[0], Pretend):
         return args[0]
     made = tree_map(lambda leaf: Pretend(leaf) if _is_plain(leaf) else leaf, out)
-    largest = max((leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Pretend)), default=0)
-    ALLOCATED["largest"] = max(ALLOCATED["largest"], largest)
     return return_and_correct_aliasing(func, args, kwargs, made)
 
 

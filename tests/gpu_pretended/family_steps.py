@@ -26,7 +26,7 @@ def take_step(folder: Path, dtype: torch.dtype, groups: Any) -> dict[str, Any]:
     from megalign.engines.megatron.engine import AdamW, MegatronEngine
     from megalign.engines.megatron.shard import EngineOptions
     from tests.gpu_pretended import kernels
-    from tests.gpu_pretended.cases import sequences
+    from tests.support.family_answers import sequences
 
     engine = MegatronEngine(read_model_config(folder), groups, EngineOptions(dtype, device.CUDA), adamw=AdamW())
     engine.load_weights(folder)

@@ -240,7 +240,8 @@ def waits_of_a_step() -> None:
                 engine.update(1e-3)
             micro_batches = 4  # of two sequences each
             assert mode in (None, result.pass_mode)
-            # One where the loss needs a micro-batch's log-probs before its backward; the others are the step's.
+            # One where the loss needs a micro-batch's log-probs before its backward; the others are the step's: three
+            # reads of all micro-batches, two sums over data ranks and a maximum, there and back, and the norm.
             needed = micro_batches if mode == "single_pass" else 0
             assert sum(waits.values()) <= needed + 10, (loss.name, mode, waits)
             in_layers = [line for line in waits if line.startswith(("models/", "ops/")) and "transfer.py" not in line]

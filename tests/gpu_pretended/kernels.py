@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.attention.varlen  # registers its operators
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -103,11 +102,7 @@ def _check_flash(
         _require(int(border.diff().max()) == most, "flash attention: the longest sequence is not the one given")
 
 
-def _sides(
-    causal: bool, window: tuple[int, int] | list[int] | None, left: int | None, right: int | None
-) -> tuple[int, int]:
-    if window:
-        left, right = window
+def _sides(causal: bool, left: int | None, right: int | None) -> tuple[int, int]:
     left = -1 if left is None else left
     return left, 0 if causal else (-1 if right is None else right)
 
@@ -154,26 +149,12 @@ def _flash_backward(
     return dq, dk, dv
 
 
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cq: Tensor, ck: Tensor, mq: int, mk: int,
-    causal: bool = False, scale: float | None = None, window: list[int] | None = None, *rest: Any, **other: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return _flash_forward(q, k, v, (cq, ck), (mq, mk), scale, _sides(causal, window, None, None))
-
-
-def _varlen_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cq: Tensor, ck: Tensor, mq: int, mk: int,
-    causal: bool, rng: Tensor, scale: float | None = None, window: list[int] | None = None, *rest: Any, **other: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return _flash_backward(grad, q, k, v, out, lse, (cq, ck), scale, _sides(causal, window, None, None))
-
-
 def _aten_flash(
     q: Tensor, k: Tensor, v: Tensor, cq: Tensor, ck: Tensor, mq: int, mk: int, dropout: float, causal: bool,
     return_debug_mask: bool = False, *, scale: float | None = None,
     window_size_left: int | None = None, window_size_right: int | None = None, **other: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    sides = _sides(causal, None, window_size_left, window_size_right)
+    sides = _sides(causal, window_size_left, window_size_right)
     return *_flash_forward(q, k, v, (cq, ck), (mq, mk), scale, sides), torch.zeros(0), torch.zeros(0)
 
 
@@ -182,7 +163,7 @@ def _aten_flash_backward(
     dropout: float, causal: bool, rng: Tensor, unused: Any, *, scale: float | None = None,
     window_size_left: int | None = None, window_size_right: int | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    sides = _sides(causal, None, window_size_left, window_size_right)
+    sides = _sides(causal, window_size_left, window_size_right)
     return _flash_backward(grad, q, k, v, out, lse, (cq, ck), scale, sides)
 
 
@@ -219,8 +200,6 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.addmm.dtype_out: _addmm_out,
     aten._flash_attention_forward.default: _aten_flash,
     aten._flash_attention_backward.default: _aten_flash_backward,
-    torch.ops.torch_attn._varlen_attn.default: _varlen,
-    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
     aten.scatter_add_.default: _in_random_order(aten.scatter_add_.default),
     aten.scatter_add.default: _in_random_order(aten.scatter_add.default),
     aten.index_add_.default: _in_random_order(aten.index_add_.default),

@@ -32,7 +32,7 @@ def main(folder: Path, name: str, dtype: torch.dtype) -> None:
     from megalign.engines.megatron.groups import make_groups
     from megalign.engines.megatron.shard import EngineOptions
     from megalign.runtime.distributed import process_group
-    from tests.gpu_pretended.cases import sequences
+    from tests.support.family_answers import sequences
 
     with process_group(timeout_s=120) as world:
         assert world.device.type == "cuda"

@@ -81,6 +81,7 @@ def test_a_job_has_the_numbers_of_the_cpu(jobs: Any, name: str) -> None:
     assert on_device == codes and codes[-1] == 0
     for right, found in zip(numbers(metrics(here)), numbers(metrics(there)), strict=True):
         assert found.keys() == right.keys()
+        # A step's log-probs agree to 1e-6 of sums near 20; correlations divide their differences by their spread.
         for key, value in right.items():
             words = value is None or isinstance(value, str)
             assert found[key] == (value if words else pytest.approx(value, rel=2e-4, abs=2e-5, nan_ok=True)), key

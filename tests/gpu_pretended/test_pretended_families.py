@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu_pretended import cases
 from tests.gpu_pretended.family_steps import LR
 from tests.support.families import EXPERT_FAMILIES, FAMILY_CASES, PLAIN_CASES, write_family
+from tests.support.family_answers import answer
 
 CASES = {**PLAIN_CASES, **FAMILY_CASES}
 DTYPES = ("float32", "bfloat16")
@@ -47,9 +47,9 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tup
 
 def right_of(source: Path, name: str) -> dict[str, Any]:
     """The answer in fp32 and, for other dtypes, what transformers itself computes in them, as `rounded`."""
-    right = cases.answer(source, torch.float32, gradients=True)
+    right = answer(source, torch.float32, gradients=True)
     if name != "float32":
-        right["rounded"] = cases.answer(source, getattr(torch, name), gradients=True)
+        right["rounded"] = answer(source, getattr(torch, name), gradients=True)
     return right
 
 
@@ -78,7 +78,8 @@ def test_fp32_equals_transformers(steps: Any, case: str) -> None:
 def test_bf16_is_as_near_as_transformers(steps: Any, case: str) -> None:
     """Half precision is compared with fp32 of the same weights; the tolerance is what transformers itself is off by.
 
-    A mixture of experts that chooses another expert for one token is far off, in transformers as here.
+    A mixture of experts that chooses another expert for one token is far off, in transformers as here. Measured, times
+    what transformers is off by: log-probs 1.2 in the mean (experts 1.4) and 2.1 at most (3.1), gradients 1.4 (3.1).
     """
     found, right = steps[case, "bfloat16"]
     assert not isinstance(found, str), found
@@ -86,9 +87,9 @@ def test_bf16_is_as_near_as_transformers(steps: Any, case: str) -> None:
     off = (right["rounded"]["logp"] - right["logp"]).abs()
     gap = (found["logp"] - right["logp"]).abs()
     assert float(gap.max()) < slack * float(off.max()) + 0.1
-    assert float(gap.mean()) < slack * float(off.mean()) + 0.01
+    assert float(gap.mean()) < slack * float(off.mean())
     own = distance(right["rounded"]["gradients"], right["gradients"])
-    assert distance(found["gradients"], right["gradients"]) < slack * own + 0.02
+    assert distance(found["gradients"], right["gradients"]) < slack * own
     check_step(found, steps[case, "bfloat16"], tolerance=2e-2)
 
 
@@ -98,12 +99,14 @@ def check_step(found: dict[str, Any], pair: tuple[Any, dict[str, Any]], *, toler
     assert found["norms"][0] == pytest.approx(found["norms"][1], rel=tolerance)
     for name, gradient in found["gradients"].items():
         before, after = found["before"][name], found["weights"][name]
-        step = gradient.float() / (gradient.float().abs() + 1e-8)  # from a state of equal gradients
+        step = LR * gradient.float() / (gradient.float().abs() + 1e-8)  # from a state of equal gradients
         sure = gradient.abs() > 1e-3 * gradient.abs().max()  # of the rest bf16 does not know the sign
-        right = (before.float() - LR * step).to(before.dtype)
-        torch.testing.assert_close(
-            after[sure], right[sure], rtol=0.01, atol=LR / 10, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        if before.dtype == torch.float32:
+            # A weight near 1 is stored to 6e-8, and the difference of two to twice that.
+            torch.testing.assert_close((before - after)[sure], step[sure], rtol=1e-3, atol=2e-7)
+        else:  # of fp32 weights that were stored in bf16, rounded anew; a step off by 1 % may round the other way
+            wrong = after[sure] != (before.float() - step).to(before.dtype)[sure]
+            assert int(wrong.sum()) <= 0.02 * wrong.numel() + 1, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

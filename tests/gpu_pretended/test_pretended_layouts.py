@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megalign.runtime.distributed import free_port
-from tests.gpu_pretended import cases
 from tests.gpu_pretended.layout_steps import LAYOUTS
 from tests.support.families import write_family
+from tests.support.family_answers import answer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_step_over_several_devices(tmp_path: Path, name: str, dtype: str) -> None:
     _, ranks, case = LAYOUTS[name]
     source = write_family(tmp_path / case, case, dtype=getattr(torch, dtype))
-    right = cases.answer(source, torch.float32, gradients=True)
+    right = answer(source, torch.float32, gradients=True)
     meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     jobs = [
         subprocess.Popen(
@@ -49,6 +49,6 @@ def test_a_step_over_several_devices(tmp_path: Path, name: str, dtype: str) -> N
                 scale = max(float(gradient.norm()), 1e-3 * total)
                 assert float((found["gradients"][key] - gradient).norm()) < 2e-4 * scale, key
     else:
-        rounded = cases.answer(source, torch.bfloat16, gradients=False)["logp"]
+        rounded = answer(source, torch.bfloat16, gradients=False)["logp"]
         slack = 4.0 if "moe" in case or "oss" in case else 2.0
         assert float(gap.mean()) < slack * float((rounded - right["logp"]).abs().mean()) + 0.01

@@ -1,4 +1,4 @@
-"""Data and right answers of the tests on the pretended device."""
+"""The sequences on which families are compared with transformers, and what transformers computes of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megalign.data.group import Response, TokenSequence
+from tests.support.oracle import as_stored
 
 LENGTHS = (37, 7, 16, 23, 2)
 
@@ -20,22 +21,24 @@ def sequences() -> list[TokenSequence]:
 
 
 def answer(folder: Path, dtype: torch.dtype, *, gradients: bool) -> dict[str, Any]:
-    """Return transformers' log-probs of a stored model computed in `dtype` and, if asked for, its gradients by name."""
+    """Return what transformers computes of a stored model in `dtype`, sequence by sequence.
+
+    logits: of each sequence, fp32. logp: of all scored tokens. gradients: of their sum, by stored name, if asked for.
+    """
     import transformers
 
-    from tests.support.oracle import as_stored
-
+    # The flash and grouped kernels that transformers would choose do without some families' details.
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     ).eval()
-    logp, total = [], torch.zeros(())
+    logits, logp, total = [], [], torch.zeros(())
     with torch.set_grad_enabled(gradients):
         for sequence in sequences():
             ids = torch.tensor([[*sequence.prompt_ids, *sequence.response.ids]])
-            logits = model(ids, use_cache=False).logits[0, :-1].float()
-            logp.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1))
+            logits.append(model(ids, use_cache=False).logits[0].float())
+            logp.append(logits[-1][:-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1))
             total = total + logp[-1].sum()
-    found: dict[str, Any] = {"logp": torch.cat(logp).detach()}
+    found: dict[str, Any] = {"logits": [each.detach() for each in logits], "logp": torch.cat(logp).detach()}
     if gradients:
         total.backward()
         by_name = {name: parameter.grad for name, parameter in model.named_parameters()}
